@@ -1,0 +1,5 @@
+import sys
+
+from jz3.cli import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+"""Text generation behind one small protocol: transformers, vLLM, any OpenAI-compatible endpoint."""
+
+from jz3.engines.base import Engine, EngineConfig, Generation, Request, Sampling, open_engine
+
+__all__ = ["Engine", "EngineConfig", "Generation", "Request", "Sampling", "open_engine"]

@@ -1,0 +1,105 @@
+"""Files that are whole or absent: atomic writes, JSON lines, hashes."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from jz3.errors import Jz3Error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` that becomes `path` when the block ends without an error.
+
+    Args:
+        path: the final file or folder; its parent is created. An existing file is replaced, an
+            existing folder only if it is given up by its owner (it is moved away first).
+
+    Yields:
+        `path` with `.part` appended, not yet existing.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(part)
+    yield part
+    if part.is_file():
+        with open(part, "rb") as handle:
+            os.fsync(handle.fileno())
+    elif path.is_dir():
+        shutil.rmtree(path)
+    os.replace(part, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of `value`: keys sorted, no spaces, non-ASCII kept."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path` atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of jz3's own; a missing or damaged one is named."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise Jz3Error(f"{path} is missing; run the stage that writes it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Jz3Error(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line to `path` atomically and return their number."""
+    count = 0
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a JSON-lines file that jz3 wrote; foreign input goes through `jz3.corpus` instead."""
+    if not path.is_file():
+        raise Jz3Error(f"{path} is missing; run the stage that writes it")
+    with open(path, encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise Jz3Error(f"{path}:{number} is damaged ({error}); delete the file and run again") from error
+
+
+def hash_text(text: str) -> str:
+    """Return the 16 hexadecimal digits of the 64-bit xxh3 of `text`."""
+    return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def hash_file(path: Path) -> str:
+    """Return the 16 hexadecimal digits of the 64-bit xxh3 of a file's bytes."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

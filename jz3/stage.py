@@ -1,0 +1,170 @@
+"""What a stage is given and what it leaves behind: folder, manifest, shards, progress."""
+
+import contextlib
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jz3.errors import Jz3Error
+from jz3.files import read_json, read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from jz3.config import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of the loop."""
+
+    name: str
+    """Also the name of its folder in the run."""
+    target: str
+    """`module:function`; the function takes a StageContext and returns the summary that goes into
+    the manifest and into results.json. The module is imported when the stage runs."""
+    needs: tuple[str, ...] = ()
+    """Stages whose files it reads."""
+    sections: tuple[str, ...] = ()
+    """Sections of the recipe that its result depends on."""
+
+    def function(self) -> Callable[["StageContext"], dict[str, Any]]:
+        """Import and return the stage's function."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """Everything a stage may look at."""
+
+    recipe: "Recipe"
+    run_dir: Path
+    name: str
+
+    @property
+    def out(self) -> Path:
+        """The stage's own folder (it exists)."""
+        return self.run_dir / self.name
+
+    @property
+    def seed(self) -> int:
+        """The run's seed; draw with `jz3.seeding.rng(ctx.seed, ctx.name, record_id)`."""
+        return self.recipe.seed
+
+    def path(self, stage: str, name: str) -> Path:
+        """Return a finished file of another stage, or say which stage has to run first."""
+        path = self.run_dir / stage / name
+        if not path.exists():
+            raise Jz3Error(f"{path} is missing; run the stage {stage!r} first")
+        return path
+
+    def rows(self, stage: str, name: str) -> list[dict[str, Any]]:
+        """Read a whole JSON-lines file of another stage."""
+        return list(read_jsonl(self.path(stage, name)))
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """Return the manifest of a finished stage."""
+        return read_json(self.path(stage, "manifest.json"))
+
+    @contextlib.contextmanager
+    def progress(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar with an estimate of the time left.
+
+        Args:
+            total: how many units there are.
+            label: what they are, e.g. `texts`.
+
+        Yields:
+            A function to call with the number of units just done.
+        """
+        with progress_bar(total, f"{self.name}: {label}") as advance:
+            yield advance
+
+    def shards(
+        self,
+        folder: str,
+        items: Sequence[T],
+        size: int,
+        work: Callable[[list[T]], list[dict[str, Any]]],
+        label: str,
+    ) -> list[dict[str, Any]]:
+        """Map `work` over `items` in shards that survive a kill.
+
+        Each shard is written whole under `<stage>/<folder>/`; running again computes only the
+        missing ones.
+
+        Args:
+            folder: the folder of the shards, inside the stage's own.
+            items: the inputs, in a fixed order.
+            size: how many inputs a shard holds.
+            work: inputs of one shard to its output rows; must not depend on other shards.
+            label: what the items are, for the progress bar.
+
+        Returns:
+            The rows of all shards, in order.
+        """
+        rows: list[dict[str, Any]] = []
+        with self.progress(len(items), label) as advance:
+            for number, start in enumerate(range(0, len(items), size)):
+                part = list(items[start : start + size])
+                path = self.out / folder / f"{number:06d}.jsonl"
+                if not path.exists():
+                    write_jsonl(path, work(part))
+                rows.extend(read_jsonl(path))
+                advance(len(part))
+        return rows
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Show progress on stderr: a bar on a terminal, a line every 15 seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda n=1: bar.advance(task, n)
+        return
+    done, start = 0, time.monotonic()
+    last = start
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= 15 or done == total:
+            last = now
+            left = (now - start) / max(done, 1) * (total - done)
+            print(f"  {label}: {done}/{total}, {now - start:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak of this process's resident memory, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory in bytes of this process since `reset_peak_memory`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
