@@ -110,13 +110,17 @@ class Query(Record):
     id: str
     task: str
     """The target's name; scores are kept per task."""
+    problem: str
+    """The bare problem."""
     prompt: str
+    """What the model is given, usually `jz3.templates.prompt_for(problem, kind)`."""
     completion: str
+    """The reference solution."""
     answer: str = ""
     """The final answer alone, for grading; empty if unknown."""
     role: str = "fit"
     """`fit`: seen by the fit and by selection; `unseen`: fidelity only; `control`: negative
-    control; `eval`: evaluation only."""
+    control; `eval`: evaluation only; `instruction`: second stage of the training mixture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
