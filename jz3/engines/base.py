@@ -11,11 +11,23 @@ class Sampling:
     """How to continue a prompt."""
 
     max_new_tokens: int = 256
+    """At most this many; fewer where the model's context ends first."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probability reaches this share."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if "" in self.stop:
+            raise ValueError("a stop text must not be empty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,32 +47,57 @@ class Generation:
     id: str
     text: str
     finish: str
-    """`stop` or `length`."""
+    """`stop` (the model's end token or a stop text), `length` (the token limit or the end of the
+    model's context), or `too_long` (the prompt alone fills the context: the text is empty)."""
     prompt_tokens: int
+    """0 where an endpoint doesn't say."""
     new_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Which generator runs the synthesiser."""
+    """Which generator continues prompts."""
 
     name: str = "transformers"
     """`transformers`, `vllm` or `openai` (any OpenAI-compatible endpoint)."""
     batch_size: int = 32
-    """Prompts at a time (transformers), or requests in flight (openai)."""
+    """Prompts at a time (transformers), or requests in flight (openai); vllm batches by itself."""
+    max_model_len: int = 0
+    """For `vllm`: context to reserve memory for, in tokens; 0 is the model's own."""
+    tensor_parallel: int = 1
+    """For `vllm`: GPUs that share one model."""
+    gpu_memory: float = 0.9
+    """For `vllm` on a GPU: share of its memory for weights and cache."""
+    cpu_cache_gb: int = 2
+    """For `vllm` on a CPU: memory for the key-value cache in GiB."""
     base_url: str = ""
     """For `openai`: the endpoint, e.g. http://127.0.0.1:8000/v1."""
     model: str = ""
     """For `openai`: the served model's name."""
     api_key_env: str = "OPENAI_API_KEY"
-    """For `openai`: the environment variable that holds the key."""
+    """For `openai`: the environment variable that holds the key; a local endpoint needs none."""
+    retries: int = 6
+    """For `openai`: how often a failed request is sent again, with growing pauses."""
+    timeout: float = 600.0
+    """For `openai`: seconds until a request counts as failed."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+        if not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"gpu_memory must lie in (0, 1], got {self.gpu_memory}")
 
 
 class Engine(Protocol):
     """Continues prompts."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        """Continue every request's prompt; one Generation per request, in order."""
+        """Continue every request's prompt; one Generation per request, in order.
+
+        A prompt that fills the model's context is no error but a Generation with finish `too_long`.
+        """
         ...
 
     def info(self) -> dict[str, Any]:
@@ -76,7 +113,7 @@ def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> E
     """Open the configured engine on the model in folder `model`.
 
     Raises:
-        ValueError: the engine's name is unknown.
+        ValueError: the engine's name is unknown, or a setting it needs is missing.
         Jz3Error: the engine's package is not installed; the message names the extra.
     """
     if config.name == "transformers":

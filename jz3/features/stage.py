@@ -1,0 +1,259 @@
+"""The `features` stage: fit, queries, documents into the store, exact cosines for the fidelity."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3 import backend
+from jz3.errors import Jz3Error
+from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.exact import exact_cosines
+from jz3.features.extract import Extracted, Projection, extract, model_hash, open_sink
+from jz3.features.sketch import Sketch
+from jz3.files import atomic_path, hash_file, write_jsonl
+from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.records import Doc, Query, Reject
+from jz3.seeding import rng
+from jz3.stage import StageContext
+from jz3.store import CODES, Coding, StoreInfo, has_shard, open_store, write_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Compute the features of all queries and documents; see the store's and the fit's formats."""
+    config = ctx.recipe.features
+    if config.kind not in ("adapted", "sketch"):
+        raise ValueError(f"features.kind must be 'adapted' or 'sketch', got {config.kind!r}")
+    if config.bits not in CODES:
+        raise ValueError(f"features.bits must be one of {sorted(CODES)}, got {config.bits}")
+    folder = resolve_model(ctx.recipe.model)
+    tokenizer = load_tokenizer(folder)
+    rejects: list[Reject] = []
+    documents = tokenize_documents(ctx, tokenizer, rejects)
+    queries = tokenize_queries(ctx, tokenizer, rejects)
+    model = load_model(folder, ctx.recipe.model.dtype)
+    layers = linear_layers(model)
+    name = model_hash(folder)
+
+    sample, held_out = split_sample(ctx, documents)
+    projection = _projection(ctx, model, layers, name, queries, sample)
+    path = projection_path(ctx.out)
+    store = ctx.out / "store"
+    open_store(
+        store,
+        StoreInfo(
+            kind=config.kind,
+            k=projection.k,
+            bits=config.bits,
+            model_hash=name,
+            projection_hash=hash_file(path),
+            reduction=config.reduction,
+        ),
+    )
+    options = {"batch_tokens": config.batch_tokens, "reduction": config.reduction}
+    everything = [t for texts in queries.values() for t in texts]
+    if not (ctx.out / "queries.safetensors").exists():
+        with ctx.progress(len(everything), "queries") as advance:
+            found = extract(model, layers, everything, projection, advance=advance, **options)
+        _write_extracted(ctx.out / "queries.safetensors", [t.id for t in everything], found, with_values=True)
+
+    weight = next(model.parameters())
+    sink = open_sink(projection, weight.dtype, weight.device)
+    coding = Coding(projection.mean, projection.scale, config.bits)
+    unusable = 0
+    with ctx.progress(len(documents), "documents") as advance:
+        for number, start in enumerate(range(0, len(documents), config.shard_documents)):
+            part = documents[start : start + config.shard_documents]
+            side = ctx.out / "documents" / f"{number:06d}.safetensors"
+            if has_shard(store, number) and side.exists():
+                advance(len(part))
+                continue
+            found = extract(model, layers, part, projection, sink=sink, advance=advance, **options)
+            good = _finite(found)
+            write_shard(
+                store, number, [t.id for t, ok in zip(part, good, strict=True) if ok], found.values[good], found.norm[good], coding
+            )
+            _write_extracted(side, [t.id for t in part], found, with_values=False)
+    for side in sorted((ctx.out / "documents").glob("*.safetensors")):
+        ids, arrays = read_extracted(side)
+        for i, ok in zip(ids, np.isfinite(arrays["norm"]) & (arrays["norm"] > 0), strict=True):
+            if not ok:
+                unusable += 1
+                rejects.append(Reject(id=i, stage="features", reason="gradient_not_finite"))
+    write_jsonl(ctx.out / "rejects.jsonl", (r.to_json() for r in rejects))
+
+    compared = _write_exact(ctx, model, layers, held_out, queries["unseen"])
+    reasons: dict[str, int] = {}
+    for reject in rejects:
+        reasons[reject.reason] = reasons.get(reject.reason, 0) + 1
+    return {
+        "kind": config.kind,
+        "k": projection.k,
+        "bits": config.bits,
+        "bytes_per_document": projection.k * config.bits // 8,
+        "layers": len(projection.layers) if isinstance(projection, AdaptedFit) else len(layers),
+        "documents": len(documents) - unusable,
+        "tokens": sum(len(t.ids) for t in documents),
+        "queries": {role: len(texts) for role, texts in queries.items()},
+        "fit_documents": len(sample),
+        "exact": compared,
+        "rejected": reasons,
+        "backend": backend.report(),
+    }
+
+
+def projection_path(folder: Path) -> Path:
+    """Return the file of a features folder's fit or sketch."""
+    fit = folder / "fit.safetensors"
+    return fit if fit.exists() or not (folder / "sketch.json").exists() else folder / "sketch.json"
+
+
+def load_projection(folder: Path, model: str) -> Projection:
+    """Read the fit or sketch of a features folder and refuse one of another model."""
+    path = projection_path(folder)
+    return AdaptedFit.load(path, model) if path.suffix == ".safetensors" else Sketch.load(path, model)
+
+
+def tokenize_documents(
+    ctx: StageContext, tokenizer: "PreTrainedTokenizerBase", rejects: list[Reject]
+) -> list[Tokens]:
+    """Tokenise the corpus; a text with nothing to predict becomes a reject."""
+    documents = []
+    for row in ctx.rows("corpus", "docs.jsonl"):
+        doc = Doc.from_json(row)
+        try:
+            documents.append(tokenize_text(tokenizer, doc.id, doc.text, ctx.recipe.corpus.max_tokens))
+        except ValueError as error:
+            rejects.append(Reject(id=doc.id, stage="features", reason="too_short", detail=str(error)))
+    if not documents:
+        raise Jz3Error("the corpus holds no usable text; see corpus/rejects.jsonl")
+    return documents
+
+
+def tokenize_queries(
+    ctx: StageContext, tokenizer: "PreTrainedTokenizerBase", rejects: list[Reject]
+) -> dict[str, list[Tokens]]:
+    """Tokenise the queries by role; one without a completion to score becomes a reject."""
+    queries: dict[str, list[Tokens]] = {"fit": [], "unseen": [], "control": []}
+    for row in ctx.rows("targets", "queries.jsonl"):
+        query = Query.from_json(row)
+        try:
+            tokens = tokenize_query(
+                tokenizer, query.id, query.prompt, query.completion, ctx.recipe.features.query_tokens
+            )
+            queries[query.role].append(tokens)
+        except ValueError as error:
+            rejects.append(Reject(id=query.id, stage="features", reason="nothing_to_score", detail=str(error)))
+    if not queries["fit"]:
+        raise Jz3Error("no usable target query; see targets/rejects.jsonl and features/rejects.jsonl")
+    return queries
+
+
+def split_sample(ctx: StageContext, documents: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
+    """Draw the fit's documents, and from the others those of the comparison with exact gradients."""
+    config = ctx.recipe.features
+    order = rng(ctx.seed, "features", "sample").permutation(len(documents))
+    # A small corpus must leave some documents for the comparison.
+    fit = min(config.fit_documents, len(documents) // 2)
+    shuffled = [documents[i] for i in order]
+    return shuffled[:fit], shuffled[fit : fit + config.exact_documents]
+
+
+def _projection(
+    ctx: StageContext, model: Any, layers: Any, name: str, queries: dict[str, list[Tokens]], sample: list[Tokens]
+) -> Projection:
+    config = ctx.recipe.features
+    path = ctx.out / ("fit.safetensors" if config.kind == "adapted" else "sketch.json")
+    if path.exists():
+        return load_projection(ctx.out, name)
+    if config.kind == "sketch":
+        Sketch.of(name, layers, config.k, config.sketch_left, config.sketch_right, ctx.seed).save(path)
+        return load_projection(ctx.out, name)
+    seen = queries["fit"][: config.fit_queries]
+    with ctx.progress(2 * (len(seen) + len(sample)), "fit") as advance:
+        fit = fit_adapted(
+            model,
+            name,
+            layers,
+            seen,
+            sample,
+            k=config.k,
+            rank=config.rank,
+            max_layers=config.layers,
+            batch_tokens=config.batch_tokens,
+            reduction=config.reduction,
+            seed=ctx.seed,
+            advance=advance,
+        )
+    fit.save(path)
+    return load_projection(ctx.out, name)
+
+
+def _write_exact(
+    ctx: StageContext, model: Any, layers: Any, documents: list[Tokens], unseen: list[Tokens]
+) -> dict[str, int]:
+    """Write the exact cosines of held-out documents with unseen queries."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = ctx.recipe.features
+    queries = unseen[: config.exact_queries]
+    if not documents or not queries:
+        log.warning("no document or unseen query is left to compare features with exact gradients")
+        return {"documents": 0, "queries": 0}
+    path = ctx.out / "exact.safetensors"
+    if not path.exists():
+        with ctx.progress(len(documents), "exact gradients") as advance:
+            cosines = exact_cosines(
+                model, layers, documents, queries, reduction=config.reduction, advance=advance, batch_tokens=1024
+            )
+        tensors = {
+            "cosine": cosines.float().contiguous(),
+            "document": torch.from_numpy(_numbers([t.id for t in documents])),
+            "query": torch.from_numpy(_numbers([t.id for t in queries])),
+        }
+        with atomic_path(path) as part:
+            save_file(tensors, part)
+    return {"documents": len(documents), "queries": len(queries)}
+
+
+def _numbers(ids: list[str]) -> np.ndarray:
+    return np.array([int(i, 16) for i in ids], dtype=np.uint64)
+
+
+def _finite(found: Extracted) -> "Any":
+    import torch
+
+    return torch.isfinite(found.norm) & (found.norm > 0) & torch.isfinite(found.values).all(1)
+
+
+def _write_extracted(path: Path, ids: list[str], found: Extracted, with_values: bool) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        "id": torch.from_numpy(_numbers(ids)),
+        "norm": torch.where(_finite(found), found.norm, torch.nan),
+        "loss": found.loss,
+        "hidden": found.hidden,
+    }
+    if with_values:
+        tensors["values"] = found.values
+    with atomic_path(path) as part:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+
+
+def read_extracted(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Read what the stage wrote for queries or one shard of documents: ids and arrays."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    return [f"{i:016x}" for i in arrays.pop("id").tolist()], arrays

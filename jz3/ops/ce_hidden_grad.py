@@ -1,0 +1,123 @@
+"""Cross entropy and its gradient with respect to the last hidden states, logits never held whole.
+
+    z_t = W h_t,   loss_t = logsumexp(z_t) - z_t[y_t],   grad_t = w_t W^T (softmax(z_t) - e_{y_t})
+
+A batch of 16 k tokens with a vocabulary of 128 k would need 8 GB of logits in float32; here a chunk of
+tokens is finished before the next one begins.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3 import backend
+from jz3.ops.checks import check_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE = -100
+"""The target of a token without loss, as in torch and transformers."""
+
+CHUNK_BYTES = 64 << 20
+"""Largest size of the logits held at a time."""
+
+
+def ce_hidden_grad_reference(
+    h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The definition of `ce_hidden_grad` in plain torch, with whole logits; float64 gives float64."""
+    import torch
+
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    logits = h.to(dtype) @ weight.to(dtype).T
+    counted = y != IGNORE
+    target = torch.where(counted, y, 0).long()
+    loss = torch.logsumexp(logits, 1) - logits.gather(1, target[:, None])[:, 0]
+    p = torch.softmax(logits, 1)
+    p.scatter_add_(1, target[:, None], -torch.ones_like(loss)[:, None])
+    grad = (p * weights.to(dtype)[:, None]) @ weight.to(dtype)
+    zero = torch.zeros((), dtype=dtype, device=h.device)
+    return torch.where(counted, loss, zero), torch.where(counted[:, None], grad, zero).to(h.dtype)
+
+
+def ce_hidden_grad(
+    h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor | None" = None
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Cross entropy per token and the weighted gradient with respect to the hidden states.
+
+    Args:
+        h: hidden states before the output layer: [T, d].
+        weight: the output layer's matrix W: [V, d], of the same dtype.
+        y: target tokens: int [T]; -100 is no target (loss and gradient are zero).
+        weights: w, each token's factor in the gradient: float [T]; one by default. A document's mean
+            loss has w_t = 1 / (its number of targets).
+
+    Returns:
+        loss: float32 [T], not weighted (float64 if `h` is).
+        grad: [T, d] in the dtype of `h`.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes or devices don't agree, or a target is no row of `weight`.
+    """
+    import torch
+
+    if weights is None and isinstance(h, torch.Tensor):
+        weights = torch.ones(len(h), dtype=torch.float32, device=h.device)
+    check_tensors(
+        "ce_hidden_grad",
+        h=(h, "T d", "float"),
+        weight=(weight, "V d", "float"),
+        y=(y, "T", "int"),
+        weights=(weights, "T", "float"),
+    )
+    if h.dtype != weight.dtype:
+        raise TypeError(f"ce_hidden_grad: weight must hold {h.dtype} like h, got {weight.dtype}")
+    wrong = (y != IGNORE) & ((y < 0) | (y >= len(weight)))
+    if bool(wrong.any()):
+        raise ValueError(f"ce_hidden_grad: y must be -100 or in [0, {len(weight)}), got {int(y[wrong][0])}")
+    with torch.no_grad():
+        return backend.call("ce_hidden_grad", h, weight, y, weights)
+
+
+def ce_hidden_grad_chunked(
+    h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """`ce_hidden_grad` over chunks of the tokens that have a target; at most 64 MB of logits."""
+    import torch
+
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    loss = torch.zeros(len(h), dtype=dtype, device=h.device)
+    grad = torch.zeros_like(h, memory_format=torch.contiguous_format)
+    rows = max(1, CHUNK_BYTES // (dtype.itemsize * max(len(weight), 1)))
+    for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
+        target = y[index].long()[:, None]
+        logits = (h[index] @ weight.T).to(dtype)
+        total = torch.logsumexp(logits, 1)
+        loss[index] = total - logits.gather(1, target)[:, 0]
+        p = logits.sub_(total[:, None]).exp_()
+        p.scatter_add_(1, target, torch.full_like(p[:, :1], -1))
+        p.mul_(weights[index].to(dtype)[:, None])
+        grad[index] = p.to(h.dtype) @ weight
+    return loss, grad
+
+
+def _example(device: str) -> tuple[Any, ...]:
+    import torch
+
+    rng = np.random.default_rng(0)
+    h, weight, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 6), (11, 6), (5,)))
+    y = torch.tensor([0, 10, IGNORE, 3, 3], device=device)
+    return *(torch.from_numpy(x).to(device) for x in (h, weight)), y, torch.from_numpy(weights).to(device)
+
+
+backend.register(
+    backend.Op(
+        name="ce_hidden_grad",
+        reference=ce_hidden_grad_reference,
+        native={"cuda": ce_hidden_grad_chunked, "cpu": ce_hidden_grad_chunked},
+        plain=frozenset({"cuda", "cpu"}),
+        example=_example,
+    )
+)

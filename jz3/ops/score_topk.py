@@ -1,0 +1,290 @@
+"""The best documents for every task, by a scan over codes that never holds all scores.
+
+With phi_i = decode(codes_i) = mean + scale * unit * level_i and queries psi_q,
+
+    score(i, q) = row_scale_i * <phi_i, psi_q>
+                = row_scale_i * (step_q * <level_i, digits_q> + <mean, psi_q>)
+
+`digits_q` is scale * unit * psi_q on a grid of step_q with 22 bits, kept as three int8 planes
+(base 128), so that <level, digits> is an exact integer on every back end; the rest is float64 in a
+fixed order, rounded to float32 once. Therefore scores are the same bit for bit on every back end, and
+so are the ids under the tie rule: score descending, then id ascending.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3 import backend
+from jz3.ops.checks import check_int, check_tensors
+from jz3.ops.encode import CODEBOOKS, check_row_bytes, check_scale, codebook, unpack_codes
+
+if TYPE_CHECKING:
+    import torch
+
+PLANES = 3
+MAX_DIM = 1 << 20
+REFERENCE_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Queries as exact integers: planes[0] * 128^2 + planes[1] * 128 + planes[2], times `step`."""
+
+    planes: "torch.Tensor"
+    """int8 [3, Q, K]."""
+    step: "torch.Tensor"
+    """float64 [Q], the codebook's unit included."""
+    bias: "torch.Tensor"
+    """float64 [Q]: <mean, psi_q>."""
+
+
+def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", unit: float) -> Digits:
+    """Fold the codes' means and scales into the queries and put these on a grid of 22 bits."""
+    import torch
+
+    exact = queries.double()
+    bias = (exact * mean.double()).sum(1)
+    folded = exact * scale.double()
+    largest = folded.abs().amax(1) if folded.shape[1] else folded.new_zeros(len(folded))
+    step = torch.where(largest > 0, largest / (127 * 128 * 128), torch.ones_like(largest))
+    whole = (folded / step[:, None]).round().long()
+    planes = []
+    for _ in range(PLANES - 1):
+        low = (whole + 64).remainder(128) - 64
+        planes.append(low)
+        whole = (whole - low) // 128
+    planes.append(whole)
+    return Digits(torch.stack(planes[::-1]).to(torch.int8), step * unit, bias)
+
+
+def top_k(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return the k best of every row by (value descending, id ascending), in that order.
+
+    Args:
+        values: [G, n].
+        ids: int64 [G, n].
+        k: how many; fewer are returned if n < k.
+
+    Returns:
+        values [G, min(k, n)], ids [G, min(k, n)].
+    """
+    order = ids.argsort(dim=1, stable=True)
+    values, ids = values.gather(1, order), ids.gather(1, order)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return values.gather(1, order), ids.gather(1, order)
+
+
+def merge_topk(
+    parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]", k: int
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Merge the results of `score_topk` over several shards into that over all of them.
+
+    Args:
+        parts: (values [G, k_j], ids [G, k_j]) of every shard.
+        k: how many to keep.
+
+    Returns:
+        values and ids [G, min(k, sum of k_j)].
+
+    Raises:
+        ValueError: there are no parts.
+    """
+    import torch
+
+    if not parts:
+        raise ValueError("merge_topk: parts must hold at least one result, got none")
+    return top_k(torch.cat([v for v, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
+
+
+def score_topk_reference(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+    ids: "torch.Tensor",
+    groups: "torch.Tensor",
+    count: int,
+    k: int,
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The definition of the scan in plain torch: float64 products of integers are exact."""
+    import torch
+
+    levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
+    digits = (planes[0].double() * 128 + planes[1].double()) * 128 + planes[2].double()
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for begin in range(0, len(codes), REFERENCE_ROWS):
+        rows = slice(begin, begin + REFERENCE_ROWS)
+        level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
+        scores = (row_scale[rows].double()[:, None] * ((level @ digits.T) * step + bias)).float()
+        grouped = torch.full((count, len(scores)), float("-inf"), device=codes.device)
+        grouped = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(scores)), scores.T, "amax")
+        best = [merge_topk([*best, (grouped, ids[rows].expand(count, -1))], k)]
+    if best:
+        return best[0]
+    empty = torch.empty(count, 0, device=codes.device)
+    return empty, empty.long()
+
+
+def score_topk(
+    codes: "torch.Tensor",
+    mean: "torch.Tensor",
+    scale: "torch.Tensor",
+    kind: str,
+    queries: "torch.Tensor",
+    k: int,
+    *,
+    row_scale: "torch.Tensor | None" = None,
+    ids: "torch.Tensor | None" = None,
+    groups: "torch.Tensor | None" = None,
+    reduce: str = "mean",
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Find the k best rows of `codes` for every query or group of queries.
+
+    score(i, g) = mean or max over the queries q of group g of row_scale_i * <decode(codes_i), q>
+
+    Args:
+        codes: uint8 [N, bytes], of `encode`.
+        mean, scale: float32 [K], those of `encode`.
+        kind: `int8`, `4bit`, `2bit` or `1bit`.
+        queries: float32 [Q, K]; for cosines, divided by their norms.
+        k: how many rows to find.
+        row_scale: float32 [N], one factor a row; for cosines 1 / norm. One by default.
+        ids: int64 [N], what to return for a row and what breaks ties; 0 .. N-1 by default.
+        groups: int [Q], the task of every query, counted from 0 without gaps; by default every query
+            is a task of its own.
+        reduce: `mean` (folded into one query per task, so that its cost is that of one) or `max`.
+
+    Returns:
+        values float32 [G, min(k, N)] and ids int64 [G, min(k, N)], by (value descending, id ascending).
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes or devices don't agree, `kind` or `reduce` is unknown, groups have gaps or a
+            number is not finite.
+    """
+    import torch
+
+    op = "score_topk"
+    specs = {
+        "codes": (codes, "N B", "uint8"),
+        "mean": (mean, "K", "float32"),
+        "scale": (scale, "K", "float32"),
+        "queries": (queries, "Q K", "float32"),
+    }
+    for name, value, axes, hold in (
+        ("row_scale", row_scale, "N", "float32"),
+        ("ids", ids, "N", "int64"),
+        ("groups", groups, "Q", "int"),
+    ):
+        if value is not None:
+            specs[name] = (value, axes, hold)
+    sizes = check_tensors(op, **specs)
+    check_int(op, "k", k, 1, 1 << 31)
+    check_int(op, "the number of coordinates", sizes["K"], 0, MAX_DIM)
+    book = codebook(op, kind)
+    check_row_bytes(op, kind, sizes["K"], sizes["B"])
+    check_scale(op, mean, scale)
+    for name, value in (("queries", queries), ("row_scale", row_scale)):
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{op}: {name} must be finite")
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"{op}: reduce must be mean or max, got {reduce!r}")
+    if groups is None:
+        groups = torch.arange(sizes["Q"], device=codes.device)
+    groups = groups.long()
+    count = int(groups.max()) + 1 if len(groups) else 0
+    members = torch.bincount(groups, minlength=count) if int(groups.min() if count else 0) >= 0 else groups[:0]
+    if count and (len(members) == 0 or int(members.min()) == 0):
+        raise ValueError(f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}")
+    with torch.no_grad():
+        exact = queries.double()
+        if reduce == "mean" and count != sizes["Q"]:
+            sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
+            exact, groups = sums / members[:, None], torch.arange(count, device=codes.device)
+        digits = fold_queries(exact, mean, scale, book.unit)
+        if row_scale is None:
+            row_scale = torch.ones(sizes["N"], device=codes.device)
+        if ids is None:
+            ids = torch.arange(sizes["N"], device=codes.device)
+        return backend.call(
+            op, codes, kind, digits.planes, digits.step, digits.bias, row_scale, ids, groups, count, k
+        )
+
+
+def score_topk_cpu(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+    ids: "torch.Tensor",
+    groups: "torch.Tensor",
+    count: int,
+    k: int,
+    instructions: int = -1,
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The compiled scan; `instructions` picks 0 scalar, 1 AVX2, 2 AVX512-VNNI, -1 the best there is."""
+    import torch
+
+    book = CODEBOOKS[kind]
+    levels = torch.tensor(book.levels, dtype=torch.int8)
+    k = min(k, len(codes))
+    values, found = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
+    codes, planes, row_scale, ids = (x.contiguous() for x in (codes, planes, row_scale, ids))
+    if k and count:
+        backend.extension().score_topk(
+            codes.data_ptr(),
+            levels.data_ptr(),
+            planes.data_ptr(),
+            step.data_ptr(),
+            bias.data_ptr(),
+            row_scale.data_ptr(),
+            ids.data_ptr(),
+            groups.data_ptr(),
+            values.data_ptr(),
+            found.data_ptr(),
+            len(codes),
+            planes.shape[2],
+            codes.shape[1],
+            planes.shape[1],
+            count,
+            k,
+            book.bits,
+            instructions,
+            backend.threads(),
+        )
+    return values, found
+
+
+def _example(device: str) -> tuple[Any, ...]:
+    import torch
+
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(0, 256, (50, 19), dtype=np.uint8)).to(device)
+    codes[7] = codes[3]
+    queries, mean, scale, row_scale = (
+        torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
+        for shape in ((5, 38), (38,), (38,), (50,))
+    )
+    row_scale[7] = row_scale[3]
+    digits = fold_queries(queries, mean, scale.abs(), CODEBOOKS["4bit"].unit)
+    ids = torch.arange(50, device=device).flip(0)
+    groups = torch.tensor([1, 0, 0, 2, 1], device=device)
+    return codes, "4bit", digits.planes, digits.step, digits.bias, row_scale, ids, groups, 3, 20
+
+
+backend.register(
+    backend.Op(
+        name="score_topk",
+        reference=score_topk_reference,
+        native={"cpu": score_topk_cpu},
+        example=_example,
+        exact=True,
+    )
+)

@@ -1,0 +1,76 @@
+"""Dense random projection with signs that are never stored: out = X Omega^T, Omega in {+-1}^(k x P) / sqrt(k).
+
+Sign (r, c) of Omega is that of `signs(seed, name, k, P)`. E<out_x, out_y> = <x, y>.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3 import backend
+from jz3.ops.checks import check_int, check_tensors
+from jz3.ops.signs import BLOCK, sign_bits_reference, signs_key, unpack_signs
+
+if TYPE_CHECKING:
+    import torch
+
+REFERENCE_COLUMNS = 32 * BLOCK
+"""Columns of Omega made at a time."""
+
+
+def sign_project_reference(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
+    """The definition of `sign_project` in plain torch; float64 input gives float64."""
+    import torch
+
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.zeros(len(x), k, dtype=dtype, device=x.device)
+    for begin in range(0, x.shape[1], REFERENCE_COLUMNS):
+        part = x[:, begin : begin + REFERENCE_COLUMNS].to(dtype)
+        bits = sign_bits_reference(key, k, part.shape[1], 0, first_col + begin)
+        omega = torch.from_numpy(unpack_signs(np.ascontiguousarray(bits), part.shape[1]))
+        out += part @ omega.to(x.device, dtype).T
+    return out * (1 / math.sqrt(k))
+
+
+def sign_project(x: "torch.Tensor", k: int, *, seed: int, name: str, first_col: int = 0) -> "torch.Tensor":
+    """Project rows onto k random sign vectors scaled by 1 / sqrt(k).
+
+    Args:
+        x: [S, P].
+        k: the number of projections.
+        seed: the run's seed.
+        name: what is projected; every name has its own signs.
+        first_col: the column of Omega that x begins at, a multiple of 128: a long vector may come in
+            pieces, whose results add up.
+
+    Returns:
+        float32 [S, k] (float64 if `x` is).
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: `k` or `first_col` is out of range.
+
+    Source: the Rademacher projection of TRAK (arXiv 2303.14186) and LESS (arXiv 2402.04333).
+    """
+    import torch
+
+    check_tensors("sign_project", x=(x, "S P", "float"))
+    check_int("sign_project", "k", k, 1, 1 << 24)
+    check_int("sign_project", "first_col", first_col, 0, 1 << 62)
+    if first_col % BLOCK:
+        raise ValueError(f"sign_project: first_col must be a multiple of {BLOCK}, got {first_col}")
+    with torch.no_grad():
+        return backend.call("sign_project", x, signs_key(seed, name), k, first_col)
+
+
+def _example(device: str) -> tuple[Any, ...]:
+    import torch
+
+    x = np.random.default_rng(0).standard_normal((3, 301)).astype(np.float32)
+    return torch.from_numpy(x).to(device), 0x0123456789ABCDEF, 17, BLOCK
+
+
+backend.register(
+    backend.Op(name="sign_project", reference=sign_project_reference, native={}, example=_example)
+)

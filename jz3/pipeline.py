@@ -1,0 +1,205 @@
+"""The order of the stages, written once: what is run, resumed, refused and recorded."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jz3
+from jz3.config import Recipe
+from jz3.errors import Jz3Error
+from jz3.files import canonical_json, hash_text, read_json, write_json
+from jz3.stage import Stage, StageContext, peak_memory, reset_peak_memory
+
+log = logging.getLogger(__name__)
+
+STAGES = (
+    Stage(name="corpus", target="jz3.corpus:run", sections=("model", "corpus")),
+    Stage(name="targets", target="jz3.targets:run", sections=("targets",)),
+    Stage(
+        name="features",
+        target="jz3.features.stage:run",
+        needs=("corpus", "targets"),
+        sections=("model", "features"),
+    ),
+    Stage(
+        name="influence",
+        target="jz3.influence:run",
+        needs=("features",),
+        sections=("influence", "selection"),
+    ),
+    Stage(name="index", target="jz3.index:run", needs=("features",), sections=("index",)),
+    Stage(name="selection", target="jz3.selection:run", needs=("influence",), sections=("selection",)),
+    Stage(
+        name="comparison",
+        target="jz3.comparison:run",
+        needs=("selection",),
+        sections=("model", "comparison"),
+    ),
+    Stage(
+        name="distillation",
+        target="jz3.distillation:run",
+        needs=("selection",),
+        sections=("distillation",),
+    ),
+    Stage(
+        name="synthesiser",
+        target="jz3.training:run_synthesiser",
+        needs=("distillation",),
+        sections=("model", "synthesiser"),
+    ),
+    Stage(name="synthesis", target="jz3.synthesis:run", needs=("synthesiser",), sections=("synthesis",)),
+    Stage(
+        name="filtering",
+        target="jz3.filtering:run",
+        needs=("synthesis", "targets"),
+        sections=("filtering",),
+    ),
+    Stage(
+        name="training",
+        target="jz3.training:run_training",
+        needs=("filtering", "targets"),
+        sections=("model", "training"),
+    ),
+    Stage(
+        name="evaluation",
+        target="jz3.evaluation:run",
+        needs=("training", "targets"),
+        sections=("evaluation",),
+    ),
+    Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index")),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stages_up_to(name: str) -> list[Stage]:
+    """Return the stages that `name` depends on, itself last, in order."""
+    by_name = {s.name: s for s in STAGES}
+    if name not in by_name:
+        raise ValueError(f"unknown stage {name!r}; known: {', '.join(NAMES)}")
+    wanted, open_names = set(), [name]
+    while open_names:
+        current = open_names.pop()
+        wanted.add(current)
+        open_names += by_name[current].needs
+    return [s for s in STAGES if s.name in wanted]
+
+
+def run_pipeline(recipe: Recipe, run_dir: Path, last: str = "report", say: Callable[[str], None] = log.info) -> None:
+    """Run the stages up to `last`, skipping those already finished with the same settings.
+
+    Args:
+        recipe: the settings.
+        run_dir: the run's folder; created if it is not there.
+        last: the last stage to run.
+        say: told one line per stage.
+
+    Raises:
+        Jz3Error: the folder is another recipe's (the difference is shown), another process runs in
+            it, or the disk is full.
+    """
+    with _locked(run_dir):
+        _claim(recipe, run_dir)
+        for stage in stages_up_to(last):
+            ctx = StageContext(recipe=recipe, run_dir=run_dir, name=stage.name)
+            if (ctx.out / "manifest.json").exists():
+                say(f"{stage.name}: done before, {read_json(ctx.out / 'manifest.json')['seconds']:.0f} s")
+                continue
+            manifest = _run_stage(stage, ctx)
+            say(f"{stage.name}: done in {manifest['seconds']:.0f} s, {manifest['peak_memory'] / 2**30:.1f} GiB")
+
+
+def stage_key(stage: Stage, recipe: Recipe) -> str:
+    """Return the hash of all settings that a stage's result depends on, its predecessors' included."""
+    sections = {name for s in stages_up_to(stage.name) for name in s.sections}
+    table = dataclasses.asdict(recipe)
+    return hash_text(canonical_json({"seed": recipe.seed, **{name: table[name] for name in sorted(sections)}}))
+
+
+def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
+    ctx.out.mkdir(parents=True, exist_ok=True)
+    reset_peak_memory()
+    start = time.monotonic()
+    try:
+        summary = stage.function()(ctx)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Jz3Error(f"the disk of {ctx.out} is full; free some space and run again, it goes on from here") from error
+        raise
+    manifest = {
+        "stage": stage.name,
+        "key": stage_key(stage, ctx.recipe),
+        "settings": {name: dataclasses.asdict(getattr(ctx.recipe, name)) for name in stage.sections},
+        "inputs": {name: read_json(ctx.run_dir / name / "manifest.json")["key"] for name in stage.needs},
+        "summary": summary,
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory": peak_memory(),
+        "jz3": jz3.__version__,
+        "machine": {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
+    }
+    write_json(ctx.out / "manifest.json", manifest)
+    return manifest
+
+
+def _claim(recipe: Recipe, run_dir: Path) -> None:
+    """Write the recipe into a new run folder, or compare it with the one that is there."""
+    path = run_dir / "recipe.json"
+    table = dataclasses.asdict(recipe)
+    # Tuples become lists, as they come back from the file.
+    wanted = _flatten(read_back(table))
+    if not path.exists():
+        if any(run_dir.glob("*/manifest.json")):
+            raise Jz3Error(f"{run_dir} holds stages but no recipe.json; use another folder")
+        write_json(path, table)
+        return
+    found = _flatten(read_json(path))
+    different = [
+        f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    done = [s for s in STAGES if (run_dir / s.name).is_dir()]
+    changed = {line.split(":")[0].split(".")[0] for line in different}
+    touched = [s.name for s in done if changed & ({"seed"} | {n for p in stages_up_to(s.name) for n in p.sections})]
+    if different and touched:
+        raise Jz3Error(
+            f"{run_dir} was made with other settings ({'; '.join(different[:5])}), which its {', '.join(touched)} "
+            "depend on; use another folder or delete those"
+        )
+    if different:
+        write_json(path, table)
+
+
+def read_back(table: Any) -> Any:
+    """Return a value as JSON would give it back."""
+    import json
+
+    return json.loads(json.dumps(table))
+
+
+def _flatten(table: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(table, dict) and table:
+        return {k: v for key, value in table.items() for k, v in _flatten(value, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: table}
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of the run's folder; the lock ends with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Jz3Error(f"{run_dir} is no folder") from error
+    with open(run_dir / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Jz3Error(f"another process is running in {run_dir}") from error
+        yield
