@@ -36,6 +36,12 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           jz3::sign_bits(at<uint32_t>(out), key, rows, blocks, first_row, first_block, threads);
         });
+  m.def("sign_matrix",
+        [](uintptr_t out, uint64_t key, int64_t rows, int64_t cols, uint64_t first_row, uint64_t first_block,
+           int threads) {
+          py::gil_scoped_release release;
+          jz3::sign_matrix(at<float>(out), key, rows, cols, first_row, first_block, threads);
+        });
   m.def("sketch", [](uintptr_t block, uintptr_t out, bool is_bfloat16, int64_t rows, int64_t n, int64_t row_stride,
                      uint64_t key, int64_t dim, int threads) {
     py::gil_scoped_release release;

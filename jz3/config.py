@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jz3.comparison import ComparisonConfig
 from jz3.corpus.config import CorpusConfig
 from jz3.distillation.config import DistillationConfig
 from jz3.evaluation import EvaluationConfig
@@ -41,6 +42,7 @@ class Recipe:
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     synthesiser: SynthesiserConfig = field(default_factory=SynthesiserConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)

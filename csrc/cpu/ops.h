@@ -14,6 +14,10 @@ Isa choose_isa(int asked);
 void sign_bits(uint32_t* out, uint64_t key, int64_t rows, int64_t blocks, uint64_t first_row,
                uint64_t first_block, int threads);
 
+// The same signs as numbers: out[rows][cols] of +1 and -1.
+void sign_matrix(float* out, uint64_t key, int64_t rows, int64_t cols, uint64_t first_row, uint64_t first_block,
+                 int threads);
+
 // Signed hash (jz3/ops/sketch.py): out[rows][dim] is set.
 template <class T>
 void sketch(const T* block, float* out, int64_t rows, int64_t n, int64_t row_stride, uint64_t key, int64_t dim,
@@ -34,7 +38,7 @@ void decode(const uint8_t* codes, const float* mean, const float* scale, const f
 // Streaming top-k over codes (jz3/ops/score_topk.py).
 struct ScoreArguments {
   const uint8_t* codes;
-  const int8_t *levels, *planes;  // [2^bits], [3][queries][dim]
+  const int8_t *levels, *planes;  // [2^bits], [4][queries][dim]
   const double *step, *bias;      // [queries]
   const float* row_scale;         // [rows]
   const int64_t *ids, *groups;    // [rows], [queries]

@@ -1,9 +1,9 @@
 // One pass over the codes. Four rows at a time are unpacked to bytes (level + 128) in the L1 cache, multiplied
-// with the three int8 planes of every query (vpdpbusd where there is AVX512-VNNI, vpmaddwd on AVX2), and put
+// with the four int8 planes of every query (vpdpbusd where there is AVX512-VNNI, vpmaddwd on AVX2), and put
 // into a bounded heap per task: the scores of all rows never exist. The products are exact integers, the rest
 // is float64 in the order of the definition, so values and ids are the reference's bit for bit.
 //
-// Per row and query: dim * bits / 8 bytes read once, 3 * dim multiply-adds.
+// Per row and query: dim * bits / 8 bytes read once, 4 * dim multiply-adds.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -19,7 +19,7 @@
 namespace jz3 {
 namespace {
 
-constexpr int64_t ROWS = 4, PLANES = 3, LANES = 64;
+constexpr int64_t ROWS = 4, PLANES = 4, LANES = 64;
 constexpr int64_t BLOCK = 1 << 15;  // columns whose partial sums fit 32 bits in every implementation
 
 struct Found {

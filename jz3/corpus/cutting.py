@@ -22,18 +22,21 @@ _BREAK = re.compile(
   | (?P<item>\n(?=[ \t]*(?:[-*+•][ \t]|:\w[^\n:]*:|\#{1,6}[ \t]|\\item\b|\\(?:sub)*section\b|\.\.[ \t]
                           |[*`\w][\w*`,. ]{0,60}[ ]:[ ])))
   | (?P<number>\n(?=[ \t]*(?:\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{2,4})\)|\d{1,3}\.)[ \t]))
-  | (?P<sentence>[.!?…]+["'”’)\]*_]*(?=\s))
-  | (?P<wide>[。！？｡]+["'”’」』）]*)
+  | (?P<sentence>[.!?…]{1,8}["'”’)\]*_]{0,8}(?=\s))
+  | (?P<wide>[。！？｡]+["'”’」』）]{0,8})
     """,
     re.VERBOSE,
 )
 _UNDERLINE = re.compile(r"([=\-~^\"'*+#`])\1{2,}[ \t]*")
 _ABBREVIATIONS = frozenset(
-    """al approx assoc ca cf ch chap cor def defn dr ed eds eq eqn eqs eqns esp etc ex fig figs jr lem mr mrs ms
-    no nos ns nr p pp par prof prop ref refs resp sec sect sr st thm vol viz vs univ dept inc ltd""".split()
+    """al approx assoc ca cf ch chap cor def defn dept dr ed eds eq eqn eqns eqs esp etc ex fig figs inc jr lem
+    ltd mr mrs ms no nos nr ns p par pp prof prop ref refs resp sec sect sr st thm univ viz vol vs""".split()
 )
 _WORD_BEFORE = re.compile(r"[^\s(\[{\"'“‘$`~]+\Z")
 _BATCH = 64
+_SLACK = 4
+"""Tokens by which the sum over parts may pass the limit before the exact count decides: it counts
+white space that the finished piece lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def pieces(text: str, count: TokenCounter, max_tokens: int) -> Iterator[Piece]:
                 batch = zip(starts, ends[last : last + _BATCH], strict=False)
                 sizes.extend(count([text[a:b] for a, b in batch]))
             total += sizes[last]
-            if total > max_tokens and last > first:
+            if total > max_tokens + _SLACK and last > first:
                 break
             last += 1
         chosen = _choose(marks, sizes, first, last)

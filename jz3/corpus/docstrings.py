@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import platform
 import re
 import sys
@@ -36,7 +37,8 @@ _MATHEMATICAL_MODULES = frozenset(
 )
 """Modules of the standard library that are no background to mathematics."""
 _BOILERPLATE = re.compile(
-    r"\.\. (?:autosummary|toctree|automodule|currentmodule|deprecated)::|\A\W*(?:deprecated|internal use only|alias (?:of|for))\b"
+    r"\.\. (?:autosummary|toctree|automodule|currentmodule|deprecated)::"
+    r"|\A\W*(?:deprecated|internal use only|alias (?:of|for))\b"
     r"|\bthis (?:function|method|class|module) is deprecated\b|\bcopyright\b",
     re.IGNORECASE,
 )
@@ -95,8 +97,9 @@ def source_files(package: str) -> tuple[Path, list[Path]]:
         base = root = Path(sysconfig.get_path("stdlib"))
     else:
         base, root = _locate(package)
-    found = sorted(root.rglob("*.py")) if root.is_dir() else [root]
-    files = [path for path in found if _is_public(path.relative_to(base), package == STANDARD_LIBRARY)]
+    standard = package == STANDARD_LIBRARY
+    found = sorted(_walk(root)) if root.is_dir() else [root]
+    files = [path for path in found if _is_public(path.relative_to(base), standard)]
     if not files:
         raise Jz3Error(f"package {package!r} has no Python source files under {root}")
     return base, files
@@ -122,6 +125,12 @@ def _locate(package: str) -> tuple[Path, Path]:
     if not root.exists() or root.suffix not in ("", ".py"):
         raise Jz3Error(f"package {package!r} has no Python sources at {root}")
     return base, root
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_PARTS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _is_public(path: Path, standard: bool) -> bool:

@@ -86,7 +86,7 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
         import pyarrow
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16))
     return open(path, "rb")
 
 

@@ -23,7 +23,7 @@ _OPENER = re.compile(
     rf"""
     ^(?P<fence>[ \t]*(?:`{{3,}}(?![^\n]*`)|~{{3,}}))
   | ^(?P<doctest>[ \t]*>>>(?:[ ][^\n]*)?(?:\n(?![ \t]*(?:\n|\Z))[^\n]+)*)
-  | ^(?P<directive>[ \t]*\.\.[ \t]+(?:{_BLOCK_DIRECTIVES})::[^\n]*)
+  | ^(?P<directive>[ \t]*\.\.[ \t]+(?:{_BLOCK_DIRECTIVES})[ ]?::[^\n]*)
   | ^(?P<table>{_TABLE_ROW}(?:\n{_TABLE_ROW})+)$
   | ^(?P<columns>[ \t]*=+(?:[ \t]+=+)+[ \t]*(?:\n(?![ \t]*(?:\n|\Z))[^\n]+)*)
   | (?P<literal>::)[ \t]*$

@@ -21,9 +21,11 @@ from jz3.stage import StageContext
 
 log = logging.getLogger(__name__)
 
-BLOCK_RECORDS = 256
+BLOCK_RECORDS = (64, 4096)
+"""Records in a unit's first block, and the most in a later one, each twice as large as the last: a
+source with a small limit reads little in vain, and a huge one makes few files."""
 BLOCK_CHARACTERS = 4 << 20
-"""A block of a source ends at whichever comes first; it is what a kill can lose."""
+"""A block ends here too, so that it fits in memory; a block is all that a kill can lose."""
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _blocks(
         if not block or block[0]["key"] != key:
             if reader is None:
                 reader = unit.read(start)
-            block = _make_block(key, reader, work)
+            block = _make_block(key, index, reader, work)
             write_jsonl(path, block)
         yield block
         if block[0]["last"]:
@@ -183,12 +185,13 @@ def _blocks(
 
 def _make_block(
     key: str,
+    index: int,
     reader: Iterator[SourceText | Reject],
     work: Callable[[SourceText | Reject], list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    characters = 0
-    while len(rows) < BLOCK_RECORDS and characters < BLOCK_CHARACTERS:
+    characters, most = 0, min(BLOCK_RECORDS[0] << min(index, 32), BLOCK_RECORDS[1])
+    while len(rows) < most and characters < BLOCK_CHARACTERS:
         record = next(reader, None)
         if record is None:
             return [{"key": key, "last": True}, *rows]

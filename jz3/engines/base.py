@@ -117,15 +117,15 @@ def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> E
         Jz3Error: the engine's package is not installed; the message names the extra.
     """
     if config.name == "transformers":
-        from jz3.engines.transformers import TransformersEngine
+        from jz3.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, model, dtype)
     if config.name == "vllm":
-        from jz3.engines.vllm import VllmEngine
+        from jz3.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, model, dtype)
     if config.name == "openai":
-        from jz3.engines.openai import OpenAIEngine
+        from jz3.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config)
     raise ValueError(f"unknown engine {config.name!r}; choose transformers, vllm or openai")

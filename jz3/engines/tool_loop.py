@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jz3.engines.base import Engine, Generation, Request, Sampling
+from jz3.grading.answer import fenced_blocks
 from jz3.seeding import seed_for
 
 if TYPE_CHECKING:
     from jz3.grading.sandbox import Execution, Sandbox
 
-CODE_START, OUTPUT_START, FENCE = "```python", "```output", "```"
+OUTPUT_START, FENCE = "```output", "```"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,8 @@ def generate_with_tools(
             state.extend(generation)
         waiting = [(state, code) for state in active if (code := _pending_code(state)) is not None]
         programs = [state.program + code for state, code in waiting]
-        for (state, code), execution in zip(waiting, sandbox.run_many(programs), strict=True):
+        executions = sandbox.run_many(programs) if waiting else []
+        for (state, code), execution in zip(waiting, executions, strict=True):
             _record(state, code, execution, output_limit)
             state.finish = "rounds"
         active = [state for state, _ in waiting]
@@ -137,10 +139,12 @@ def _pending_code(state: _State) -> str | None:
     text = state.text.rstrip()
     if state.finish != "stop" or not text.endswith(FENCE):
         return None
-    head, found, code = text[: -len(FENCE)].rpartition(CODE_START)
-    if not found or FENCE in code or not code.strip():
+    blocks = fenced_blocks(text)
+    if not blocks or blocks[-1][0] != "python":
         return None
-    return code.strip("\n") + "\n"
+    code = blocks[-1][1].rstrip()
+    # Only if the fence at the end is this block's own, and not one that was opened behind it.
+    return f"{code}\n" if code and text.removesuffix(FENCE).rstrip().endswith(code) else None
 
 
 def _record(state: _State, code: str, execution: "Execution", output_limit: int) -> None:
@@ -154,7 +158,9 @@ def _record(state: _State, code: str, execution: "Execution", output_limit: int)
     output = output[:output_limit].rstrip("\n")
     state.text = f"{state.text.rstrip()}\n{OUTPUT_START}\n{output}\n{FENCE}\n"
     state.executed.append(
-        ExecutedBlock(code=code, output=output, ok=execution.ok, reason=execution.reason, level=str(execution.level))
+        ExecutedBlock(
+            code=code, output=output, ok=execution.ok, reason=execution.reason, level=str(execution.level)
+        )
     )
 
 

@@ -83,6 +83,16 @@ def visible_paths(packages: list[str]) -> list[tuple[str, str]]:
     return view
 
 
+def readable_by_all(packages: tuple[str, ...]) -> bool:
+    """Tell whether any user, such as nobody, could read what a sandbox has to read."""
+    for path, target in visible_paths(package_paths(packages)[0]):
+        mode = 0 if target else os.stat(path).st_mode
+        folders = [p.stat().st_mode & 0o001 for p in Path(path).parents]
+        if not target and not (all(folders) and mode & 0o004):
+            return False
+    return True
+
+
 def interpreter() -> str:
     """Return the real interpreter, not the virtual environment's link to it."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
@@ -131,16 +141,16 @@ class Cell:
         level: `bwrap`, `namespaces` or `rlimits`.
         settings: see `inner_server.serve`; this class adds what depends on the machine.
         packages: what the snippets may import beside the standard library.
-        hash_seed: seed of Python's string hashes.
+        seed: seed of string hashes.
 
     Raises:
         CellError: it could not be started; the message holds what it said.
     """
 
-    def __init__(self, level: str, settings: dict[str, Any], packages: tuple[str, ...], hash_seed: int) -> None:
+    def __init__(self, level: str, settings: dict[str, Any], packages: tuple[str, ...], seed: int) -> None:
         paths, site = package_paths(packages)
         view = visible_paths(paths)
-        variables = environment(hash_seed)
+        variables = environment(seed)
         self._wall_seconds: float = settings["wall_seconds"]
         self._folder = tempfile.mkdtemp(prefix="jz3-empty-")
         self._errors = tempfile.TemporaryFile()

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import random  # noqa: F401  (loaded here so that each snippet's numbers can be seeded)
 import select
 import signal
 import sys
@@ -73,6 +74,7 @@ def serve(settings: dict, walls: types.ModuleType) -> None:
             importlib.import_module(name)
         except (ImportError, OSError) as error:
             missing.append(f"{name}: {error}")
+    exec(settings["warm_up"], {"__name__": "warm_up"})
     if settings["seccomp"]:
         guards["seccomp"] = _try_seccomp(walls)
         settings["seccomp"] = not guards["seccomp"]
@@ -244,8 +246,9 @@ def _child(request: dict, settings: dict, walls: types.ModuleType, out: int, err
         text = io.BytesIO(request["stdin"].encode("utf-8", "replace"))
         sys.stdin = io.TextIOWrapper(text, encoding="utf-8", errors="replace")
         sys.argv[:] = ["snippet"]
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed()  # a fork would repeat its parent's numbers
+        for name in ("random", "numpy.random"):
+            if name in sys.modules:
+                sys.modules[name].seed(settings["seed"])
         walls.limit_resources(settings["memory"], settings["cpu_seconds"], settings["seccomp"])
         if settings["seccomp"]:
             walls.allow_computation_only()

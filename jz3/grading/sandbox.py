@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from jz3.errors import Jz3Error
-from jz3.grading.cell import Cell, CellError
+from jz3.grading.cell import Cell, CellError, readable_by_all
 
 LEVELS = ("bwrap", "namespaces", "rlimits")
 """From the strongest to the weakest."""
@@ -89,10 +89,19 @@ class SandboxConfig:
     """How many snippets run at once; 0: one for each core."""
     packages: tuple[str, ...] = ("sympy", "mpmath", "gmpy2", "numpy", "scipy")
     """What snippets may import beside the standard library, if installed."""
-    preload: tuple[str, ...] = ("sympy", "numpy")
-    """Packages that are loaded before the first snippet."""
-    hash_seed: int = 0
-    """Seed of Python's string hashes, so that sets print in the same order every time."""
+    preload: tuple[str, ...] = (
+        "numpy",
+        "sympy",
+        "sympy.combinatorics",
+        "sympy.physics.units",
+        "sympy.tensor.tensor",
+        "sympy.sets.setexpr",
+        "sympy.assumptions.wrapper",
+    )
+    """Modules that are loaded before the first snippet; `solve` and `simplify` need those of SymPy."""
+    seed: int = 0
+    """Seed of string hashes, `random` and `numpy.random` in every snippet, so that a program prints
+    the same thing every time; what another seed changes depends on chance."""
 
     def __post_init__(self) -> None:
         if self.level != "auto" and self.level not in LEVELS:
@@ -102,6 +111,8 @@ class SandboxConfig:
         for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"sandbox {name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"sandbox seed must lie in [0, 2^32), got {self.seed}")
         if self.workers < 0:
             raise ValueError(f"sandbox workers must be 0 or more, got {self.workers}")
 
@@ -128,6 +139,8 @@ class Sandbox:
 
     Args:
         config: limits and the level wanted.
+        warm_up: Python of the caller's own, run once in each worker process before the first snippet,
+            so that what it loads or computes need not be repeated by every snippet.
 
     Raises:
         Jz3Error: (on entering) the level wanted, or any at or above `minimum_level`, does not work
@@ -139,8 +152,9 @@ class Sandbox:
     guards: tuple[str, ...]
     """What a program inside was really refused: `files`, `network`, `processes`."""
 
-    def __init__(self, config: SandboxConfig | None = None) -> None:
+    def __init__(self, config: SandboxConfig | None = None, warm_up: str = "") -> None:
         self.config = config or SandboxConfig()
+        self._warm_up = warm_up
         self.level = ""
         self.guards = ()
         self._features = {"landlock": True, "seccomp": True, "nobody": False}
@@ -223,11 +237,13 @@ class Sandbox:
             "cpu_seconds": config.cpu_seconds,
             "memory": config.memory_mb << 20,
             "output_bytes": config.output_bytes,
-            "preload": [p for p in config.preload if importlib.util.find_spec(p) is not None],
+            "preload": [p for p in config.preload if importlib.util.find_spec(p.partition(".")[0]) is not None],
+            "warm_up": self._warm_up,
+            "seed": config.seed,
             **self._features,
         }
         try:
-            cell = Cell(level, settings, config.packages, config.hash_seed)
+            cell = Cell(level, settings, config.packages, config.seed)
         except CellError as error:
             raise Jz3Error(f"sandbox level {level} does not work here: {error}") from error
         with self._lock:
@@ -249,7 +265,8 @@ class Sandbox:
             )
         faults: list[str] = []
         for level in wanted:
-            for nobody in (True, False) if level == "rlimits" and os.geteuid() == 0 else (False,):
+            as_nobody = level == "rlimits" and os.geteuid() == 0 and readable_by_all(self.config.packages)
+            for nobody in (True, False) if as_nobody else (False,):
                 self._features["nobody"] = nobody
                 try:
                     cell = self._open(level)
@@ -293,7 +310,7 @@ class Sandbox:
         _warned.add("rlimits")
         lacking = sorted({"files", "network", "processes"} - set(self.guards))
         log.warning(
-            "WARNING: model-written Python runs under the weakest isolation, a limited plain process; it is "
+            "model-written Python runs under the weakest isolation, a limited plain process; it is "
             "refused %s%s. Install bubblewrap for real walls, or set the sandbox's minimum_level to refuse this.",
             ", ".join(self.guards) or "nothing",
             f", but NOT {', '.join(lacking)}" if lacking else "",

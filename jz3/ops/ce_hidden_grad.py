@@ -84,23 +84,58 @@ def ce_hidden_grad(
 def ce_hidden_grad_chunked(
     h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor"
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """`ce_hidden_grad` over chunks of the tokens that have a target; at most 64 MB of logits."""
+    """`ce_hidden_grad` over chunks of the tokens that have a target; at most 64 MB of logits.
+
+    On a CPU, products of half-precision inputs are taken in float32, as no hardware there would round
+    only the result; on a GPU the tensor cores do.
+    """
     import torch
 
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     loss = torch.zeros(len(h), dtype=dtype, device=h.device)
     grad = torch.zeros_like(h, memory_format=torch.contiguous_format)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * max(len(weight), 1)))
+    product = dtype if h.device.type == "cpu" else h.dtype
     for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
         target = y[index].long()[:, None]
-        logits = (h[index] @ weight.T).to(dtype)
+        logits = _product(h[index], weight, product, dtype)
         total = torch.logsumexp(logits, 1)
         loss[index] = total - logits.gather(1, target)[:, 0]
         p = logits.sub_(total[:, None]).exp_()
         p.scatter_add_(1, target, torch.full_like(p[:, :1], -1))
         p.mul_(weights[index].to(dtype)[:, None])
-        grad[index] = p.to(h.dtype) @ weight
+        grad[index] = _product_t(p, weight, product).to(h.dtype)
     return loss, grad
+
+
+VOCABULARY_CHUNK = 8192
+
+
+def _product(
+    h: "torch.Tensor", weight: "torch.Tensor", product: "torch.dtype", dtype: "torch.dtype"
+) -> "torch.Tensor":
+    """h W^T, with W brought to the dtype of the product a piece at a time."""
+    import torch
+
+    if weight.dtype == product:
+        return (h @ weight.T).to(dtype)
+    out = torch.empty(len(h), len(weight), dtype=dtype, device=h.device)
+    for begin in range(0, len(weight), VOCABULARY_CHUNK):
+        part = weight[begin : begin + VOCABULARY_CHUNK].to(product)
+        torch.mm(h.to(product), part.T, out=out[:, begin : begin + VOCABULARY_CHUNK])
+    return out
+
+
+def _product_t(p: "torch.Tensor", weight: "torch.Tensor", product: "torch.dtype") -> "torch.Tensor":
+    """p W, with W brought to the dtype of the product a piece at a time."""
+    import torch
+
+    if weight.dtype == product:
+        return p.to(product) @ weight
+    out = torch.zeros(len(p), weight.shape[1], dtype=product, device=p.device)
+    for begin in range(0, len(weight), VOCABULARY_CHUNK):
+        out.addmm_(p[:, begin : begin + VOCABULARY_CHUNK], weight[begin : begin + VOCABULARY_CHUNK].to(product))
+    return out
 
 
 def _example(device: str) -> tuple[Any, ...]:

@@ -42,12 +42,13 @@ class Codebook:
 
 
 CODEBOOKS = {
-    "int8": Codebook(8, 5 / 127, tuple(range(-128, 128))),
-    "4bit": Codebook(4, 2.7325896 / 127, (-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127)),
-    "2bit": Codebook(2, 1.5104176 / 127, (-127, -38, 38, 127)),
-    "1bit": Codebook(1, 0.7978846 / 127, (-127, 127)),
+    "int8": Codebook(8, 645 / 2**14, tuple(range(-128, 128))),
+    "4bit": Codebook(4, 705 / 2**15, (-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127)),
+    "2bit": Codebook(2, 1559 / 2**17, (-127, -38, 38, 127)),
+    "1bit": Codebook(1, 823 / 2**17, (-127, 127)),
 }
-"""Kind -> table. `int8` never uses its index 0 (level -128)."""
+"""Kind -> table. `int8` never uses its index 0 (level -128). The units are the optimal ones rounded to a few
+bits, so that unit * level is exact in float32."""
 
 
 def codebook(op: str, kind: str) -> Codebook:
@@ -78,14 +79,12 @@ def encode_reference(
         index = (z * (1 / torch.tensor(book.unit, dtype=torch.float32))).clamp(-127, 127).round().int() + 128
         return index.to(torch.uint8)
     thresholds = torch.tensor(book.thresholds(), dtype=torch.float32, device=values.device)
-    index = torch.bucketize(z, thresholds).to(torch.uint8)
+    index = torch.bucketize(z.contiguous(), thresholds).to(torch.uint8)
     per_byte = 8 // book.bits
-    padded = torch.zeros(len(index), row_bytes(kind, values.shape[1]) * per_byte, dtype=torch.uint8, device=z.device)
-    padded[:, : index.shape[1]] = index
-    groups = padded.view(len(index), -1, per_byte)
-    out = torch.zeros_like(groups[..., 0])
+    out = torch.zeros(len(index), row_bytes(kind, values.shape[1]), dtype=torch.uint8, device=values.device)
     for place in range(per_byte):
-        out |= groups[..., place] << (place * book.bits)
+        part = index[:, place::per_byte]
+        out[:, : part.shape[1]] |= part << (place * book.bits)
     return out
 
 
@@ -106,7 +105,7 @@ def unpack_codes(codes: "torch.Tensor", kind: str, dim: int) -> "torch.Tensor":
 
     bits = CODEBOOKS[kind].bits
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return ((codes[..., None] >> shifts) & ((1 << bits) - 1)).reshape(len(codes), -1)[:, :dim]
+    return ((codes[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :dim]
 
 
 def encode(values: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", kind: str) -> "torch.Tensor":

@@ -5,7 +5,7 @@ With phi_i = decode(codes_i) = mean + scale * unit * level_i and queries psi_q,
     score(i, q) = row_scale_i * <phi_i, psi_q>
                 = row_scale_i * (step_q * <level_i, digits_q> + <mean, psi_q>)
 
-`digits_q` is scale * unit * psi_q on a grid of step_q with 22 bits, kept as three int8 planes
+`digits_q` is scale * unit * psi_q on a grid of step_q with 29 bits, kept as four int8 planes
 (base 128), so that <level, digits> is an exact integer on every back end; the rest is float64 in a
 fixed order, rounded to float32 once. Therefore scores are the same bit for bit on every back end, and
 so are the ids under the tie rule: score descending, then id ascending.
@@ -24,17 +24,17 @@ from jz3.ops.encode import CODEBOOKS, check_row_bytes, check_scale, codebook, un
 if TYPE_CHECKING:
     import torch
 
-PLANES = 3
+PLANES = 4
 MAX_DIM = 1 << 20
 REFERENCE_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Queries as exact integers: planes[0] * 128^2 + planes[1] * 128 + planes[2], times `step`."""
+    """Queries as exact integers: sum over p of planes[p] * 128^(3 - p), times `step`."""
 
     planes: "torch.Tensor"
-    """int8 [3, Q, K]."""
+    """int8 [4, Q, K]."""
     step: "torch.Tensor"
     """float64 [Q], the codebook's unit included."""
     bias: "torch.Tensor"
@@ -42,14 +42,14 @@ class Digits:
 
 
 def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", unit: float) -> Digits:
-    """Fold the codes' means and scales into the queries and put these on a grid of 22 bits."""
+    """Fold the codes' means and scales into the queries and put these on a grid of 29 bits."""
     import torch
 
     exact = queries.double()
     bias = (exact * mean.double()).sum(1)
     folded = exact * scale.double()
     largest = folded.abs().amax(1) if folded.shape[1] else folded.new_zeros(len(folded))
-    step = torch.where(largest > 0, largest / (127 * 128 * 128), torch.ones_like(largest))
+    step = torch.where(largest > 0, largest / (127 * 128 ** (PLANES - 1)), torch.ones_like(largest))
     whole = (folded / step[:, None]).round().long()
     planes = []
     for _ in range(PLANES - 1):
@@ -115,12 +115,13 @@ def score_topk_reference(
     import torch
 
     levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
-    digits = (planes[0].double() * 128 + planes[1].double()) * 128 + planes[2].double()
+    high, low = (planes[i].double() * 128 + planes[i + 1].double() for i in (0, 2))
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for begin in range(0, len(codes), REFERENCE_ROWS):
         rows = slice(begin, begin + REFERENCE_ROWS)
         level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
-        scores = (row_scale[rows].double()[:, None] * ((level @ digits.T) * step + bias)).float()
+        dot = (level @ high.T).long() * 128**2 + (level @ low.T).long()
+        scores = (row_scale[rows].double()[:, None] * (dot.double() * step + bias)).float()
         grouped = torch.full((count, len(scores)), float("-inf"), device=codes.device)
         grouped = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(scores)), scores.T, "amax")
         best = [merge_topk([*best, (grouped, ids[rows].expand(count, -1))], k)]

@@ -117,6 +117,21 @@ def check_bounds(op: str, cu_seqlens: "torch.Tensor", tokens: int) -> None:
         raise ValueError(f"{op}: cu_seqlens must not decrease and lie in [0, {tokens}], got {cu_seqlens.tolist()!r:.200}")
 
 
+def _segment_project_triton(
+    a: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor | None", cu_seqlens: "torch.Tensor"
+) -> "torch.Tensor":
+    from jz3.kernels import segment_project as kernels
+
+    return kernels.segment_project(a, g, left, cu_seqlens)
+
+
+def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in arguments[:3] if x is not None}
+    if "float64" in dtypes:
+        return "float64"
+    return f"mixed dtypes ({', '.join(sorted(dtypes))})" if len(dtypes) > 1 else ""
+
+
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
@@ -127,5 +142,11 @@ def _example(device: str) -> tuple[Any, ...]:
 
 
 backend.register(
-    backend.Op(name="segment_project", reference=segment_project_reference, native={}, example=_example)
+    backend.Op(
+        name="segment_project",
+        reference=segment_project_reference,
+        native={"triton": _segment_project_triton},
+        example=_example,
+        unsupported=_unsupported,
+    )
 )

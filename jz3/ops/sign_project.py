@@ -1,4 +1,4 @@
-"""Dense random projection with signs that are never stored: out = X Omega^T, Omega in {+-1}^(k x P) / sqrt(k).
+"""Dense random projection out = X Omega^T with Omega in {+-1}^(k x P) / sqrt(k), never stored whole.
 
 Sign (r, c) of Omega is that of `signs(seed, name, k, P)`. E<out_x, out_y> = <x, y>.
 """
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 REFERENCE_COLUMNS = 32 * BLOCK
-"""Columns of Omega made at a time."""
+"""Columns of Omega that the reference makes at a time."""
+
+TILE = 4 << 20
+"""Signs that the CPU implementation holds at a time."""
 
 
 def sign_project_reference(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
@@ -64,6 +67,31 @@ def sign_project(x: "torch.Tensor", k: int, *, seed: int, name: str, first_col: 
         return backend.call("sign_project", x, signs_key(seed, name), k, first_col)
 
 
+def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
+    """Tiles of Omega by the compiled generator, products by torch's BLAS."""
+    import torch
+
+    out = torch.zeros(len(x), k)
+    width = max(BLOCK, min(x.shape[1], TILE // k) // BLOCK * BLOCK)
+    for begin in range(0, x.shape[1], width):
+        part = x[:, begin : begin + width].float()
+        omega = torch.empty(k, part.shape[1])
+        block = (first_col + begin) // BLOCK
+        backend.extension().sign_matrix(omega.data_ptr(), key, k, part.shape[1], 0, block, backend.threads())
+        out.addmm_(part, omega.T)
+    return out.mul_(1 / math.sqrt(k))
+
+
+def _sign_project_triton(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
+    from jz3.kernels import sign_project as kernels
+
+    return kernels.sign_project(x, key, k, first_col)
+
+
+def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    return "float64" if str(arguments[0].dtype) == "torch.float64" else ""
+
+
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
@@ -72,5 +100,11 @@ def _example(device: str) -> tuple[Any, ...]:
 
 
 backend.register(
-    backend.Op(name="sign_project", reference=sign_project_reference, native={}, example=_example)
+    backend.Op(
+        name="sign_project",
+        reference=sign_project_reference,
+        native={"triton": _sign_project_triton, "cpu": _sign_project_cpu},
+        example=_example,
+        unsupported=_unsupported,
+    )
 )

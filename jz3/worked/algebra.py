@@ -1,6 +1,7 @@
 """Families of algebra, geometry, calculus, probability and everyday counting."""
 
 import math
+import random
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -13,20 +14,16 @@ _PLURALS = {"fish": "fish", "sheep": "sheep", "deer": "deer", "shrimp": "shrimp"
 
 def simple_equations(seed: int) -> Iterator[Draft]:
     """Linear equations in one unknown."""
-    settings = {"min_terms": 2, "max_terms": 2, "min_value": 2, "max_value": 40, "operators": ("+", "-")}
-    for entry in entries("simple_equations", seed, operators_weights=[0.5, 0.5], **settings):
+    settings = {"min_terms": 2, "max_terms": 2, "min_value": 2, "max_value": 40}
+    for entry in entries("simple_equations", seed, operators_weights=[0.5, 0.5, 0.0], **settings):
         left, right = entry["metadata"]["equation"].split(" = ")
-        name, total = entry["metadata"]["variable"], int(right)
+        name, total, value = entry["metadata"]["variable"], int(right), int(entry["answer"])
         if name in "eilo":
             continue
-        # The operators exclude *, so the unknown comes bare; its coefficient is drawn from the constant's place.
         terms = polynomial(left)
-        slope, constant = terms.get(1, 0), terms.get(0, 0)
-        value = int(entry["answer"])
-        factor = 2 + (value * 7 + abs(constant)) % 11
-        slope, total = slope * factor, total + slope * (factor - 1) * value
+        slope, constant = terms[1], terms[0]
         moved = f"{total} - {constant}" if constant > 0 else f"{total} + {-constant}"
-        shown = f"{show({1: slope}, name)} {'+' if constant > 0 else '-'} {abs(constant)} = {total}"
+        shown = f"{show(terms, name)} = {total}"
         yield Draft(
             question=phrased(
                 entry,
@@ -41,22 +38,20 @@ def simple_equations(seed: int) -> Iterator[Draft]:
         )
 
 
-def polynomial_multiplication(seed: int) -> Iterator[Draft]:
+def polynomial_values(seed: int) -> Iterator[Draft]:
     """The value of a product of two polynomials at a small number."""
-    settings = {"min_terms": 2, "max_terms": 2, "max_value": 9, "max_degree": 2, "variables": ("x",)}
-    for entry in entries("polynomial_multiplication", seed, min_polynomials=2, max_polynomials=2, **settings):
-        factors = re.fullmatch(r"\(([^()]+)\)\*\(([^()]+)\)", entry["metadata"]["polynomial_expr"])
-        if not factors:
-            continue
-        at = 2 + entry["metadata"]["source_index"] % 3
-        first, second = polynomial(factors[1]), polynomial(factors[2])
+    source = random.Random(seed)
+    questions = ("Let p(x) = ({})({}). What is p({})?", "Given p(x) = ({})({}), find p({}).")
+    while True:
+        first, second = _draw_polynomial(source, 2), _draw_polynomial(source, 2)
+        at = source.randint(2, 4)
         one, two = value_at(first, at), value_at(second, at)
         yield Draft(
-            question=f"Let p(x) = ({show(first)})({show(second)}). What is p({at})?",
+            question=source.choice(questions).format(show(first), show(second), at),
             answer=str(one * two),
             steps=f"At x = {at} the first factor is {one} and the second is {two}. "
-            f"Their product is {one} * {two if two >= 0 else f'({two})'} = {one * two}.",
-            program=f"x = {at}\nprint(({factors[1]}) * ({factors[2]}))",
+            f"Their product is {one} * {paren(two)} = {one * two}.",
+            program=f"x = {at}\nprint(({code(first)}) * ({code(second)}))",
         )
 
 
@@ -100,7 +95,8 @@ def number_sequence(seed: int) -> Iterator[Draft]:
         if rule == "add previous":
             reason, working = "Every term is the sum of the two before it", f"{terms[-3]} + {paren(last)}"
         elif match[1] == "add":
-            reason, working = f"The difference of neighbouring terms is always {match[2]}", f"{last} + {paren(int(match[2]))}"
+            reason = f"The difference of neighbouring terms is always {match[2]}"
+            working = f"{last} + {paren(int(match[2]))}"
         else:
             factor = int(match[2] or 2)
             reason, working = f"Every term is {factor} times the one before it", f"{last} * {paren(factor)}"
@@ -134,26 +130,25 @@ def simple_geometry(seed: int) -> Iterator[Draft]:
         )
 
 
-def simple_integration(seed: int) -> Iterator[Draft]:
+def polynomial_integrals(seed: int) -> Iterator[Draft]:
     """Definite integrals of polynomials with integer antiderivatives."""
-    settings = {"min_terms": 2, "max_terms": 2, "min_degree": 1, "max_degree": 4, "symbols": ("x",)}
-    for entry in entries("simple_integration", seed, **settings):
-        antiderivative = entry["answer"].removesuffix(" + C")
-        if "/" in antiderivative or "x" not in antiderivative:
+    source = random.Random(seed)
+    questions = (
+        "Evaluate the integral of {} from x = 0 to x = {}.",
+        "Compute the definite integral of f(x) = {} over [0, {}].",
+    )
+    while True:
+        antiderivative = {p: c for p, c in _draw_polynomial(source, 4).items() if p}
+        if not antiderivative:
             continue
-        upper = 1 + entry["metadata"]["source_index"] % 3
-        powers = polynomial(antiderivative)
-        value = value_at(powers, upper)
-        derivative = {p - 1: c * p for p, c in powers.items() if p}
+        upper = source.randint(1, 3)
+        value = value_at(antiderivative, upper)
+        derivative = {p - 1: c * p for p, c in antiderivative.items()}
         yield Draft(
-            question=phrased(
-                entry,
-                f"Evaluate the integral of {show(derivative)} from x = 0 to x = {upper}.",
-                f"Compute the definite integral of f(x) = {show(derivative)} over [0, {upper}].",
-            ),
+            question=source.choice(questions).format(show(derivative), upper),
             answer=str(value),
-            steps=f"An antiderivative is F(x) = {show(powers)}. F({upper}) - F(0) = {value} - 0 = {value}.",
-            program=f"def F(x):\n    return {antiderivative}\nprint(F({upper}) - F(0))",
+            steps=f"An antiderivative is F(x) = {show(antiderivative)}. F({upper}) - F(0) = {value} - 0 = {value}.",
+            program=f"def F(x):\n    return {code(antiderivative)}\nprint(F({upper}) - F(0))",
         )
 
 
@@ -171,6 +166,7 @@ def coin_flip(seed: int) -> Iterator[Draft]:
         total = f" In all that is {sum(ways)} outcomes." if len(ways) > 1 else ""
         asked = "exactly" if exact else "at least"
         noun = "head" if heads == 1 else "heads"
+        fraction = f"{sum(ways)}/{2**flips}"
         program = f"math.comb({flips}, {heads})" if exact else (
             f"sum(math.comb({flips}, k) for k in range({heads}, {flips + 1}))"
         )  # fmt: skip
@@ -181,8 +177,8 @@ def coin_flip(seed: int) -> Iterator[Draft]:
                 f"A fair coin is flipped {flips} times. As a fraction, how likely are {asked} {heads} {noun}?",
             ),
             answer=str(chance),
-            steps=f"Count the outcomes: {named}.{total} All {flips} flips have 2^{flips} = {2**flips} outcomes, "
-            f"so the probability is {sum(ways)}/{2**flips} = {chance}.",
+            steps=f"Count the outcomes: {named}.{total} {flips} flips have 2^{flips} = {2**flips} outcomes, so the "
+            f"probability is {fraction if fraction == str(chance) else f'{fraction} = {chance}'}.",
             program=f"import math\nfrom fractions import Fraction\nprint(Fraction({program}, 2**{flips}))",
         )
 
@@ -211,7 +207,7 @@ def leg_counting(seed: int) -> Iterator[Draft]:
     """Legs of a few kinds of animals."""
     for entry in entries("leg_counting", seed, min_animals=2, max_animals=3, max_instances=12):
         legs = _legs()
-        animals = {a: n for a, n in entry["metadata"]["animals"].items() if legs[a]}
+        animals = {a: n for a, n in entry["metadata"]["animals"].items() if legs[a] and a not in ("human", "insect")}
         if len(animals) < 2:
             continue
         named = [f"{n} {a if n == 1 else plural(a)}" for a, n in animals.items()]
@@ -238,6 +234,17 @@ def polynomial(text: str) -> dict[int, int]:
             exponent = int(power or 1) if symbol else 0
             found[exponent] = found.get(exponent, 0) + int(f"{sign}{number or 1}")
     return found
+
+
+def _draw_polynomial(source: random.Random, degree: int) -> dict[int, int]:
+    """Draw two terms of different powers up to `degree`."""
+    powers = source.sample(range(degree + 1), 2)
+    return {p: source.choice((-1, 1)) * source.randint(1, 9) for p in sorted(powers, reverse=True)}
+
+
+def code(terms: dict[int, int]) -> str:
+    """Write a polynomial in x as Python, e.g. 3*x**2 - 4*x + 1."""
+    return re.sub(r"(\d)x", r"\1*x", show(terms)).replace("^", "**")
 
 
 def value_at(terms: dict[int, int], x: int) -> int:

@@ -45,7 +45,13 @@ def products(seed: int) -> Iterator[Draft]:
 
 def fraction_simplification(seed: int) -> Iterator[Draft]:
     """Fractions brought to lowest terms; the sum of both parts is asked for, as it tells whether they are lowest."""
-    settings: dict[str, Any] = {"styles": ("plain",), "min_value": 2, "max_value": 40, "min_factor": 2, "max_factor": 12}
+    settings: dict[str, Any] = {
+        "styles": ("plain",),
+        "min_value": 2,
+        "max_value": 40,
+        "min_factor": 2,
+        "max_factor": 12,
+    }
     for entry in entries("fraction_simplification", seed, **settings):
         meta = entry["metadata"]
         top, bottom = meta["numerator"], meta["denominator"]
@@ -95,7 +101,7 @@ def lcm(seed: int) -> Iterator[Draft]:
     for entry in entries("lcm", seed, min_value=4, max_value=90):
         a, b = entry["metadata"]["numbers"]
         divisor, answer = math.gcd(a, b), math.lcm(a, b)
-        if a == b:
+        if a == b or divisor == 1:
             continue
         yield Draft(
             question=phrased(
@@ -147,7 +153,7 @@ def count_primes(seed: int) -> Iterator[Draft]:
                 f"Count the primes p with {start} <= p <= {end}.",
             ),
             answer=str(len(primes)),
-            steps=f"The primes from {start} to {end} are {', '.join(map(str, primes))}. There are {len(primes)} of them.",
+            steps=f"The primes from {start} to {end} are {', '.join(map(str, primes))}. They are {len(primes)} in all.",
             program=f"primes = [n for n in range({start}, {end + 1}) if all(n % d for d in range(2, n))]\n"
             "print(len(primes))",
         )

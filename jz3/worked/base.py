@@ -3,13 +3,13 @@
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from jz3.files import hash_text
 
-MAX_PIECES = 115
+MAX_PIECES = 105
 """The longest solution kept, in `pieces`; most are far shorter."""
 
 
@@ -39,15 +39,6 @@ class Draft:
     """The worked steps, without the closing sentence."""
     program: str
     """Python that prints the answer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A kind of problem."""
-
-    topic: str
-    drafts: Callable[[int], Iterator[Draft]]
-    """Seed to an endless stream of drafts, repeats allowed."""
 
 
 def entries(name: str, seed: int, **settings: Any) -> Iterator[dict[str, Any]]:

@@ -97,10 +97,13 @@ class OpenAIEngine:
             except APIStatusError as error:
                 over = context_overflow(error)
                 if over is None:
-                    raise Jz3Error(f"{self._config.base_url} refused a request: {error.status_code} {_said(error)}") from error
-                room, prompt_tokens = over
+                    said = f"{error.status_code} {_said(error)}"
+                    raise Jz3Error(f"{self._config.base_url} refused a request: {said}") from error
+                room, tokens = over
                 if not 0 < room < limit:
-                    return Generation(id=request.id, text="", finish="too_long", prompt_tokens=prompt_tokens, new_tokens=0)
+                    return Generation(
+                        id=request.id, text="", finish="too_long", prompt_tokens=tokens, new_tokens=0
+                    )
                 limit = room
             except APIError as error:
                 raise Jz3Error(

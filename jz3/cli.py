@@ -1,0 +1,183 @@
+"""`jz3`: the whole loop, each of its stages, look-ups and the state of the machine."""
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from jz3.errors import Jz3Error
+
+STAGE_COMMANDS = {
+    "corpus": ("corpus", "Read, cut and deduplicate the corpus."),
+    "features": ("features", "Compute the gradient features of corpus and targets."),
+    "index": ("index", "Build the FAISS index over the features."),
+    "influence": ("influence", "Score every text for every target, with baselines and fidelity."),
+    "select": ("selection", "Choose the texts worth most."),
+    "teach": ("distillation", "Have the teacher write problems about random and about chosen texts."),
+    "synthesize": ("synthesis", "Train the synthesiser and have it write problems."),
+    "filter": ("filtering", "Verify, execute, deduplicate and decontaminate the problems."),
+    "train": ("training", "Train the base model on the kept problems."),
+    "evaluate": ("evaluation", "Compare the base model with the trained one."),
+    "report": ("report", "Write report.html and results.json."),
+}
+"""Command to (stage, help): each runs what is missing up to its stage."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0: done; 2: a user's error, told in one line; 130: interrupted. `--debug` anywhere shows tracebacks.
+    """
+    import tyro
+    from tyro.conf import Positional, arg
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    # The libraries' own bars and notices would hide ours.
+    for name, value in {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
+
+    def quickstart(
+        out: Path = Path("runs/quickstart"), preset: str = "quickstart", model: str = "", dry_run: bool = False
+    ) -> None:
+        """Run the whole loop on this machine: embedded model and corpus, no hub, no GPU, no key.
+
+        Args:
+            out: the run's folder; running again goes on where it stopped.
+            preset: `quickstart`, or `tiny`: a random two-layer model, in under a minute.
+            model: another model (folder or hub name) instead of the embedded one.
+            dry_run: print the stages with counts and costs and run nothing.
+        """
+        from jz3.config import shipped_recipe
+
+        if preset not in ("quickstart", "tiny"):
+            raise ValueError(f"--preset must be quickstart or tiny, got {preset!r}")
+        recipe = shipped_recipe(preset)
+        if model:
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=model))
+        _run(recipe, out, "report", dry_run)
+
+    def run(
+        recipe: Annotated[Positional[Path], arg(help="a TOML file, or the name of a shipped recipe")],
+        out: Path | None = None,
+        until: str = "report",
+        dry_run: bool = False,
+    ) -> None:
+        """Run the whole loop from a recipe, resumable.
+
+        Args:
+            out: the run's folder, `runs/NAME` by default.
+            until: the last stage to run.
+            dry_run: print the stages with counts, tokens, calls, GPU hours and money, and run nothing.
+        """
+        loaded = _recipe(recipe)
+        _run(loaded, out or Path("runs") / loaded.name, until, dry_run)
+
+    def query(run: Positional[Path], text: str, solution: str = "", k: int = 5) -> None:
+        """Print the texts of a run's corpus that help most with a problem.
+
+        Args:
+            run: the folder of a run whose index is built.
+            text: the problem.
+            solution: its solution, if known: then only its tokens are scored.
+            k: how many texts.
+        """
+        from jz3.index import query_run
+        from jz3.stage import StageContext
+
+        _quiet_libraries()
+        ctx = StageContext(recipe=stored_recipe(run), run_dir=run, name="index")
+        for rank, match in enumerate(query_run(ctx, text, solution, k), 1):
+            print(f"{rank}. cosine {match.score:.4f}  {match.doc.source}  {match.doc.id}")
+            print("   " + " ".join(match.doc.text.split())[:300])
+
+    def doctor() -> None:
+        """Report the machine, the back ends and what is missing, with the remedy."""
+        from jz3 import doctor as checks
+
+        for check in checks.report():
+            print(f"{check.status:8} {check.name:18} {check.found}")
+            if check.remedy:
+                print(f"{'':27} {check.remedy}")
+
+    commands: dict[str, Callable[..., Any]] = {"quickstart": quickstart, "run": run, "query": query, "doctor": doctor}
+    for name, (stage, text) in STAGE_COMMANDS.items():
+        commands[name] = _stage_command(stage, text, Positional)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="jz3", description=__doc__, args=arguments)
+    except (Jz3Error, ValueError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"jz3: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jz3: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _stage_command(stage: str, text: str, positional: Any) -> Callable[..., None]:
+    def command(run: Path, recipe: Path | None = None) -> None:
+        loaded = stored_recipe(run) if recipe is None else _recipe(recipe)
+        _run(loaded, run, stage, False)
+
+    command.__annotations__ = {"run": positional[Path], "recipe": Path | None, "return": None}
+    command.__doc__ = (
+        f"{text}\n\nRuns what is missing up to this stage.\n\nArgs:\n"
+        "    run: the run's folder.\n"
+        "    recipe: a TOML file or a shipped recipe's name; by default the one the run was made with."
+    )
+    return command
+
+
+def stored_recipe(run_dir: Path) -> Any:
+    """Return the recipe that a run was made with."""
+    from jz3.config import Recipe, from_table
+    from jz3.files import read_json
+
+    path = run_dir / "recipe.json"
+    if not path.is_file():
+        raise Jz3Error(f"{run_dir} is no run (it has no recipe.json); make one with `jz3 run RECIPE --out {run_dir}`")
+    return from_table(Recipe, read_json(path), str(path))
+
+
+def _recipe(path: Path) -> Any:
+    from jz3.config import load_recipe, shipped_recipe
+
+    if path.suffix == "" and not path.exists():
+        return shipped_recipe(str(path))
+    return load_recipe(path)
+
+
+def _run(recipe: Any, out: Path, last: str, dry_run: bool) -> None:
+    if dry_run:
+        from jz3.estimate import print_estimate
+
+        print_estimate(recipe)
+        return
+    from jz3 import backend
+    from jz3.pipeline import run_pipeline
+    from jz3.report.terminal import print_results
+
+    _quiet_libraries()
+    logging.getLogger("jz3").info("back ends: %s", backend.report())
+    run_pipeline(recipe, out, last, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if last == "report":
+        print_results(out)
+
+
+def _quiet_libraries() -> None:
+    """Turn off other libraries' progress bars and chatter; their warnings stay."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

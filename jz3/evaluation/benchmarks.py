@@ -1,0 +1,161 @@
+"""Benchmark files in the field layouts of their originals, read as queries."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jz3.errors import Jz3Error
+from jz3.evaluation.choices import with_choices
+from jz3.records import Query
+from jz3.templates import prompt_for
+
+ANNOTATION = re.compile(r"<<[^<>]*>>")
+"""GSM8K's calculator annotations, e.g. <<48/2=24>>."""
+OPTION = re.compile(r"(?:^|(?<=\s))([A-Z])[).]\s")
+Parts = tuple[str, str, str]
+"""Problem, reference solution (empty if there is none) and answer."""
+
+
+def load_benchmark(name: str, path: Path | str, limit: int = 0) -> list[Query]:
+    """Read a benchmark.
+
+    The layout of a row is told by its fields: GSM8K (`question`, `answer`), MATH (`problem`,
+    `solution`, `answer`), OCW (`problem`, `solution`), ASDiv (`body`, `question`, `answer`), AQuA
+    (`question`, `options`, `correct`), SAT (`question`, `options`, `Answer`), MMLU (`question`,
+    `choices`, `answer`), gsm-hard (`input`, `target`).
+
+    Args:
+        name: the task's name; ids are `<name>-<line>`.
+        path: a JSON-lines file.
+        limit: take so many rows, spread evenly over the file; 0 is all.
+
+    Raises:
+        Jz3Error: the file is missing or empty, or a line can't be read; an evaluation set is used
+            whole or not at all.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Jz3Error(f"benchmark {name!r}: {path} can't be read ({error})") from error
+    queries = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            problem, solution, answer = _read_row(line, f"benchmark {name!r}: {path}:{number}")
+            queries.append(
+                Query(
+                    id=f"{name}-{number:05d}",
+                    task=name,
+                    problem=problem,
+                    prompt=prompt_for(problem, "cot"),
+                    completion=solution,
+                    answer=answer,
+                    role="eval",
+                )
+            )
+    if not queries:
+        raise Jz3Error(f"benchmark {name!r}: {path} has no rows")
+    return spread(queries, limit)
+
+
+def spread(queries: list[Query], limit: int) -> list[Query]:
+    """Take `limit` queries at even distances (0: all), so that an ordered file is not cut at its easy end."""
+    if limit <= 0 or limit >= len(queries):
+        return list(queries)
+    return [queries[i * len(queries) // limit] for i in range(limit)]
+
+
+def _read_row(line: str, where: str) -> Parts:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise Jz3Error(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise Jz3Error(f"{where} is no JSON object")
+    for fields, read in LAYOUTS:
+        if set(fields) <= set(row):
+            try:
+                problem, solution, answer = read(row)
+            except (TypeError, ValueError, AttributeError, IndexError) as error:
+                raise Jz3Error(
+                    f"{where} has the fields {', '.join(fields)} but can't be read: {error}"
+                ) from error
+            if not problem.strip() or not answer.strip():
+                raise Jz3Error(f"{where} has no {'problem' if not problem.strip() else 'answer'}")
+            return problem.strip(), solution.strip(), answer.strip()
+    known = "; ".join(", ".join(fields) for fields, _ in LAYOUTS)
+    raise Jz3Error(f"{where} has the fields {', '.join(sorted(row))}; known layouts: {known}")
+
+
+def _gsm8k(row: dict[str, Any]) -> Parts:
+    solution, found, answer = row["answer"].rpartition("####")
+    if not found:
+        return row["question"], "", row["answer"]
+    answer = answer.strip().replace(",", "")
+    steps = ANNOTATION.sub("", solution).strip()
+    return row["question"], f"{steps}\nThe answer is \\boxed{{{answer}}}.", answer
+
+
+def _math(row: dict[str, Any]) -> Parts:
+    return row["problem"], row["solution"], str(row["answer"])
+
+
+def _ocw(row: dict[str, Any]) -> Parts:
+    from jz3.grading.answer import extract_boxed
+
+    return row["problem"], row["solution"], extract_boxed(row["solution"])
+
+
+def _asdiv(row: dict[str, Any]) -> Parts:
+    # The unit stands behind the number in brackets: "9 (apples)".
+    answer = re.sub(r"\s*\([^()]*\)", "", row["answer"])
+    return f"{row['body'].strip()} {row['question'].strip()}", "", answer
+
+
+def _aqua(row: dict[str, Any]) -> Parts:
+    options = [re.sub(r"^\(?[A-Z]\s*\)\s*", "", option) for option in row["options"]]
+    return with_choices(row["question"], options), row["rationale"], row["correct"]
+
+
+def _sat(row: dict[str, Any]) -> Parts:
+    texts: list[str] = []
+    end = 0
+    for mark in OPTION.finditer(row["options"]):
+        # A letter that is not the next one belongs to a choice's text.
+        if mark[1] == chr(ord("A") + len(texts)):
+            if texts:
+                texts[-1] = row["options"][end : mark.start()].strip()
+            texts.append("")
+            end = mark.end()
+    if len(texts) < 2:
+        raise ValueError(f"options {row['options']!r} are not marked A) B) C) ...")
+    texts[-1] = row["options"][end:].strip()
+    return with_choices(row["question"], texts), "", row["Answer"]
+
+
+def _mmlu(row: dict[str, Any]) -> Parts:
+    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(row["choices"]):
+        raise ValueError(
+            f"answer {row['answer']!r} is the number of none of the {len(row['choices'])} choices"
+        )
+    return with_choices(row["question"], row["choices"]), "", chr(ord("A") + row["answer"])
+
+
+def _gsm_hard(row: dict[str, Any]) -> Parts:
+    target = float(row["target"])
+    return row["input"], "", str(int(target)) if target.is_integer() else repr(target)
+
+
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Parts]], ...] = (
+    (("body", "question", "answer"), _asdiv),
+    (("question", "options", "correct", "rationale"), _aqua),
+    (("question", "options", "Answer"), _sat),
+    (("question", "choices", "answer"), _mmlu),
+    (("problem", "solution", "answer"), _math),
+    (("problem", "solution"), _ocw),
+    (("input", "target"), _gsm_hard),
+    (("question", "answer"), _gsm8k),
+)
+"""Field names and reader; the first whose fields are all there reads the row."""

@@ -1,0 +1,60 @@
+"""The settings of the evaluation."""
+
+from dataclasses import dataclass, field
+
+from jz3.engines.base import EngineConfig
+from jz3.grading.sandbox import SandboxConfig
+
+SETTINGS = ("nl", "tool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkConfig:
+    """A benchmark file beside the recipe's own held-out problems."""
+
+    name: str
+    """The task's name in the results, e.g. `gsm8k`."""
+    path: str
+    """A JSON-lines file in the field layout of the original."""
+    limit: int = 0
+    """Only so many problems, spread evenly over the file; 0 is all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How models are evaluated: zero-shot, greedy."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """`transformers` or `vllm`; it has to load the models itself."""
+    settings: tuple[str, ...] = SETTINGS
+    """`nl` (solve in words) and `tool` (solve with Python that is executed)."""
+    limit: int = 0
+    """Only so many problems of each task are solved, spread evenly; 0 is all. The negative
+    log-likelihood is always taken over all."""
+    max_new_tokens: int = 1024
+    """Of a solution; in the tool setting, of each round."""
+    rounds: int = 4
+    """Generate-execute rounds of the tool setting."""
+    output_limit: int = 400
+    """Characters of an output block that the model gets to see."""
+    nll_batch_tokens: int = 4096
+    """Padded tokens of a batch when reference solutions are scored."""
+    shard_size: int = 128
+    """Problems between two saved points."""
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def __post_init__(self) -> None:
+        for setting in self.settings:
+            if setting not in SETTINGS:
+                raise ValueError(f"evaluation setting {setting!r} is unknown; choose {' or '.join(SETTINGS)}")
+        if self.engine.name == "openai":
+            raise ValueError(
+                "evaluation loads two models itself: its engine must be transformers or vllm, not openai"
+            )
+        for name in ("max_new_tokens", "rounds", "output_limit", "nll_batch_tokens", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation {name} must be at least 1, got {getattr(self, name)}")
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"every benchmark needs a name of its own, got {', '.join(names)}")

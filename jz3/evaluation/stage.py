@@ -1,0 +1,246 @@
+"""The evaluation stage: solve, grade, score the reference solutions, compare the models."""
+
+import contextlib
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jz3.engines.base import Engine, Request, Sampling
+from jz3.engines.on_demand import OnDemand, engine_on_demand, noted_info
+from jz3.engines.text import versions
+from jz3.engines.tool_loop import generate_with_tools
+from jz3.errors import Jz3Error
+from jz3.evaluation.benchmarks import load_benchmark, spread
+from jz3.evaluation.choices import choices_of, chosen_letter
+from jz3.evaluation.config import EvaluationConfig
+from jz3.evaluation.intervals import accuracy, mean
+from jz3.evaluation.nll import mean_nll
+from jz3.files import write_jsonl
+from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.records import Query, Reject, Result
+from jz3.stage import StageContext
+from jz3.templates import prompt_for
+
+if TYPE_CHECKING:
+    from jz3.grading.answer import Grader
+    from jz3.grading.sandbox import Sandbox
+
+KINDS = {"nl": "cot", "tool": "tool"}
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Evaluate the base and the trained model.
+
+    Accuracies are zero-shot and greedy, in natural language and with executed Python; the negative
+    log-likelihood is that of the reference solutions, per token, averaged over the problems.
+
+    Returns:
+        For `base` and `trained`: `nl` and `tool` (accuracy with its Wilson 95% interval, overall and per
+        task) and `nll`; `nll_difference`, the paired difference base - trained; and how it was measured.
+    """
+    from jz3.grading.answer import Grader
+    from jz3.grading.sandbox import Sandbox
+
+    config = ctx.recipe.evaluation
+    queries = _queries(ctx, config)
+    solved: list[Query] = []
+    for task in _tasks(queries):
+        solved.extend(spread([query for query in queries if query.task == task], config.limit))
+    models = {"base": resolve_model(ctx.recipe.model), "trained": ctx.path("training", "model")}
+    summary: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    engines: dict[str, Any] = {}
+    nll: dict[str, list[float | None]] = {}
+    with OnDemand(Grader) as grader, OnDemand(lambda: Sandbox(config.sandbox)) as sandbox:
+        for name, folder in models.items():
+            note = ctx.out / f"engine-{name}.json"
+            part: dict[str, Any] = {}
+            with engine_on_demand(config.engine, folder, ctx.recipe.model.dtype, note) as engine:
+                for setting in config.settings:
+                    done = _solve(ctx, name, setting, solved, engine, sandbox, grader)
+                    part[setting] = _setting_summary(done)
+                    rows.extend(row["result"] for row in done if row["result"])
+                    rejects.extend(row["reject"] for row in done if row["reject"])
+            engines[name] = noted_info(config.engine, note)
+            nll[name] = _score_references(ctx, name, folder, queries)
+            summary[name] = part
+    pairs = []
+    for query, base, trained in zip(queries, nll["base"], nll["trained"], strict=True):
+        if base is not None and trained is not None:
+            pairs.append({"id": query.id, "task": query.task, "base": base, "trained": trained})
+        elif query.completion.strip():
+            rejects.append(
+                _reject(query, "nll", "the prompt and the reference solution exceed the model's context")
+            )
+    for name in models:
+        summary[name]["nll"] = mean([pair[name] for pair in pairs])
+    write_jsonl(ctx.out / "results.jsonl", rows)
+    write_jsonl(ctx.out / "nll.jsonl", pairs)
+    write_jsonl(ctx.out / "rejects.jsonl", rejects)
+    differences = {pair["id"]: pair["base"] - pair["trained"] for pair in pairs}
+    return {
+        **summary,
+        "nll_difference": {
+            **mean(list(differences.values())),
+            "tasks": {
+                task: mean([differences[pair["id"]] for pair in pairs if pair["task"] == task])
+                for task in _tasks(queries)
+            },
+        },
+        "problems": len(queries),
+        "solved": len(solved),
+        "without_reference": sum(not query.completion.strip() for query in queries),
+        "rejected": dict(sorted(Counter(f"{r['reason']}:{r['where']}" for r in rejects).items())),
+        "grader": {"name": "math-verify", "version": versions("math-verify").get("math-verify", "")},
+        "prompt": {setting: prompt_for("{problem}", KINDS[setting]) for setting in config.settings},
+        "shots": 0,
+        "decoding": {"temperature": 0.0, "max_new_tokens": config.max_new_tokens, "rounds": config.rounds},
+        "engine": engines,
+        "versions": versions("torch", "transformers", "math-verify", "sympy"),
+    }
+
+
+def _tasks(queries: list[Query]) -> list[str]:
+    return list(dict.fromkeys(query.task for query in queries))
+
+
+def _queries(ctx: StageContext, config: EvaluationConfig) -> list[Query]:
+    queries = [Query.from_json(row) for row in ctx.rows("targets", "eval.jsonl")]
+    for benchmark in config.benchmarks:
+        queries.extend(load_benchmark(benchmark.name, Path(benchmark.path), benchmark.limit))
+    twice = [key for key, count in Counter(query.id for query in queries).items() if count > 1]
+    if twice:
+        raise Jz3Error(
+            f"{len(twice)} evaluation problems share their id with another, e.g. {twice[0]!r}; rename a benchmark"
+        )
+    if not queries:
+        raise Jz3Error(
+            "there is no problem to evaluate on: targets/eval.jsonl is empty and evaluation.benchmarks too"
+        )
+    return queries
+
+
+def _solve(
+    ctx: StageContext,
+    model: str,
+    setting: str,
+    queries: list[Query],
+    engine: OnDemand[Engine],
+    sandbox: "OnDemand[Sandbox]",
+    grader: "OnDemand[Grader]",
+) -> list[dict[str, Any]]:
+    """Return a row per problem: its Result or its Reject, the tokens written, the sandbox's levels."""
+    config = ctx.recipe.evaluation
+    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+
+    def work(part: list[Query]) -> list[dict[str, Any]]:
+        requests = [Request(id=query.id, prompt=prompt_for(query.problem, KINDS[setting])) for query in part]
+        if setting == "tool":
+            limits = {"rounds": config.rounds, "output_limit": config.output_limit}
+            replies: list[Any] = [
+                *generate_with_tools(engine.get(), sandbox.get(), requests, sampling, **limits)
+            ]
+        else:
+            replies = [*engine.get().generate(requests, sampling)]
+        verdicts = grade(part, [reply.text for reply in replies], grader.get())
+        rows = []
+        for query, reply, (correct, prediction) in zip(part, replies, verdicts, strict=True):
+            unread = reply.finish == "too_long" and not reply.text
+            result = Result(
+                id=query.id,
+                model=model,
+                setting=setting,
+                task=query.task,
+                correct=correct,
+                prediction=prediction,
+                answer=query.answer,
+                output=reply.text,
+                rounds=getattr(reply, "rounds", 1),
+            )
+            detail = f"the prompt's {reply.prompt_tokens} tokens fill the model's context"
+            rows.append(
+                {
+                    "result": None if unread else result.to_json(),
+                    "reject": _reject(query, f"{model}:{setting}", detail) if unread else None,
+                    "new_tokens": reply.new_tokens,
+                    "levels": sorted({block.level for block in getattr(reply, "executed", ())}),
+                }
+            )
+        return rows
+
+    return ctx.shards(
+        f"shards/{model}-{setting}", queries, config.shard_size, work, f"problems ({model}, {setting})"
+    )
+
+
+def grade(queries: list[Query], outputs: list[str], grader: "Grader") -> list[tuple[bool, str]]:
+    """Return for every output whether it is right, and the answer extracted from it.
+
+    A multiple-choice problem is graded by the letter chosen, any other by mathematical equality.
+    """
+    from jz3.grading.answer import extract_answer
+
+    predictions = [extract_answer(output) for output in outputs]
+    verdicts: list[tuple[bool, str]] = [(False, prediction) for prediction in predictions]
+    plain = []
+    for i, (query, output, prediction) in enumerate(zip(queries, outputs, predictions, strict=True)):
+        choices = choices_of(query.problem)
+        if query.answer in choices:
+            letter = chosen_letter(output, prediction, choices, grader.equal_many)
+            verdicts[i] = (letter == query.answer, letter or prediction)
+        elif prediction:
+            plain.append(i)
+    equal = grader.equal_many([(queries[i].answer, predictions[i]) for i in plain])
+    for i, same in zip(plain, equal, strict=True):
+        verdicts[i] = (same, predictions[i])
+    return verdicts
+
+
+def _setting_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    results = [row["result"] for row in rows if row["result"]]
+    tasks = dict.fromkeys(result["task"] for result in results)
+    summary = {
+        **accuracy([result["correct"] for result in results]),
+        "tasks": {task: accuracy([r["correct"] for r in results if r["task"] == task]) for task in tasks},
+        "rejected": sum(row["reject"] is not None for row in rows),
+        "new_tokens": sum(row["new_tokens"] for row in rows),
+    }
+    levels = sorted({level for row in rows for level in row["levels"]})
+    return {**summary, "sandbox_levels": levels} if levels else summary
+
+
+def _score_references(ctx: StageContext, name: str, folder: Path, queries: list[Query]) -> list[float | None]:
+    """Return the mean NLL of every query's reference solution; None where there is none or it doesn't fit."""
+    config = ctx.recipe.evaluation
+
+    def opener() -> contextlib.AbstractContextManager[tuple[Any, Any]]:
+        import torch
+
+        model: Any = load_model(folder, ctx.recipe.model.dtype)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return contextlib.nullcontext((model, load_tokenizer(folder)))
+
+    with OnDemand(opener) as loaded:
+
+        def work(part: list[Query]) -> list[dict[str, Any]]:
+            model, tokenizer = loaded.get()
+            values = mean_nll(model, tokenizer, part, config.nll_batch_tokens)
+            return [{"nll": None if math.isnan(value) else value} for value in values]
+
+        rows = ctx.shards(
+            f"shards/{name}-nll", queries, config.shard_size, work, f"reference solutions ({name})"
+        )
+    return [row["nll"] for row in rows]
+
+
+def _reject(query: Query, where: str, detail: str) -> dict[str, Any]:
+    return Reject(
+        id=query.id,
+        stage="evaluation",
+        reason="too_long",
+        detail=detail,
+        where=where,
+        text=query.problem[:4000],
+    ).to_json()

@@ -1,0 +1,163 @@
+"""Keeping evaluation questions out of the training data, by shared phrases of words."""
+
+import json
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from jz3.errors import Jz3Error
+from jz3.filtering.config import EvaluationFile, FilteringConfig
+
+_WORD = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w]")
+_IGNORED = frozenset("$,.;:!?\"'`()[]{}|&~")
+_IGNORED_COMMANDS = frozenset(("\\left", "\\right", "\\text", "\\mathrm", "\\displaystyle", "\\quad"))
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words that two texts must share to be the same question: lower case, numbers and
+    operators kept, punctuation, braces and spacing commands dropped, a row of equal signs as one."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("\\dfrac", "\\frac").replace("\u2019", "'")
+    words: list[str] = []
+    for word in _WORD.findall(text):
+        if word in _IGNORED or word in _IGNORED_COMMANDS or (not word[-1].isalnum() and words[-1:] == [word]):
+            continue
+        words.append(word)
+    return words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """An evaluation question that a text shares phrases with."""
+
+    suite: str
+    question: int
+    """Its number in its evaluation set, from 0."""
+    phrases: int
+    """How many different phrases are shared."""
+    share: float
+    """How much of the question's words they cover."""
+    span: str
+    """The longest stretch of shared words."""
+
+
+@dataclass(slots=True)
+class DecontaminationIndex:
+    """The phrases of all evaluation questions.
+
+    A question of at least `n` words gives all its phrases of n words; a shorter one is a single phrase,
+    so that a text which holds it whole is found as well.
+
+    Args:
+        n: length of a phrase in words.
+        min_words: questions with fewer words are left out, and counted.
+    """
+
+    n: int = 13
+    min_words: int = 6
+    lengths: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Words of each indexed question."""
+    ignored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _phrases: dict[int, list[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _sizes: set[int] = field(default_factory=set)
+    _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, suite: str, question: str) -> None:
+        """Add a question to the evaluation set `suite`."""
+        number = self._counts[suite]
+        self._counts[suite] += 1
+        words = words_of(question)
+        if len(words) < self.min_words:
+            self.ignored[suite] += 1
+            return
+        size = min(self.n, len(words))
+        self.lengths[suite, number] = len(words)
+        self._sizes.add(size)
+        for start in range(len(words) - size + 1):
+            self._phrases[_hash(words, start, size)].append((suite, number, start))
+
+    def questions(self) -> dict[str, int]:
+        """Return how many questions each set has."""
+        return dict(self._counts)
+
+    def find(self, text: str) -> list[Hit]:
+        """Return the questions that share phrases with `text`, the most covered first."""
+        words = words_of(text)
+        found: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)
+        for size in self._sizes:
+            for start in range(len(words) - size + 1):
+                for suite, number, place in self._phrases.get(_hash(words, start, size), ()):
+                    if min(self.n, self.lengths[suite, number]) == size:
+                        found[suite, number][place] = start
+        hits = [self._hit(words, suite, number, places) for (suite, number), places in found.items()]
+        return sorted(hits, key=lambda h: (-h.share, -h.phrases, h.suite, h.question))
+
+    def _hit(self, words: list[str], suite: str, number: int, places: dict[int, int]) -> Hit:
+        length = self.lengths[suite, number]
+        size = min(self.n, length)
+        covered = bytearray(length)
+        longest, run_start, previous = (0, 0), 0, -2
+        for place in sorted(places):
+            covered[place : place + size] = b"\1" * size
+            if place != previous + 1:
+                run_start = place
+            previous = place
+            longest = max(longest, (place + size - run_start, places[run_start]))
+        span = " ".join(words[longest[1] : longest[1] + longest[0]])
+        return Hit(suite=suite, question=number, phrases=len(places), share=sum(covered) / length, span=span[:300])
+
+
+def _hash(words: list[str], start: int, size: int) -> int:
+    return xxhash.xxh3_64_intdigest("\x1f".join(words[start : start + size]).encode("utf-8", "surrogatepass"))
+
+
+def build_index(config: FilteringConfig, queries: list[dict[str, Any]]) -> DecontaminationIndex:
+    """Index the run's evaluation questions and those of the configured files.
+
+    Args:
+        config: the filters' settings.
+        queries: rows of the run's evaluation queries, with `task` and `problem`.
+
+    Raises:
+        Jz3Error: a configured file is missing or lacks a field.
+    """
+    index = DecontaminationIndex(config.ngram, config.min_question_words)
+    for query in queries:
+        index.add(query["task"], query["problem"])
+    for file in config.evaluation_files:
+        for question in evaluation_questions(file):
+            index.add(file.name or Path(file.path).stem, question)
+    return index
+
+
+def evaluation_questions(file: EvaluationFile) -> Iterator[str]:
+    """Read the questions of a configured evaluation set.
+
+    Raises:
+        Jz3Error: a line can't be read; a set that is kept out only in part would be worse than none.
+    """
+    try:
+        with open(Path(file.path).expanduser(), encoding="utf-8") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield _question(json.loads(line), file, number)
+    except OSError as error:
+        raise Jz3Error(f"evaluation file {file.path!r} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Jz3Error(f"evaluation file {file.path!r} is not valid JSON lines in UTF-8: {error}") from error
+
+
+def _question(row: Any, file: EvaluationFile, number: int) -> str:
+    for name in file.fields:
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            known = ", ".join(row) if isinstance(row, dict) else "none"
+            raise Jz3Error(
+                f"{file.path}:{number} has no text field {name!r} (its fields: {known}); "
+                "set `fields` of this entry of filtering.evaluation_files"
+            )
+    return " ".join(row[name] for name in file.fields)

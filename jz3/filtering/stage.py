@@ -1,0 +1,203 @@
+"""The stage `filtering`: every filter in order, each refusal counted, every finding kept.
+
+Order: fields, language, length, boxed answer, solvability, repetition (`text`); arithmetic;
+contamination; execution of tool solutions; cross-check of the others; duplicates last, so that a
+duplicate gives way only to a row that is kept.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from jz3.corpus.config import MinHashConfig
+from jz3.corpus.dedup import Deduplicator
+from jz3.errors import Jz3Error
+from jz3.files import write_json, write_jsonl
+from jz3.filtering.arithmetic import wrong_equations
+from jz3.filtering.config import FilteringConfig
+from jz3.filtering.crosscheck import cross_check
+from jz3.filtering.decontaminate import DecontaminationIndex, build_index
+from jz3.filtering.execute import Executor
+from jz3.filtering.text import TEXT_FILTERS, fields_present, prose
+from jz3.grading.answer import Grader
+from jz3.records import Problem, Reject, Verdict
+from jz3.stage import StageContext
+
+READ_SHARD = 2048
+MAX_EXAMPLES = 50
+
+
+@dataclass(slots=True)
+class Judged:
+    """A row with what the filters found so far."""
+
+    row: Problem
+    reason: str = ""
+    detail: str = ""
+    checks: dict[str, str] = field(default_factory=dict)
+    hits: list[dict[str, Any]] = field(default_factory=list)
+
+    def refuse(self, reason: str, detail: str = "") -> None:
+        """Note the reason unless an earlier filter has refused the row."""
+        if reason and not self.reason:
+            self.reason, self.detail = reason, detail
+
+
+def filter_problems(context: StageContext) -> dict[str, Any]:
+    """Run the stage.
+
+    Reads synthesis/problems.jsonl, distillation/initial.jsonl and boost.jsonl, targets/eval.jsonl;
+    writes kept.jsonl, verdicts.jsonl, rejects.jsonl and decontamination.json.
+    """
+    config = context.recipe.filtering
+    judged = [Judged(row) for row in _input(context, config)]
+    index = build_index(config, context.rows("targets", "eval.jsonl"))
+    found = context.shards("read", [j.row for j in judged], READ_SHARD, lambda rows: read_rows(rows, config, index), "problems")
+    for item, result in zip(judged, found, strict=True):
+        item.checks.update(result["checks"])
+        item.hits = result["hits"]
+        item.refuse(result["reason"], result["detail"])
+    with Grader(level=config.sandbox.level, workers=config.sandbox.workers) as grader:
+        with Executor(config, grader) as executor:
+            tools = [j for j in judged if not j.reason and j.row.kind == "tool"]
+            done = context.shards("executed", [j.row for j in tools], config.shard_size, executor.run, "tool solutions")
+        for item, result in zip(tools, done, strict=True):
+            item.checks.update(result["checks"])
+            item.refuse(result["reason"], result["detail"])
+        left = [j for j in judged if not j.reason]
+        for item, (reason, checks) in zip(left, cross_check([j.row for j in left], config, grader), strict=True):
+            item.checks.update(checks)
+            item.refuse(reason, ", ".join(checks.values()))
+    _refuse_duplicates(judged, config)
+    return _write(context, judged, index, config)
+
+
+def _input(context: StageContext, config: FilteringConfig) -> list[Problem]:
+    """Return the teacher's rows, then the synthesiser's."""
+    files = [("distillation", "initial.jsonl"), ("distillation", "boost.jsonl")] if config.include_distillation else []
+    rows: dict[str, Problem] = {}
+    for stage, name in [*files, ("synthesis", "problems.jsonl")]:
+        for number, value in enumerate(context.rows(stage, name), 1):
+            try:
+                row = Problem.from_json(value)
+            except ValueError as error:
+                raise Jz3Error(f"{context.path(stage, name)}:{number}: {error}; run the stage {stage!r} again") from error
+            if rows.setdefault(row.id, row) != row:
+                raise Jz3Error(f"two different problems have the id {row.id!r}; run the stage {stage!r} again")
+    return list(rows.values())
+
+
+def read_rows(rows: list[Problem], config: FilteringConfig, index: DecontaminationIndex) -> list[dict[str, Any]]:
+    """Apply every filter that only reads; one finding for each row.
+
+    Returns:
+        Dictionaries with `reason` (of the first filter that refuses), `detail`, `checks` and `hits`.
+    """
+    return [_read(row, config, index) for row in rows]
+
+
+def _read(row: Problem, config: FilteringConfig, index: DecontaminationIndex) -> dict[str, Any]:
+    broken = fields_present(row, config)
+    if broken:
+        return {"reason": broken, "detail": "", "checks": {"text": broken}, "hits": []}
+    refused = [reason for check in TEXT_FILTERS if (reason := check(row, config))]
+    checks = {"text": ",".join(refused) or "ok"}
+    reason, detail = (refused[0], "") if refused else ("", "")
+    count, wrong = wrong_equations(prose(row.solution))
+    checks["equations"] = f"{count - len(wrong)}/{count}"
+    if wrong and not reason:
+        reason, detail = "wrong_arithmetic", wrong[0][:300]
+    hits = [h for text in (row.problem, prose(row.solution)) for h in index.find(text)]
+    hits.sort(key=lambda h: -h.share)
+    checks["overlap"] = f"{hits[0].share:.2f}" if hits else "0"
+    if hits and hits[0].share >= config.min_question_share and not reason:
+        reason, detail = "contaminated", f"{hits[0].suite} #{hits[0].question}: {hits[0].span}"
+    best = {h.suite: h for h in reversed(hits)}
+    kept = [{"suite": h.suite, "question": h.question, "phrases": h.phrases, "share": round(h.share, 4), "span": h.span}
+            for _, h in sorted(best.items())]  # fmt: skip
+    return {"reason": reason, "detail": detail, "checks": checks, "hits": kept}
+
+
+def _refuse_duplicates(judged: list[Judged], config: FilteringConfig) -> None:
+    """Refuse rows that repeat the problem of an earlier kept row of the same kind."""
+    near = config.near_duplicate
+    settings = MinHashConfig(enabled=near > 0, threshold=near or 1.0)
+    kept = {kind: Deduplicator(settings) for kind in ("cot", "tool")}
+    for item in judged:
+        if not item.reason and (found := kept[item.row.kind].admit(item.row.problem, item.row.id)):
+            item.checks["duplicate_of"] = found[1]
+            item.refuse(found[0], f"of {found[1]}")
+
+
+def _write(
+    context: StageContext, judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig
+) -> dict[str, Any]:
+    out = context.out
+    write_jsonl(out / "kept.jsonl", (j.row.to_json() for j in judged if not j.reason))
+    verdicts = (Verdict(id=j.row.id, keep=not j.reason, reason=j.reason, checks=j.checks) for j in judged)
+    write_jsonl(out / "verdicts.jsonl", (v.to_json() for v in verdicts))
+    write_jsonl(out / "rejects.jsonl", (_reject(j).to_json() for j in judged if j.reason))
+    report = _contamination(judged, index, config)
+    write_json(out / "decontamination.json", report)
+    executed = [j for j in judged if "execution" in j.checks]
+    return {
+        "in": len(judged),
+        "kept": sum(not j.reason for j in judged),
+        "kept_by_kind": _count(j.row.kind for j in judged if not j.reason),
+        "rejected": _count(j.reason for j in judged if j.reason),
+        "by_origin": _by_origin(judged),
+        "sandbox": {
+            "level": _count(j.checks["sandbox_level"] for j in executed),
+            "executed": len(executed),
+            "output_match": sum(j.checks["output_match"] == "yes" for j in executed),
+            "constant_only": sum(j.checks["computes"] == "no" for j in executed),
+        },
+        "contaminated_by_set": {name: suite["rows"] for name, suite in report["sets"].items()},
+    }
+
+
+def _reject(item: Judged) -> Reject:
+    row = item.row
+    return Reject(
+        id=row.id,
+        stage="filtering",
+        reason=item.reason,
+        detail=item.detail,
+        where=row.prompt_id,
+        text=f"{row.problem}\n\n{row.solution}"[:4000],
+    )
+
+
+def _count(values: Any) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def _by_origin(judged: list[Judged]) -> dict[str, Any]:
+    groups: dict[str, list[Judged]] = defaultdict(list)
+    for item in judged:
+        groups[item.row.origin].append(item)
+    return {
+        origin: {
+            "in": len(items),
+            "kept": sum(not j.reason for j in items),
+            "rejected": _count(j.reason for j in items if j.reason),
+        }
+        for origin, items in sorted(groups.items())
+    }
+
+
+def _contamination(judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig) -> dict[str, Any]:
+    """Report for each evaluation set which of its questions were met, refused or only brushed."""
+    sets: dict[str, Any] = {}
+    for name, questions in sorted(index.questions().items()):
+        hits = [(j.row.id, h) for j in judged for h in j.hits if h["suite"] == name]
+        over = [(row, h) for row, h in hits if h["share"] >= config.min_question_share]
+        sets[name] = {
+            "questions": questions,
+            "questions_too_short": index.ignored.get(name, 0),
+            "rows": len(over),
+            "questions_met": len({h["question"] for _, h in over}),
+            "rows_below_share": len(hits) - len(over),
+            "examples": [{"id": row, **{k: v for k, v in h.items() if k != "suite"}} for row, h in over[:MAX_EXAMPLES]],
+        }
+    return {"ngram": config.ngram, "min_question_share": config.min_question_share, "rows": len(judged), "sets": sets}

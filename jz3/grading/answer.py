@@ -1,0 +1,287 @@
+r"""Answers: finding them in a solution, comparing stated with real output, and mathematical equality."""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from jz3.errors import Jz3Error
+from jz3.grading.sandbox import Sandbox, SandboxConfig
+
+MAX_CHARS = 10_000
+"""A longer answer equals only itself."""
+RELATIVE_TOLERANCE = 1e-6
+
+log = logging.getLogger(__name__)
+
+_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(python3?|py|output)[ \t]*\r?\n(.*?)(?:^[ \t]*```|```[ \t]*\r?$)", re.DOTALL | re.MULTILINE
+)
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
+_SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
+_PRINTED = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?")
+_PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A final answer and where it was found."""
+
+    text: str
+    source: str
+    """`boxed`, `hashes` (#### n), `sentence` (the answer is ...), `last_number`, or `none`."""
+
+
+def extract_boxed(text: str) -> str:
+    r"""Return the content of the last \boxed{...} whose braces balance, or "" if there is none."""
+    open_braces: list[int] = []
+    content = ""
+    for token in _BOX_TOKENS.finditer(text):
+        if token[0] == "{":
+            open_braces.append(-1)
+        elif token[0] == "}":
+            start = open_braces.pop() if open_braces else -1
+            if start >= 0:
+                content = text[start : token.start()]
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            open_braces.append(token.end())
+    inner = extract_boxed(content) if "\\boxed" in content else ""
+    return (inner or content).strip()
+
+
+def find_answer(text: str) -> Answer:
+    r"""Find the final answer of a solution.
+
+    Tried in order: the last \boxed{}; the last line `#### n`; the last `the answer is ...`; the last
+    number of all, which is a guess and therefore named in `source`.
+    """
+    boxed = extract_boxed(text)
+    if boxed:
+        return Answer(text=boxed, source="boxed")
+    for pattern, source in ((_HASHES, "hashes"), (_SENTENCE, "sentence")):
+        found = [_tidy(m[1]) for m in pattern.finditer(text)]
+        if found and found[-1]:
+            return Answer(text=found[-1], source=source)
+    numbers = _NUMBER.findall(text)
+    if numbers:
+        return Answer(text=numbers[-1].replace("\u2212", "-"), source="last_number")
+    return Answer(text="", source="none")
+
+
+def extract_answer(text: str) -> str:
+    """Return the final answer of a solution, "" if there is none; see `find_answer`."""
+    return find_answer(text).text
+
+
+def _tidy(text: str) -> str:
+    """Cut an answer out of the rest of its sentence."""
+    text = text.strip().strip("*").strip()
+    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(start) and (stop := text.find(end, len(start))) > 0:
+            return text[len(start) : stop].strip()
+    text = re.split(r"[.;!?](?:\s|$)", text, maxsplit=1)[0]
+    return text.strip().strip("*").rstrip(".,").strip()
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the fenced blocks of a solution in order, as (`python` or `output`, content)."""
+    return [("output" if m[1] == "output" else "python", m[2]) for m in _FENCE.finditer(text)]
+
+
+def code_blocks(text: str) -> list[str]:
+    """Return the contents of the ```python blocks, in order."""
+    return [content for kind, content in fenced_blocks(text) if kind == "python"]
+
+
+def output_blocks(text: str) -> list[str]:
+    """Return the contents of the ```output blocks, in order."""
+    return [content for kind, content in fenced_blocks(text) if kind == "output"]
+
+
+def outputs_match(stated: str, real: str) -> bool:
+    """Tell whether a stated output is what the program really printed.
+
+    Equal after white space is evened out; or equal but for numbers that agree: integers exactly,
+    others to a relative 1e-6 or as the real one rounded to the stated one's decimals.
+    """
+    left, right = stated.split(), real.split()
+    if left == right:
+        return True
+    stated, real = " ".join(left), " ".join(right)
+    if _PRINTED.sub("#", stated) != _PRINTED.sub("#", real):
+        return False
+    pairs = zip(_PRINTED.findall(stated), _PRINTED.findall(real), strict=True)
+    return all(_printed_equal(s, r) for s, r in pairs)
+
+
+def _printed_equal(stated: str, real: str) -> bool:
+    if stated == real:
+        return True
+    if not set(".eE") & set(stated + real):
+        return stated.lstrip("+") == real.lstrip("+")
+    a, b = float(stated), float(real)
+    if a == b or abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b)):
+        return True
+    places = len(stated.partition(".")[2])
+    if not places or "e" in stated.lower() or "e" in real.lower():
+        return False
+    return abs(a - b) <= 0.5 * 10**-places * (1 + 1e-9)
+
+
+def answer_like_printed(answer: str, output: str) -> bool:
+    """Tell whether a program's output holds the number `answer`, or one that rounds to it."""
+    answer = tidy_answer(answer).replace("{,}", "")
+    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).rstrip("%").strip()
+    output = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", output)
+    if _PRINTED.fullmatch(answer):
+        return any(_same_number(answer, number) for number in _PRINTED.findall(output))
+    value = plain_number(answer)
+    if value is None:
+        return False
+    return any(plain_number(number) == value for number in _NUMBER.findall(output))
+
+
+def _same_number(answer: str, printed: str) -> bool:
+    exact = plain_number(answer), plain_number(printed)
+    return (None not in exact and exact[0] == exact[1]) or _printed_equal(answer, printed)
+
+
+def plain_number(text: str) -> Fraction | None:
+    """Return the value of a plain number or fraction (`1,234.5`, `-3/4`, `1e3`), else None."""
+    text = text.replace("\u2212", "-").strip()
+    if len(text) > 100 or not _PLAIN.fullmatch(text) or not any(c.isdigit() for c in text):
+        return None
+    number, _, divisor = text.replace("{,}", "").replace(",", "").partition("/")
+    try:
+        return Fraction(number) / Fraction(divisor or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+WARM_UP = r"""
+import logging
+logging.disable(logging.CRITICAL)
+import json, re, sys
+from math_verify import parse, verify
+
+def read(text):
+    if "\\" not in text:
+        text = re.sub(r"\boo\b", r"\\infty ", re.sub(r"\bpi\b", r"\\pi ", text.replace("**", "^")))
+    return parse("$" + text + "$", parsing_timeout=None)
+
+def equal(gold, prediction):
+    return bool(verify(read(gold), read(prediction), timeout_seconds=None))
+
+for gold, prediction in (("\\frac{1}{2}x+\\sqrt{2}", "0.5x+2^{0.5}"), ("(1,2)", "[1,2)"), ("x=1.5", "3/2"),
+                         ("\\{1,2\\}", "\\{1\\}"), ("5\\text{ cm}", "50\\%"), ("\\pi r^2", "1,000")):
+    equal(gold, prediction)
+sys.modules["jz3_equal"] = type(sys)("jz3_equal")
+sys.modules["jz3_equal"].equal = equal
+"""
+SNIPPET = "import json, sys, jz3_equal\nprint(int(jz3_equal.equal(*json.load(sys.stdin))))"
+
+
+class Grader:
+    r"""Mathematical equality of final answers by Math-Verify; use it as a context manager.
+
+    Each comparison that isn't plain runs in a process of its own inside the sandbox, so that no
+    answer (9^{9^{9^9}}, a megabyte of braces) can hang, exhaust or attack the caller. A comparison
+    that doesn't end in time counts as unequal. The gold answer's side matters (`x=5` is answered by
+    `5`); a unit is ignored; 50% equals both 0.5 and 50 as in Math-Verify, but a bare number never
+    equals another one a hundred times as large.
+
+    Args:
+        seconds: processor time for one comparison.
+        workers: how many run at once; 0: one for each core.
+        level: the sandbox's level.
+    """
+
+    timeouts: int
+    """Comparisons that were stopped, by time or memory; they count as unequal."""
+    failures: int
+    """Comparisons in which Math-Verify broke down; they count as unequal."""
+
+    def __init__(self, seconds: int = 3, workers: int = 0, level: str = "auto") -> None:
+        config = SandboxConfig(
+            level=level,
+            cpu_seconds=seconds,
+            wall_seconds=4.0 * seconds,
+            workers=workers,
+            packages=("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath", "gmpy2"),
+            preload=("math_verify",),
+        )
+        self.timeouts = 0
+        self.failures = 0
+        self._sandbox = Sandbox(config, WARM_UP)
+        self._open = False
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._open:
+            self._sandbox.close()
+            self._open = False
+
+    def equal(self, gold: str, prediction: str) -> bool:
+        """Tell whether `prediction` is the answer `gold`."""
+        return self.equal_many([(gold, prediction)])[0]
+
+    def equal_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Compare pairs (gold, prediction) on all workers at once; one bool each, in order."""
+        tidy = [(tidy_answer(gold), tidy_answer(prediction)) for gold, prediction in pairs]
+        asked = [p for p in dict.fromkeys(tidy) if p not in self._known and compare_plainly(*p) is None]
+        if asked:
+            self._known.update(zip(asked, self._ask(asked), strict=True))
+        return [self._known[p] if (plain := compare_plainly(*p)) is None else plain for p in tidy]
+
+    def _ask(self, pairs: list[tuple[str, str]]) -> list[bool]:
+        if not self._open:
+            try:
+                self._sandbox.__enter__()
+            except Jz3Error as error:
+                raise Jz3Error(f"the grader can't start (is math-verify installed? pip install math-verify): {error}") from error
+            self._open = True
+        done = self._sandbox.run_many([SNIPPET] * len(pairs), [json.dumps(p) for p in pairs])
+        self.timeouts += sum(d.reason in ("timeout", "memory", "killed") for d in done)
+        broken = [d for d in done if d.reason in ("error", "output_limit")]
+        if broken and not self.failures:
+            log.warning("Math-Verify failed on an answer, which counts as unequal: %s", broken[0].stderr[-200:].strip())
+        self.failures += len(broken)
+        return [d.ok and d.stdout.strip() == "1" for d in done]
+
+
+def tidy_answer(text: str) -> str:
+    """Take the delimiters, the closing full stop and stray white space off an answer."""
+    text = " ".join(text.replace("\0", " ").split())
+    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
+            text = text[len(start) : -len(end)]
+    if text.endswith(".") and not text.endswith("\\."):
+        text = text[:-1]
+    return text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip() if len(text) <= MAX_CHARS else text
+
+
+def compare_plainly(gold: str, prediction: str) -> bool | None:
+    """Decide the easy cases without Math-Verify; None where it is needed."""
+    if not gold or not prediction:
+        return False
+    if gold == prediction:
+        return True
+    if len(gold) > MAX_CHARS or len(prediction) > MAX_CHARS:
+        return False
+    a, b = plain_number(gold), plain_number(prediction)
+    if a is None or b is None:
+        return None
+    if a == b:
+        return True
+    return False if a.denominator == b.denominator == 1 else None

@@ -1,0 +1,86 @@
+"""The closing table on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from jz3.files import read_json
+
+
+def print_results(run_dir: Path) -> None:
+    """Print what a finished run found, from its results.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = read_json(run_dir / "results.json")
+    console = Console()
+    table = Table(title=f"jz3 {results['recipe']}: {results['model']}", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, text in _lines(results):
+        table.add_row(name, text)
+    console.print(table)
+    for label in results["labels"]:
+        console.print(f"[yellow]Note:[/yellow] {label}", soft_wrap=True)
+    console.print(f"Read {run_dir / 'report.html'}; every number: {run_dir / 'results.json'}", soft_wrap=True)
+
+
+def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
+    selection, evaluation = r["selection"], r["evaluation"]
+    lines = [
+        ("corpus", f"{r['corpus']['texts']} texts, {r['corpus']['tokens']} tokens"),
+        ("features", f"{r['features']['kind']}, {r['features']['bytes_per_document']} bytes a text"),
+    ]
+    fidelity = selection["fidelity"]
+    if fidelity["queries"]:
+        lines.append(
+            (
+                "fidelity",
+                f"Spearman {fidelity['spearman']:.3f} per query, {fidelity['task_spearman']:.3f} per task, "
+                f"against exact gradients of {fidelity['documents']} texts and {fidelity['queries']} unseen queries",
+            )
+        )
+    mix = ", ".join(f"{s} {n}" for s, n in sorted(selection["mix"]["influence"].items(), key=lambda x: -x[1]))
+    lines.append(("selected", f"{selection['chosen']}: {mix}"))
+    control = selection["negative_control"]
+    if control:
+        overlap = ", ".join(f"{task} {x:.0%}" for task, x in control["overlap"].items())
+        low, high = control["chance_interval"]
+        lines.append(("control", f"overlap with an unrelated target's choice: {overlap} (chance {low:.0%} to {high:.0%})"))
+    comparison = selection["comparison"]
+    if comparison.get("trained"):
+        parts = [f"{name} {x['change']['mean']:+.4f}" for name, x in comparison["trained"].items()]
+        lines.append(("worth", f"change of the target's NLL after {comparison['tokens']} tokens: {', '.join(parts)}"))
+    for stage, key in (("teacher", "distillation"), ("synthesis", "synthesis")):
+        lines.append((stage, f"asked {r[key]['asked']}, parsed {r[key]['parsed']}{_reasons(r[key]['rejected'])}"))
+    lines.append(
+        ("filters", f"{r['filtering']['in']} in, {r['filtering']['kept']} kept{_reasons(r['filtering']['rejected'])}")
+    )
+    training = r["training"]
+    lines.append(("training", f"{training['steps']} steps, loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}"))
+    base, trained, gain = evaluation["base"], evaluation["trained"], evaluation["nll_difference"]
+    lines.append(
+        (
+            "NLL",
+            f"base {base['nll']['mean']:.3f}, trained {trained['nll']['mean']:.3f} "
+            f"(lower by {gain['mean']:.3f}, 95% interval {gain['low']:.3f} to {gain['high']:.3f})",
+        )
+    )
+    for setting, name in (("nl", "natural language"), ("tool", "with Python")):
+        b, t = base[setting], trained[setting]
+        lines.append(
+            (
+                name,
+                f"base {b['accuracy']:.0%} ({b['low']:.0%}-{b['high']:.0%}), "
+                f"trained {t['accuracy']:.0%} ({t['low']:.0%}-{t['high']:.0%}) of {t['n']}",
+            )
+        )
+    seconds, peak = sum(r["seconds"].values()), max(r["peak_memory"].values())
+    lines.append(("cost", f"{seconds / 60:.1f} minutes, {peak / 2**30:.1f} GiB at the peak"))
+    return lines
+
+
+def _reasons(rejected: dict[str, int]) -> str:
+    if not rejected:
+        return ""
+    most = sorted(rejected.items(), key=lambda x: -x[1])
+    return ", rejected: " + ", ".join(f"{n} {reason}" for reason, n in most[:5]) + (" ..." if len(most) > 5 else "")

@@ -1,0 +1,438 @@
+"""Targets: the problems the model is to get better at, and what goes with them.
+
+Every task gives queries that the fit and the selection see (`fit`), queries kept back to measure
+fidelity (`unseen`) and problems for evaluation only (`eval`). A control with nothing mathematical in
+it shows what chance looks like, and the instruction data make the second stage of the training.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jz3.errors import Jz3Error
+from jz3.files import hash_text, write_jsonl
+from jz3.records import Query, Reject
+from jz3.seeding import seed_for
+from jz3.templates import prompt_for
+
+if TYPE_CHECKING:
+    from jz3.stage import StageContext
+    from jz3.worked import WorkedProblem
+
+EVAL_SHARE = 4
+"""One in four problems of a file (by hash) is for evaluation, if there is no file of its own for it."""
+_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+_GSM8K_ANSWER = re.compile(r"\s*####[ \t]*(?P<answer>[^\n]+?)\s*\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    """A target task."""
+
+    name: str
+    """Scores are kept under this name."""
+    kind: str = "jsonl"
+    """`jsonl` (a file of problems with solutions) or `worked` (families of `jz3.worked`)."""
+    families: tuple[str, ...] = ()
+    """worked: the families, in equal shares."""
+    path: str = ""
+    """jsonl: a file or glob with one problem a line."""
+    eval_path: str = ""
+    """jsonl: the file of the evaluation problems; if empty, a quarter of `path` (by hash) is theirs."""
+    problem_field: str = "question"
+    """jsonl: the field with the problem."""
+    solution_field: str = "answer"
+    """jsonl: the field with the solution, in GSM8K's form (ends with `#### 18`) or with \\boxed{}."""
+    answer_field: str = ""
+    """jsonl: the field with the bare answer, if the solution doesn't state it in either form."""
+    fit: int = 100
+    """Queries that the fit and the selection see."""
+    unseen: int = 20
+    """Queries kept back to measure the fidelity of the features."""
+    eval: int = 200
+    """Problems for evaluation."""
+    tool_share: float = 0.0
+    """worked: share of the fit and unseen queries whose solution is a program."""
+
+    def __post_init__(self) -> None:
+        _check_source(self, f"target {self.name!r}")
+        for count in ("fit", "unseen", "eval"):
+            if getattr(self, count) < 0:
+                raise ValueError(f"target {self.name!r}: {count} must be 0 or more, got {getattr(self, count)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstructionConfig:
+    """A source of instruction data for the second stage of the training."""
+
+    name: str
+    """Kept as the rows' task."""
+    kind: str = "jsonl"
+    """`jsonl` or `worked`."""
+    families: tuple[str, ...] = ()
+    """worked: the families, in equal shares."""
+    path: str = ""
+    """jsonl: a file or glob; a solution with a ```python block becomes a tool row."""
+    problem_field: str = "question"
+    """jsonl: the field with the problem."""
+    solution_field: str = "answer"
+    """jsonl: the field with the solution."""
+    answer_field: str = ""
+    """jsonl: the field with the bare answer, if the solution doesn't state it."""
+    count: int = 1000
+    """How many rows."""
+    tool_share: float = 0.5
+    """worked: share of the rows whose solution is a program."""
+
+    def __post_init__(self) -> None:
+        _check_source(self, f"instruction {self.name!r}")
+        if self.count < 1:
+            raise ValueError(f"instruction {self.name!r}: count must be positive, got {self.count}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlConfig:
+    """The negative control: texts that have nothing to do with the tasks."""
+
+    kind: str = "docstrings"
+    """`docstrings` (of a package) or `jsonl`."""
+    package: str = "stdlib"
+    """docstrings: an installed package, a part of one, or `stdlib` without its mathematical modules."""
+    path: str = ""
+    """jsonl: a file or glob."""
+    text_field: str = "text"
+    """jsonl: the field with the text."""
+    count: int = 100
+    """How many queries; 0 for no control."""
+    max_chars: int = 800
+    """Longer texts are cut at the end; the first third is the prompt, the rest the completion."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("docstrings", "jsonl"):
+            raise ValueError(f"control: kind must be docstrings or jsonl, got {self.kind!r}")
+        if self.kind == "jsonl" and not self.path:
+            raise ValueError("control: kind 'jsonl' needs a path")
+        if self.count < 0 or self.max_chars < 60:
+            raise ValueError(f"control: count must be 0 or more and max_chars 60 or more, got {self!r}")
+
+
+DEFAULT_TASKS = (
+    TaskConfig(name="word_problems", kind="worked", families=("gsm_symbolic",)),
+    TaskConfig(name="number_algebra", kind="worked", families=("gcd", "lcm", "simple_equations")),
+)
+DEFAULT_INSTRUCTION = (
+    InstructionConfig(
+        name="worked", kind="worked", families=("gsm_symbolic", "gcd", "lcm", "simple_equations", "products")
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetsConfig:
+    """The tasks, the negative control and the instruction data."""
+
+    tasks: tuple[TaskConfig, ...] = DEFAULT_TASKS
+    """What the model is to get better at; selection weighs them by its own settings."""
+    control: ControlConfig = ControlConfig()
+    """Unrelated texts; their best documents should overlap with the tasks' at chance only."""
+    instruction: tuple[InstructionConfig, ...] = DEFAULT_INSTRUCTION
+    """Data of the training's second stage."""
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError("targets: no tasks; add a [[targets.tasks]] table")
+        for name in names:
+            if names.count(name) > 1 or name == "control":
+                raise ValueError(f"targets: the task name {name!r} is taken; names must differ and not be 'control'")
+
+
+def run(ctx: "StageContext") -> dict[str, Any]:
+    """Write queries.jsonl, eval.jsonl, instruction.jsonl and rejects.jsonl.
+
+    Returns:
+        Rows per task and role, rows per form of the instruction data, rejects by reason.
+
+    Raises:
+        Jz3Error: a file is missing or gives fewer usable problems than asked for.
+    """
+    config = ctx.recipe.targets
+    rejects: list[Reject] = []
+    queries: list[Query] = []
+    evaluation: list[Query] = []
+    counts: dict[str, dict[str, int]] = {}
+    for task in config.tasks:
+        rows = _worked_task(task, ctx.seed) if task.kind == "worked" else _file_task(task, ctx.seed, rejects)
+        counts[task.name] = dict(Counter(row.role for row in rows))
+        queries += [row for row in rows if row.role != "eval"]
+        evaluation += [row for row in rows if row.role == "eval"]
+    control = _control(config.control, ctx.seed, rejects)
+    taken = {row.problem for row in (*queries, *evaluation)}
+    instruction: list[Query] = []
+    for source in config.instruction:
+        drawn = _instruction(source, ctx.seed, taken, rejects)
+        taken |= {row.problem for row in drawn}
+        instruction += drawn
+    write_jsonl(ctx.out / "queries.jsonl", (row.to_json() for row in (*queries, *control)))
+    write_jsonl(ctx.out / "eval.jsonl", (row.to_json() for row in evaluation))
+    write_jsonl(ctx.out / "instruction.jsonl", (row.to_json() for row in instruction))
+    write_jsonl(ctx.out / "rejects.jsonl", (row.to_json() for row in rejects))
+    return {
+        "tasks": counts,
+        "control": len(control),
+        "instruction": dict(Counter("tool" if "```python" in row.completion else "cot" for row in instruction)),
+        "rejected": dict(sorted(Counter(row.reason for row in rejects).items())),
+    }
+
+
+def clean_solution(solution: str, answer: str = "") -> tuple[str, str]:
+    """Bring a solution into the project's form.
+
+    Calculator annotations (`<<48/2=24>>`) go, since a model would be drawn to texts that look like
+    them instead of to the mathematics; GSM8K's last line `#### 18` becomes a sentence with \\boxed{18}.
+
+    Args:
+        solution: the solution as its data set has it.
+        answer: the bare answer, if known apart from the solution.
+
+    Returns:
+        The solution, and the answer (empty if it is stated nowhere).
+    """
+    from jz3.grading.answer import extract_boxed
+
+    text = _ANNOTATION.sub("", solution).strip()
+    match = _GSM8K_ANSWER.search(text)
+    if match:
+        text = text[: match.start()].rstrip()
+        answer = answer or match["answer"].replace(",", "")
+    if not text:
+        return "", answer
+    boxed = extract_boxed(text)
+    if not boxed and answer:
+        text = f"{text}\nThe answer is \\boxed{{{answer}}}."
+    return text, answer or boxed
+
+
+def _check_source(config: TaskConfig | InstructionConfig, where: str) -> None:
+    if not config.name:
+        raise ValueError(f"{where}: name must not be empty")
+    if config.kind not in ("jsonl", "worked"):
+        raise ValueError(f"{where}: kind must be jsonl or worked, got {config.kind!r}")
+    if config.kind == "jsonl" and not config.path:
+        raise ValueError(f"{where}: kind 'jsonl' needs a path")
+    if config.kind == "worked" and not config.families:
+        raise ValueError(f"{where}: kind 'worked' needs families")
+    if not 0 <= config.tool_share <= 1:
+        raise ValueError(f"{where}: tool_share must lie in 0..1, got {config.tool_share}")
+
+
+def _query(task: str, role: str, problem: str, completion: str, answer: str, kind: str) -> Query:
+    return Query(
+        id=hash_text("\x1f".join([task, role, problem])),
+        task=task,
+        problem=problem,
+        prompt=prompt_for(problem, kind),
+        completion=completion,
+        answer=answer,
+        role=role,
+    )
+
+
+def _tool_rows(count: int, families: int, share: float) -> list[bool]:
+    """Say which rows are programs, so that every family, coming round in turn, has its share of them."""
+    turns = [i // families + i % families for i in range(count)]
+    return [int((turn + 1) * share) > int(turn * share) for turn in turns]
+
+
+def _worked_query(task: str, role: str, problem: "WorkedProblem", tool: bool) -> Query:
+    kind, completion = ("tool", problem.tool) if tool else ("cot", problem.cot)
+    return _query(task, role, problem.question, completion, problem.answer, kind)
+
+
+def _draw(families: Sequence[str], seed: int, count: int, split: str, taken: set[str]) -> list["WorkedProblem"]:
+    """Draw problems from the families in turn, none of which is taken already."""
+    from jz3.worked import worked_problems
+
+    columns = []
+    for number, family in enumerate(families):
+        share = count // len(families) + (number < count % len(families))
+        # Taken problems may stand in the way, at most all of them.
+        drawn = worked_problems(family, seed, share, split)
+        while share and sum(p.question not in taken for p in drawn) < share:
+            drawn = worked_problems(family, seed, len(drawn) + share, split)
+        columns.append([p for p in drawn if p.question not in taken][:share])
+    rows = max(map(len, columns), default=0)
+    return [column[i] for i in range(rows) for column in columns if i < len(column)]
+
+
+def _worked_task(task: TaskConfig, seed: int) -> list[Query]:
+    key = seed_for(seed, "targets", task.name)
+    seen = _draw(task.families, key, task.fit + task.unseen, "train", set())
+    held = _draw(task.families, key, task.eval, "eval", set())
+    tool = _tool_rows(len(seen), len(task.families), task.tool_share)
+    rows = [_worked_query(task.name, "fit" if i < task.fit else "unseen", p, tool[i]) for i, p in enumerate(seen)]
+    return rows + [_worked_query(task.name, "eval", p, False) for p in held]
+
+
+def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects: list[Reject]) -> list[Query]:
+    key = seed_for(seed, "targets", "instruction", source.name)
+    if source.kind == "worked":
+        drawn = _draw(source.families, key, source.count, "train", taken)
+        tool = _tool_rows(len(drawn), len(source.families), source.tool_share)
+        return [_worked_query(source.name, "instruction", p, t) for p, t in zip(drawn, tool, strict=True)]
+    found = [row for row in _read(source, source.path, rejects) if row.problem not in taken]
+    found.sort(key=lambda row: seed_for(key, row.problem))
+    if len(found) < source.count:
+        raise Jz3Error(f"instruction {source.name!r}: {source.path} has {len(found)} usable rows, {source.count} asked")
+    return [
+        _query(
+            source.name,
+            "instruction",
+            row.problem,
+            row.completion,
+            row.answer,
+            "tool" if "```python" in row.completion else "cot",
+        )
+        for row in found[: source.count]
+    ]
+
+
+def _file_task(task: TaskConfig, seed: int, rejects: list[Reject]) -> list[Query]:
+    rows = list(_read(task, task.path, rejects))
+    if task.eval_path:
+        held = list(_read(task, task.eval_path, rejects))
+        problems = {row.problem for row in held}
+        seen = []
+        for row in rows:
+            if row.problem in problems:
+                rejects.append(_reject("in_evaluation", f"{task.path}: {row.id}", "also in eval_path", row.problem))
+            else:
+                seen.append(row)
+    else:
+        held = [row for row in rows if _is_eval(row.problem)]
+        seen = [row for row in rows if not _is_eval(row.problem)]
+    graded = []
+    for row in held:
+        if row.answer:
+            graded.append(row)
+        else:
+            detail = "an evaluation problem needs its answer: \\boxed{}, #### or answer_field"
+            rejects.append(_reject("no_answer", f"{task.eval_path or task.path}: {row.id}", detail, row.completion))
+    for name, found, asked in (("fit and unseen", seen, task.fit + task.unseen), ("eval", graded, task.eval)):
+        if len(found) < asked:
+            hint = "" if task.eval_path else f" (one in {EVAL_SHARE} problems of the file is for evaluation)"
+            raise Jz3Error(
+                f"target {task.name!r}: {asked} problems asked for {name}, but there are only "
+                f"{len(found)} usable ones{hint}; lower the count or add problems"
+            )
+        found.sort(key=lambda row: seed_for(seed, "targets", task.name, row.problem))
+    rows = [
+        dataclasses.replace(row, role="fit" if i < task.fit else "unseen")
+        for i, row in enumerate(seen[: task.fit + task.unseen])
+    ]
+    rows += [dataclasses.replace(row, role="eval") for row in graded[: task.eval]]
+    return [_query(row.task, row.role, row.problem, row.completion, row.answer, "cot") for row in rows]
+
+
+def _is_eval(problem: str) -> bool:
+    """Tell by the problem's hash alone, so that no run's seed makes an evaluation problem a target."""
+    return int(hash_text(problem), 16) % EVAL_SHARE == 0
+
+
+def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Reject]) -> Iterator[Query]:
+    """Read problems with solutions; what can't be used becomes a reject."""
+    from jz3.corpus.config import SourceConfig
+    from jz3.corpus.readers import find_files, read_jsonl_file
+
+    fields = tuple(f for f in (config.solution_field, config.answer_field) if f)
+    source = SourceConfig(
+        name="targets", kind="jsonl", paths=(path,), text_field=config.problem_field, keep_fields=fields
+    )
+    seen: set[str] = set()
+    for file in find_files(source):
+        for item in read_jsonl_file(file, source):
+            if isinstance(item, Reject):
+                rejects.append(dataclasses.replace(item, stage="targets"))
+                continue
+            problem = item.text.strip()
+            missing = [f for f in fields if f not in item.meta]
+            completion, answer = "", ""
+            if not missing:
+                stated = item.meta[config.answer_field].strip() if config.answer_field else ""
+                completion, answer = clean_solution(item.meta[config.solution_field], stated)
+            if missing:
+                rejects.append(_reject("missing_field", item.where, f"no field {missing[0]!r}", problem))
+            elif not completion:
+                rejects.append(_reject("empty_completion", item.where, "the solution is empty", problem))
+            elif problem in seen:
+                rejects.append(_reject("duplicate", item.where, "the same problem stands further up", problem))
+            else:
+                seen.add(problem)
+                yield _query(config.name, "fit", problem, completion, answer, "cot")
+
+
+def _control(config: ControlConfig, seed: int, rejects: list[Reject]) -> list[Query]:
+    """Build the control's queries: the first third of a text is the prompt, the rest the completion."""
+    found: list[Query] = []
+    if not config.count:
+        return found
+    for where, text in _control_texts(config, seed, rejects):
+        text = text[: config.max_chars].strip()
+        cut = _boundary(text)
+        prompt, completion = text[:cut], text[cut:]
+        if not prompt.strip() or not completion.strip():
+            rejects.append(_reject("empty_completion", where, "too short to be cut in two", text))
+            continue
+        identity = hash_text("control\x1f" + text)
+        found.append(
+            Query(id=identity, task="control", problem=prompt, prompt=prompt, completion=completion, role="control")
+        )
+        if len(found) == config.count:
+            return found
+    raise Jz3Error(f"control: {config.count} texts asked, only {len(found)} usable; lower control.count")
+
+
+def _control_texts(config: ControlConfig, seed: int, rejects: list[Reject]) -> Iterator[tuple[str, str]]:
+    """Yield where each control text comes from, and the text; repeats are passed over."""
+    from jz3.corpus.config import SourceConfig
+    from jz3.corpus.docstrings import Docstring, docstrings
+    from jz3.corpus.readers import find_files, read_jsonl_file
+
+    seen: set[str] = set()
+    if config.kind == "docstrings":
+        for item in docstrings(config.package, seed, "control"):
+            if isinstance(item, Docstring) and item.text not in seen:
+                seen.add(item.text)
+                yield item.where, item.text
+        return
+    source = SourceConfig(name="control", kind="jsonl", paths=(config.path,), text_field=config.text_field)
+    texts: list[tuple[int, str, str]] = []
+    for file in find_files(source):
+        for row in read_jsonl_file(file, source):
+            if isinstance(row, Reject):
+                rejects.append(dataclasses.replace(row, stage="targets"))
+            elif row.text not in seen:
+                seen.add(row.text)
+                texts.append((seed_for(seed, "targets", "control", row.text), row.where, row.text))
+    yield from ((where, text) for _, where, text in sorted(texts))
+
+
+def _boundary(text: str) -> int:
+    """Return where to cut: at the white space nearest to a third of the text."""
+    third = len(text) // 3
+    spaces = [m.end() for m in re.finditer(r"\s+", text)]
+    return min(spaces, key=lambda place: abs(place - third), default=0)
+
+
+def _reject(reason: str, where: str, detail: str, text: str) -> Reject:
+    return Reject(
+        id=hash_text(where + "\n" + text),
+        stage="targets",
+        reason=reason,
+        detail=detail,
+        where=where,
+        text=text[:4000],
+    )

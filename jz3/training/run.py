@@ -1,0 +1,435 @@
+"""One function that trains: resumable, in this process or under a launcher."""
+
+import contextlib
+import dataclasses
+import fcntl
+import gc
+import logging
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from jz3.errors import Jz3Error
+from jz3.files import atomic_path, canonical_json, hash_file, hash_text, read_json, read_jsonl, write_json, write_jsonl
+from jz3.models import load_model, load_tokenizer
+from jz3.seeding import seed_for
+from jz3.stage import progress_bar
+from jz3.training.config import TrainSettings
+from jz3.training.packing import Packs, Phase, pack, quietly
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+SUMMARY = "training.json"
+"""Inside the trained model's folder: what it was trained on, and its summary."""
+
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSummary:
+    """What a training did."""
+
+    steps: int
+    packs: int
+    tokens: int
+    """Read, over all epochs."""
+    targets: int
+    """Of these, predicted: the tokens that the loss is a mean over."""
+    loss_first: float
+    """Mean over the first tenth of the steps (at least one)."""
+    loss_last: float
+    """Mean over the last tenth of the steps (at least one)."""
+    phases: dict[str, dict[str, Any]]
+    """Per phase: rows, documents, split_rows, packs, tokens, targets, loss_first, loss_last."""
+    dropped: dict[str, dict[str, int]]
+    """Per phase: rows left out, by reason."""
+    trained_parameters: int
+    device: str
+    processes: int
+    attention: str
+    log: list[dict[str, Any]]
+    """One row per step: step, phase, loss, lr, grad_norm, tokens (read so far)."""
+
+
+def train(
+    model: Path,
+    phases: Sequence[Phase],
+    settings: TrainSettings,
+    out: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    progress: Progress = progress_bar,
+) -> TrainSummary:
+    """Train a causal language model on phases of rows and write it to a folder.
+
+    The loss of a step is the mean cross-entropy over the predicted tokens of its packs. Checkpoints
+    and packs lie in `<out>.work` until the model is whole. Killed at any moment and called again
+    with the same arguments, it goes on from the last whole checkpoint and ends with the same bytes
+    (with the same number of threads or GPUs); called once more, it returns the stored summary.
+
+    With `settings.launch` the training runs in the processes that the launcher starts, for example
+    `["torchrun", "--nproc_per_node=8"]`, or, with the weights sharded over the GPUs,
+    `["accelerate", "launch", "--num_processes=8", "--use_fsdp", "--fsdp_version=2",
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]`; a step takes batch_packs packs over all of them.
+
+    Args:
+        model: the folder of the model to start from.
+        phases: what to read, in order; each with at least one row in all.
+        settings: how.
+        out: the folder of the trained model, which must not exist unless it is this training's own:
+            weights as safetensors in `dtype` (adapters merged), tokenizer, and training.json.
+        seed: of the order of rows, the adapters' start and dropout.
+        dtype: `bfloat16` or `float32`, of the written weights, and of frozen ones in training.
+        progress: gives a progress bar over tokens, like StageContext.progress.
+
+    Returns:
+        The summary.
+
+    Raises:
+        Jz3Error: no usable row, another model in `out`, another process at work, a loss that is no
+            number, or a launcher that failed.
+        ValueError: batch_packs can't be divided over the processes.
+    """
+    if len({phase.name for phase in phases}) < len(phases):
+        raise ValueError("phases must have different names")
+    key = _job_key(model, phases, settings, seed, dtype)
+    work = out.with_name(out.name + ".work")
+    if (out / SUMMARY).is_file():
+        stored = read_json(out / SUMMARY)
+        if stored["key"] != key:
+            raise Jz3Error(f"{out} holds a model trained otherwise or on other rows; delete it to train anew")
+        shutil.rmtree(work, ignore_errors=True)
+        return TrainSummary(**stored["summary"])
+    if out.exists():
+        raise Jz3Error(f"{out} exists and is no finished training; choose another folder or delete it")
+    if settings.launch:
+        return _launch(model, phases, settings, out, seed, dtype)
+    return _train_here(model, phases, settings, out, work, key, seed, dtype, progress)
+
+
+def _job_key(model: Path, phases: Sequence[Phase], settings: TrainSettings, seed: int, dtype: str) -> str:
+    """Hash all that the trained weights depend on."""
+    weights = {p.name: hash_file(p) for p in sorted(model.iterdir()) if p.suffix in (".safetensors", ".json")}
+    table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainSettings)}
+    for name in ("launch", "save_every"):
+        del table[name]
+    rows = {}
+    for phase in phases:
+        digest = xxhash.xxh3_64()
+        for row in phase.rows:
+            digest.update(canonical_json(row).encode("utf-8", "surrogatepass"))
+        rows[phase.name] = digest.hexdigest()
+    order = [phase.name for phase in phases]
+    return hash_text(canonical_json([weights, table, rows, order, seed, dtype]))
+
+
+def _launch(
+    model: Path, phases: Sequence[Phase], settings: TrainSettings, out: Path, seed: int, dtype: str
+) -> TrainSummary:
+    folder = out.with_name(out.name + ".job")
+    for number, phase in enumerate(phases):
+        write_jsonl(folder / f"{number}.jsonl", ({"prompt": p, "completion": c} for p, c in phase.rows))
+    job = {
+        "model": str(model.absolute()),
+        "phases": [phase.name for phase in phases],
+        "settings": {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainSettings)},
+        "out": str(out.absolute()),
+        "seed": seed,
+        "dtype": dtype,
+    }
+    job["settings"] |= {"launch": []}
+    write_json(folder / "job.json", job)
+    command = [*settings.launch, "-m", "jz3.training", str(folder / "job.json")]
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except FileNotFoundError as error:
+        raise Jz3Error(f"the launcher {settings.launch[0]!r} is not installed or not on PATH") from error
+    if code or not (out / SUMMARY).is_file():
+        raise Jz3Error(f"{settings.launch[0]!r} ended with code {code} before the model was trained; see its messages")
+    shutil.rmtree(folder)
+    return TrainSummary(**read_json(out / SUMMARY)["summary"])
+
+
+def run_job(path: Path) -> None:
+    """Train what a job file describes; every process that a launcher starts calls this."""
+    job = read_json(path)
+    settings = job["settings"]
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    phases = [
+        Phase(
+            name=name,
+            rows=[(row["prompt"], row["completion"]) for row in read_jsonl(path.with_name(f"{number}.jsonl"))],
+        )
+        for number, name in enumerate(job["phases"])
+    ]
+    train(
+        Path(job["model"]),
+        phases,
+        TrainSettings(**settings),
+        Path(job["out"]),
+        seed=job["seed"],
+        dtype=job["dtype"],
+    )
+
+
+def _train_here(
+    model: Path,
+    phases: Sequence[Phase],
+    settings: TrainSettings,
+    out: Path,
+    work: Path,
+    key: str,
+    seed: int,
+    dtype: str,
+    progress: Progress,
+) -> TrainSummary:
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with _locked(work) if state.is_main_process else contextlib.nullcontext():
+        with state.main_process_first():
+            if state.is_main_process:
+                _prepare(model, phases, settings, work, key, seed)
+            packs = _load_packs(work)
+        summary = _fit(model, packs, settings, work, seed, dtype, state.num_processes, progress)
+        if state.is_main_process:
+            gc.collect()
+            with atomic_path(out) as part:
+                part.mkdir(parents=True)
+                export(model, work / "trained", part, dtype)
+                write_json(part / SUMMARY, {"key": key, "summary": dataclasses.asdict(summary)})
+            shutil.rmtree(work)
+        state.wait_for_everyone()
+    return summary
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work.with_name(work.name + ".lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Jz3Error(f"another process trains in {work}; wait for it or stop it") from error
+        yield
+        Path(handle.name).unlink()
+
+
+def _prepare(
+    model: Path, phases: Sequence[Phase], settings: TrainSettings, work: Path, key: str, seed: int
+) -> None:
+    """Make sure that `work` belongs to this training and holds its packs."""
+    if (work / "key.json").is_file() and read_json(work / "key.json") != key:
+        log.warning("%s is left from an unfinished training with other settings or rows; it is deleted", work)
+        shutil.rmtree(work)
+    write_json(work / "key.json", key)
+    if (work / "packs").is_dir():
+        return
+    tokenizer = load_tokenizer(model)
+    if tokenizer.eos_token_id is None:
+        raise Jz3Error(f"the tokenizer of {model} has no end token; a completion's end can't be taught")
+    packs = pack(phases, tokenizer, settings, seed)
+    if not packs.phase:
+        raise Jz3Error(f"nothing to train on: {packs.counts}, left out: {packs.dropped}")
+    with atomic_path(work / "packs") as part:
+        quietly(packs.dataset.save_to_disk, part)
+        write_json(part / "packs.json", {"phase": packs.phase, "counts": packs.counts, "dropped": packs.dropped})
+
+
+def _load_packs(work: Path) -> Packs:
+    from datasets import Dataset
+
+    return Packs(dataset=Dataset.load_from_disk(work / "packs"), **read_json(work / "packs" / "packs.json"))
+
+
+def accumulation(settings: TrainSettings, processes: int) -> int:
+    """Return the accumulation steps that make `batch_packs` packs a step over all processes.
+
+    Raises:
+        ValueError: batch_packs is no multiple of processes * packs_at_once.
+    """
+    at_once = processes * settings.packs_at_once
+    if settings.batch_packs % at_once:
+        raise ValueError(
+            f"batch_packs ({settings.batch_packs}) must be a multiple of "
+            f"{processes} processes x {settings.packs_at_once} packs_at_once"
+        )
+    return settings.batch_packs // at_once
+
+
+def _fit(
+    folder: Path,
+    packs: Packs,
+    settings: TrainSettings,
+    work: Path,
+    seed: int,
+    dtype: str,
+    processes: int,
+    progress: Progress,
+) -> TrainSummary:
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import PrinterCallback
+
+    from jz3.training.trainer import PackTrainer, Watch, arguments, newest_complete
+
+    lengths = [sum(lengths) for lengths in packs.dataset["seq_lengths"]]
+    size = settings.batch_packs
+    step_tokens = [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+    checkpoints = work / "checkpoints"
+    seed = seed_for(seed, "training") % 2**32
+    config = arguments(settings, checkpoints, len(step_tokens), accumulation(settings, processes), seed)
+    mixed = settings.precision == "mixed"
+    frozen = settings.method == "lora"
+    model = load_model(folder, dtype if frozen and mixed else "float32")
+    attention = choose_attention(model)
+    main = config.process_index == 0
+    with progress(sum(step_tokens), "tokens") if main else _silent() as advance:
+        trainer = PackTrainer(
+            model=model,
+            args=config,
+            train_dataset=packs.dataset,
+            processing_class=load_tokenizer(folder),
+            peft_config=lora_config(settings) if frozen else None,
+            callbacks=[Watch(step_tokens, advance)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with trainer.accelerator.main_process_first():
+            checkpoint = newest_complete(checkpoints)
+        # Under autocast the adapters' products run in bfloat16 like the rest; PEFT would cast the
+        # activations to the adapters' float32 first.
+        with disable_input_dtype_casting(trainer.model, active=frozen and mixed):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.is_fsdp_enabled:
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(work / "trained"))
+    rows = _log_rows(trainer.state.log_history, packs, step_tokens, size)
+    return TrainSummary(
+        steps=len(rows),
+        packs=len(lengths),
+        tokens=sum(lengths),
+        targets=sum(count["targets"] for count in packs.counts.values()),
+        **_losses(rows),
+        phases={
+            name: count | _losses([row for row in rows if row["phase"] == name])
+            for name, count in packs.counts.items()
+        },
+        dropped=packs.dropped,
+        trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        device=config.device.type,
+        processes=processes,
+        attention=attention,
+        log=rows,
+    )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+def _log_rows(
+    history: list[dict[str, Any]], packs: Packs, step_tokens: list[int], size: int
+) -> list[dict[str, Any]]:
+    rows, tokens = [], 0
+    for entry in history:
+        if "loss" in entry:
+            step = entry["step"]
+            tokens += step_tokens[step - 1]
+            rows.append(
+                {
+                    "step": step,
+                    "phase": packs.phase[(step - 1) * size],
+                    "loss": entry["loss"],
+                    "lr": entry["learning_rate"],
+                    "grad_norm": entry.get("grad_norm"),
+                    "tokens": tokens,
+                }
+            )
+    return rows
+
+
+def _losses(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if not rows:
+        return {"loss_first": None, "loss_last": None}
+    tenth = math.ceil(len(rows) / 10)
+    losses = [row["loss"] for row in rows]
+    return {"loss_first": sum(losses[:tenth]) / tenth, "loss_last": sum(losses[-tenth:]) / tenth}
+
+
+def choose_attention(model: "PreTrainedModel") -> str:
+    """Set the attention that keeps the documents of a pack apart, and return its name.
+
+    On a GPU with flash-attn its variable-length kernels; else `jz3.training.attention`.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    from jz3.training.attention import register
+
+    name = register()
+    if torch.cuda.is_available():
+        if is_flash_attn_2_available():
+            name = "flash_attention_2"
+        else:
+            log.warning("flash-attn is not installed: attention runs document by document, which is slower")
+    model.set_attn_implementation(name)
+    return name
+
+
+def lora_config(settings: TrainSettings) -> "LoraConfig":
+    """Return PEFT's configuration of the adapters."""
+    from peft import LoraConfig
+
+    targets = settings.lora_targets
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+    )
+
+
+def export(base: Path, trained: Path, out: Path, dtype: str) -> None:
+    """Write a trained model as a plain folder: weights merged and in `dtype`, tokenizer included.
+
+    Args:
+        base: the folder of the model that the training began with.
+        trained: a folder of adapters, or of all weights in float32.
+        out: the folder to fill.
+        dtype: `bfloat16` or `float32`.
+    """
+    import torch
+
+    if (trained / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(base, "float32"), trained).merge_and_unload()
+    else:
+        # The trainer's own (no cache, say) would be wrong for generation.
+        for name in ("config.json", "generation_config.json"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, trained / name)
+        model = load_model(trained, "float32")
+    tokenizer = load_tokenizer(base)
+    model = model.to(getattr(torch, dtype))
+    if model.generation_config is not None:
+        ends = model.generation_config.eos_token_id
+        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if tokenizer.eos_token_id not in known:
+            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,374 @@
+"""Evaluation: likelihoods against a plain reference, intervals, benchmark files, grading, the whole stage."""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jz3.errors import Jz3Error
+from jz3.evaluation import BenchmarkConfig, EvaluationConfig, load_benchmark, mean_nll, run
+from jz3.evaluation.benchmarks import spread
+from jz3.evaluation.choices import choices_of, chosen_letter, with_choices
+from jz3.evaluation.intervals import accuracy, mean
+from jz3.evaluation.stage import grade
+from jz3.files import read_jsonl, write_jsonl
+from jz3.models import TINY, ModelConfig, load_model, load_tokenizer
+from jz3.records import Query
+from jz3.stage import StageContext
+from jz3.templates import prompt_for
+
+WORDS = "the farmer picks apples from rows and fields so that each number is a sum of two values".split()
+
+
+def query(
+    key: str, task: str = "t", length: int = 8, answer: str = "4", completion: str | None = None
+) -> Query:
+    draw = np.random.default_rng(sum(map(ord, key)))
+    problem = " ".join(draw.choice(WORDS, length))
+    return Query(
+        id=key,
+        task=task,
+        problem=problem,
+        prompt=prompt_for(problem, "cot"),
+        completion=" ".join(draw.choice(WORDS, 2 * length)) if completion is None else completion,
+        answer=answer,
+        role="eval",
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model: Path) -> tuple[Any, Any]:
+    return load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+
+
+def plain_nll(model: Any, tokenizer: Any, asked: Query) -> float:
+    import torch
+
+    head = tokenizer(asked.prompt).input_ids
+    tail = tokenizer(asked.completion, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        chances = model(torch.tensor([head + tail])).logits[0].double().log_softmax(-1)
+    return -float(np.mean([chances[len(head) + i - 1, token] for i, token in enumerate(tail)]))
+
+
+def test_mean_nll_equals_the_plain_computation(loaded: tuple[Any, Any]) -> None:
+    queries = [query(f"q{i}", length=3 + 7 * (i % 5)) for i in range(11)]
+    expected = [plain_nll(*loaded, q) for q in queries]
+    assert mean_nll(*loaded, queries, batch_tokens=600) == pytest.approx(expected, rel=1e-4)
+    assert mean_nll(*loaded, queries, batch_tokens=1) == pytest.approx(expected, rel=1e-4)
+    assert (
+        mean_nll(*loaded, queries[::-1], batch_tokens=600)
+        == mean_nll(*loaded, queries, batch_tokens=600)[::-1]
+    )
+
+
+def test_mean_nll_marks_what_cannot_be_scored(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    queries = [query("a", completion=""), query("b"), query("c", length=60)]
+    values = mean_nll(model, tokenizer, queries)
+    assert math.isnan(values[0]) and all(v > 0 for v in values[1:])
+    fits = len(tokenizer(queries[1].prompt + queries[1].completion).input_ids) + 10
+    monkeypatch.setattr(model.config, "max_position_embeddings", fits)
+    values = mean_nll(model, tokenizer, queries)
+    assert [math.isnan(v) for v in values] == [True, False, True]
+    with pytest.raises(ValueError, match="batch_tokens"):
+        mean_nll(model, tokenizer, queries, 0)
+
+
+def test_wilson_interval_has_the_textbook_values() -> None:
+    z = 1.959963984540054
+    n, hits = 20, 5
+    centre = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    found = accuracy([True] * hits + [False] * (n - hits))
+    assert (found["accuracy"], found["n"]) == (0.25, 20)
+    assert (found["low"], found["high"]) == pytest.approx((centre - half, centre + half))
+    assert accuracy([False] * 10)["low"] == 0.0 and accuracy([False] * 10)["high"] > 0.2
+    assert accuracy([]) == {"accuracy": None, "low": None, "high": None, "n": 0}
+
+
+def test_mean_interval_is_students() -> None:
+    found = mean([1.0, 2.0, 3.0, 4.0])
+    half = 3.182446 * math.sqrt(5 / 3) / 2
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(
+        (2.5, 2.5 - half, 2.5 + half), rel=1e-5
+    )
+    assert mean([2.0]) == {"mean": 2.0, "low": None, "high": None, "n": 1}
+
+
+LAYOUTS = [
+    (
+        {"question": "Q?", "answer": "Half is 48/2 = <<48/2=24>>24.\n#### 1,024"},
+        ("Q?", "Half is 48/2 = 24.\nThe answer is \\boxed{1024}.", "1024"),
+    ),
+    ({"problem": "P", "solution": "S", "answer": "\\frac{1}{2}", "level": 2}, ("P", "S", "\\frac{1}{2}")),
+    ({"problem": "P", "solution": "so \\boxed{1.6} cm", "type": "x"}, ("P", "so \\boxed{1.6} cm", "1.6")),
+    ({"body": "Two red.", "question": "How many?", "answer": "9 (apples)"}, ("Two red. How many?", "", "9")),
+    (
+        {"question": "Q", "options": ["A)5(\u221a3 + 1)", "B)6"], "correct": "B", "rationale": "R"},
+        ("Q\nAnswer Choices:\n(A) 5(\u221a3 + 1)\n(B) 6", "R", "B"),
+    ),
+    (
+        {"question": "Q", "options": "A) $f(-6)=0$ B) $f(6)=-6$", "Answer": "A"},
+        ("Q\nAnswer Choices:\n(A) $f(-6)=0$\n(B) $f(6)=-6$", "", "A"),
+    ),
+    (
+        {"question": "Q", "options": "A. 1,190 B. vitamin D. or E C. 3", "Answer": "C"},
+        ("Q\nAnswer Choices:\n(A) 1,190\n(B) vitamin D. or E\n(C) 3", "", "C"),
+    ),
+    (
+        {"question": "Q", "choices": ["one", "two\nlines"], "answer": 1, "type": "x"},
+        ("Q\nAnswer Choices:\n(A) one\n(B) two lines", "", "B"),
+    ),
+    ({"input": "I", "code": "...", "target": -9867630.0}, ("I", "", "-9867630")),
+    ({"input": "I", "target": 0.5}, ("I", "", "0.5")),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), LAYOUTS)
+def test_every_layout_is_read(tmp_path: Path, row: dict[str, Any], expected: tuple[str, str, str]) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (read,) = load_benchmark("b", path)
+    assert (read.problem, read.completion, read.answer) == expected
+    assert (read.id, read.task, read.role) == ("b-00001", "b", "eval")
+    assert read.prompt == prompt_for(expected[0], "cot")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no rows"),
+        ("{broken\n", ":1 is not JSON"),
+        ('{"question": "a", "answer": "#### 1"}\n[1]\n', ":2 is no JSON object"),
+        ('{"title": "x"}\n', "known layouts"),
+        ('{"question": "Q", "answer": "steps\\n#### "}\n', ":1 has no answer"),
+        ('{"question": "Q", "choices": ["a"], "answer": 3}\n', "none of the 1 choices"),
+        ('{"question": "Q", "options": "1 2 3", "Answer": "A"}\n', "not marked"),
+        ('{"question": 5, "answer": 7}\n', "can't be read"),
+    ],
+)
+def test_bad_benchmarks_are_refused_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(text)
+    with pytest.raises(Jz3Error, match=said) as caught:
+        load_benchmark("b", path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(Jz3Error, match="can't be read"):
+        load_benchmark("b", tmp_path / "absent.jsonl")
+
+
+def test_real_benchmarks_are_read_whole(shared_data: Path) -> None:
+    from jz3.grading.answer import extract_answer
+
+    sizes = {
+        "gsm8k": 1319, "math-oai": 500, "asdiv": 2215, "aqua": 254,
+        "minerva_math": 272, "sat_math": 32, "gsm-hard": 1319, "mmlu_stem": 3018,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        queries = load_benchmark(name, shared_data / "eval" / f"{name}.jsonl")
+        assert len(queries) == size
+        if name in ("aqua", "sat_math", "mmlu_stem"):
+            assert all(q.answer in choices_of(q.problem) for q in queries)
+        if name == "gsm8k":
+            assert all(extract_answer(q.completion) == q.answer and "<<" not in q.completion for q in queries)
+    assert len(load_benchmark("gsm8k", shared_data / "eval" / "gsm8k.jsonl", limit=10)) == 10
+
+
+def test_spread_takes_from_the_whole_file() -> None:
+    queries = [query(f"q{i}") for i in range(10)]
+    assert [q.id for q in spread(queries, 3)] == ["q0", "q3", "q6"]
+    assert spread(queries, 0) == spread(queries, 99) == queries
+
+
+CHOICES = {"A": "5 apples", "B": "x^2", "C": "None of these"}
+
+
+@pytest.mark.parametrize(
+    ("output", "prediction", "letter"),
+    [
+        ("so \\boxed{B}", "B", "B"),
+        ("so \\boxed{\\text{(C)}}", "\\text{(C)}", "C"),
+        ("The answer is (A) 5 apples.", "(A) 5 apples", "A"),
+        ("I think that the answer is B because 7 is prime", "7", "B"),
+        ("so \\boxed{x^2}", "x^2", "B"),
+        ("so \\boxed{12}", "12", ""),
+        ("nothing", "", ""),
+    ],
+)
+def test_choice_is_found_by_letter_or_text(output: str, prediction: str, letter: str) -> None:
+    def equal(pairs: list[tuple[str, str]]) -> list[bool]:
+        return [a == b for a, b in pairs]
+
+    assert chosen_letter(output, prediction, CHOICES, equal) == letter
+
+
+def test_choices_survive_the_round_trip() -> None:
+    assert choices_of(with_choices("Which?", ["one", "(B) two"])) == {"A": "one", "B": "(B) two"}
+    assert choices_of("What is (A) here?") == {}
+
+
+def test_grade_compares_mathematically_and_choices_by_letter() -> None:
+    from jz3.grading.answer import Grader
+
+    problem = with_choices("Which is even?", ["3", "4"])
+    queries = [
+        dataclasses.replace(query("a"), answer="\\frac{1}{2}"),
+        dataclasses.replace(query("b"), answer="12"),
+        dataclasses.replace(query("c"), problem=problem, answer="B"),
+        dataclasses.replace(query("d"), problem=problem, answer="B"),
+        query("e"),
+    ]
+    outputs = ["So \\boxed{0.5}.", "The answer is 13.", "It is \\boxed{4}.", "The answer is (A).", "no idea"]
+    with Grader() as grader:
+        verdicts = grade(queries, outputs, grader)
+    assert verdicts == [(True, "0.5"), (False, "13"), (True, "B"), (False, "A"), (False, "")]
+
+
+@pytest.fixture
+def context(tiny_model: Path, tmp_path: Path) -> StageContext:
+    """A run whose trained model is the tiny one, moved away from the base."""
+    model = load_model(tiny_model, "float32")
+    import torch
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    folder = tmp_path / "training" / "model"
+    model.save_pretrained(folder)
+    load_tokenizer(tiny_model).save_pretrained(folder)
+    rows = [query(f"q{i}", task=f"t{i % 2}", answer="7") for i in range(5)]
+    rows.append(query("huge", length=3000))
+    rows.append(query("bare", completion=""))
+    write_jsonl(tmp_path / "targets" / "eval.jsonl", [q.to_json() for q in rows])
+    benchmark = tmp_path / "bench.jsonl"
+    benchmark.write_text('{"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\\n#### 2"}\n')
+    config = EvaluationConfig(
+        max_new_tokens=6,
+        rounds=2,
+        shard_size=3,
+        benchmarks=(BenchmarkConfig(name="gsm8k", path=str(benchmark)),),
+    )
+    recipe: Any = types.SimpleNamespace(
+        name="test", seed=0, evaluation=config, model=ModelConfig(name=TINY, dtype="float32")
+    )
+    return StageContext(recipe=recipe, run_dir=tmp_path, name="evaluation")
+
+
+def test_stage_counts_everything_and_resumes_to_the_same_files(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(context)
+    json.dumps(summary)
+    for model in ("base", "trained"):
+        for setting in ("nl", "tool"):
+            part = summary[model][setting]
+            assert part["n"] == 7 and part["rejected"] == 1
+            assert set(part["tasks"]) == {"t0", "t1", "t", "gsm8k"}
+            assert part["low"] <= part["accuracy"] <= part["high"]
+        assert summary[model]["nll"]["n"] == 6
+    assert summary["rejected"] == {
+        f"too_long:{m}:{s}": 1 for m in ("base", "trained") for s in ("nl", "tool")
+    } | {"too_long:nll": 1}
+    assert (summary["problems"], summary["without_reference"], summary["shots"]) == (8, 1, 0)
+    results = list(read_jsonl(context.out / "results.jsonl"))
+    assert len(results) == 4 * 7
+    settings = {(model, setting) for model in ("base", "trained") for setting in ("nl", "tool")}
+    assert {(r["model"], r["setting"]) for r in results} == settings
+    pairs = list(read_jsonl(context.out / "nll.jsonl"))
+    difference = np.array([p["base"] - p["trained"] for p in pairs])
+    assert summary["nll_difference"]["mean"] == pytest.approx(difference.mean()) and abs(difference).min() > 0
+    assert summary["nll_difference"]["low"] < difference.mean() < summary["nll_difference"]["high"]
+
+    names = ("results.jsonl", "nll.jsonl", "rejects.jsonl")
+    before = [(context.out / name).read_bytes() for name in names]
+    for lost in ("base-tool/000001.jsonl", "trained-nll/000000.jsonl"):
+        (context.out / "shards" / lost).unlink()
+    assert run(context) == summary
+    assert [(context.out / name).read_bytes() for name in names] == before
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a finished evaluation must not load a model")
+
+    monkeypatch.setattr("jz3.engines.on_demand.open_engine", refuse)
+    monkeypatch.setattr("jz3.evaluation.stage.load_model", refuse)
+    assert run(context) == summary
+
+
+def test_stage_scores_a_model_that_was_given_the_answers(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jz3.engines import Generation
+
+    class Oracle:
+        def __init__(self, right: bool) -> None:
+            self.right = right
+
+        def generate(self, requests: list[Any], sampling: Any) -> list[Generation]:
+            given = []
+            for request in requests:
+                text = "So \\boxed{7}." if self.right else "So \\boxed{8}."
+                if request.prompt.endswith("## Code Solution\n"):
+                    text = f"```python\nprint({'3 + 4' if self.right else '3 + 5'})\n```"
+                elif request.prompt.endswith("```\n"):
+                    text = "That is it."
+                given.append(
+                    Generation(id=request.id, text=text, finish="stop", prompt_tokens=3, new_tokens=2)
+                )
+            return given
+
+        def info(self) -> dict[str, Any]:
+            return {"name": "oracle"}
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(
+        "jz3.engines.on_demand.open_engine",
+        lambda config, folder, dtype: Oracle(folder.parent.name == "training"),
+    )
+    summary = run(context)
+    for setting in ("nl", "tool"):
+        assert summary["base"][setting]["accuracy"] == 0
+        tasks = summary["trained"][setting]["tasks"]
+        assert tasks["t0"]["accuracy"] == tasks["t1"]["accuracy"] == 1 and tasks["gsm8k"]["accuracy"] == 0
+    assert summary["trained"]["tool"]["sandbox_levels"]
+    assert {r["rounds"] for r in read_jsonl(context.out / "results.jsonl") if r["setting"] == "tool"} == {2}
+
+
+def test_stage_refuses_twice_the_same_id_and_nothing_to_do(context: StageContext) -> None:
+    write_jsonl(context.run_dir / "targets" / "eval.jsonl", [query("q").to_json(), query("q").to_json()])
+    with pytest.raises(Jz3Error, match="share their id"):
+        run(context)
+    write_jsonl(context.run_dir / "targets" / "eval.jsonl", [])
+    none: Any = types.SimpleNamespace(seed=0, evaluation=EvaluationConfig(), model=ModelConfig(name=TINY))
+    with pytest.raises(Jz3Error, match="no problem to evaluate"):
+        run(dataclasses.replace(context, recipe=none))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"settings": ("nl", "cot")}, "'cot' is unknown"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"benchmarks": (BenchmarkConfig(name="a", path="x"),) * 2}, "name of its own"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EvaluationConfig(**settings)
+
+
+def test_endpoint_cannot_evaluate_two_models() -> None:
+    from jz3.engines import EngineConfig
+
+    with pytest.raises(ValueError, match="transformers or vllm"):
+        EvaluationConfig(engine=EngineConfig(name="openai"))

@@ -1,0 +1,127 @@
+"""The streaming scan: exact ids and values on every back end and instruction set, ties, groups, shards."""
+
+import pytest
+import torch
+from accuracy import BACKENDS, normal
+
+from jz3 import backend
+from jz3.ops.encode import CODEBOOKS, decode, encode, unpack_codes
+from jz3.ops.score_topk import fold_queries, merge_topk, score_topk, score_topk_cpu, score_topk_reference
+
+
+@pytest.fixture(params=BACKENDS)
+def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu" and backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    monkeypatch.setenv("JZ3_BACKEND", f"score_topk={request.param}")
+    return request.param
+
+
+def table(rows: int, dim: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, scale = normal(1, dim), normal(2, dim).abs()
+    return encode(normal(0, rows, dim) * scale + mean, mean, scale, kind), mean, scale
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_it_ranks_by_the_exact_inner_product(on: str, kind: str) -> None:
+    codes, mean, scale = table(300, 70, kind)
+    queries, row_scale = normal(3, 4, 70), normal(4, 300).abs()
+    values, ids = score_topk(codes, mean, scale, kind, queries, 25, row_scale=row_scale)
+    book = CODEBOOKS[kind]
+    levels = torch.tensor(book.levels, dtype=torch.float64)[unpack_codes(codes, kind, 70).long()] * book.unit
+    exact = row_scale.double() * (queries.double() @ (mean.double() + scale.double() * levels).T)
+    plain = row_scale * (queries @ decode(codes, mean, scale, kind).T)
+    error = (values.double() - exact.gather(1, ids)).abs().max()
+    assert float(error) <= 2 * float((plain.double() - exact).abs().max())
+    assert torch.equal(ids, exact.topk(25).indices)
+
+
+@pytest.mark.parametrize("instructions", [0, 1, 2])
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    for rows, dim, k in [(1, 1, 1), (5, 63, 9), (67, 130, 67), (33, 2049, 4)]:
+        codes, mean, scale = table(rows, dim, kind)
+        digits = fold_queries(normal(3, 5, dim), mean, scale, CODEBOOKS[kind].unit)
+        ids = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+        arguments = (codes, kind, digits.planes, digits.step, digits.bias, normal(4, rows), ids)
+        groups = torch.tensor([0, 2, 1, 1, 0])
+        expected = score_topk_reference(*arguments, groups, 3, k)
+        got = score_topk_cpu(*arguments, groups, 3, k, instructions)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_long_rows_don_t_overflow(on: str) -> None:
+    dim = 70_000
+    codes = torch.full((3, dim), 255, dtype=torch.uint8)
+    codes[1] = 1
+    unit = CODEBOOKS["int8"].unit
+    values, ids = score_topk(codes, torch.zeros(dim), torch.ones(dim), "int8", torch.ones(1, dim), 3)
+    assert ids.tolist() == [[0, 2, 1]]
+    assert values[0].tolist() == pytest.approx([127 * unit * dim, 127 * unit * dim, -127 * unit * dim], rel=1e-6)
+
+
+def test_ties_go_to_the_smaller_id(on: str) -> None:
+    codes, mean, scale = table(8, 16, "4bit")
+    codes = codes[:1].expand(8, -1)
+    ids = torch.tensor([70, 10, 50, -3, 20, 60, 40, 30])
+    values, found = score_topk(codes, mean, scale, "4bit", normal(3, 2, 16), 5, ids=ids)
+    assert found.tolist() == [[-3, 10, 20, 30, 40]] * 2
+    assert len(values[0].unique()) == 1
+
+
+def test_groups(on: str) -> None:
+    codes, mean, scale = table(200, 32, "int8")
+    queries, groups = normal(3, 5, 32), torch.tensor([1, 0, 1, 0, 0])
+    single_values, single_ids = score_topk(codes, mean, scale, "int8", queries, 200)
+    scores = torch.zeros(5, 200).scatter_(1, single_ids, single_values)
+    for reduce in ("mean", "max"):
+        values, ids = score_topk(codes, mean, scale, "int8", queries, 9, groups=groups, reduce=reduce)
+        for group in (0, 1):
+            own = scores[groups == group]
+            expected = own.mean(0) if reduce == "mean" else own.amax(0)
+            assert torch.equal(ids[group], expected.topk(9).indices)
+            assert torch.allclose(values[group], expected.topk(9).values, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_and_threads_change_nothing(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, mean, scale = table(1000, 64, "4bit")
+    codes[500:600] = codes[:100]
+    queries = normal(3, 3, 64)
+    whole = score_topk(codes, mean, scale, "4bit", queries, 50)
+    parts = []
+    for begin, end in [(0, 10), (10, 507), (507, 1000)]:
+        ids = torch.arange(begin, end)
+        parts.append(score_topk(codes[begin:end], mean, scale, "4bit", queries, 50, ids=ids))
+    merged = merge_topk(parts[::-1], 50)
+    assert torch.equal(whole[0], merged[0]) and torch.equal(whole[1], merged[1])
+    monkeypatch.setattr(backend, "threads", lambda: 7)
+    again = score_topk(codes, mean, scale, "4bit", queries, 50)
+    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])
+
+
+def test_few_rows_no_rows_no_queries(on: str) -> None:
+    codes, mean, scale = table(3, 8, "1bit")
+    assert score_topk(codes, mean, scale, "1bit", normal(3, 2, 8), 10)[1].shape == (2, 3)
+    assert score_topk(codes[:0], mean, scale, "1bit", normal(3, 2, 8), 10)[1].shape == (2, 0)
+    assert score_topk(codes, mean, scale, "1bit", normal(3, 0, 8), 10)[1].shape == (0, 3)
+
+
+def test_wrong_arguments_are_named() -> None:
+    codes, mean, scale = table(3, 8, "4bit")
+    queries = normal(3, 2, 8)
+    for change, message in [
+        ({"queries": normal(3, 2, 9)}, "queries must have the axes"),
+        ({"queries": queries / 0}, "queries must be finite"),
+        ({"k": 0}, "k must be in"),
+        ({"groups": torch.tensor([0, 2])}, "groups must be counted from 0 without gaps"),
+        ({"groups": torch.tensor([-1, 0])}, "groups must be counted from 0 without gaps"),
+        ({"reduce": "sum"}, "reduce must be mean or max, got 'sum'"),
+        ({"codes": codes[:, :3]}, "codes must have 4 bytes a row"),
+        ({"ids": torch.arange(4)}, "ids must have the axes"),
+        ({"row_scale": torch.full((3,), float("inf"))}, "row_scale must be finite"),
+    ]:
+        good = {"codes": codes, "mean": mean, "scale": scale, "kind": "4bit", "queries": queries, "k": 2}
+        with pytest.raises(ValueError, match=message):
+            score_topk(**{**good, **change})  # pyright: ignore[reportArgumentType]
