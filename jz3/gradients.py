@@ -58,7 +58,7 @@ class PassResult:
     """What a pass gives besides the factors."""
 
     loss: "torch.Tensor"
-    """[B] float32, mean (or summed) cross-entropy of each text's scored tokens."""
+    """[B] float32 (float64 of a float64 model), mean (or summed) cross-entropy of each text's scored tokens."""
     hidden: "torch.Tensor"
     """[B, d] float32, last hidden states averaged with weights growing with the position (RDS+)."""
 
@@ -219,15 +219,18 @@ class GradientPass:
         predicts = (index + 1 >= batch.starts.to(device)[:, None]) & (index + 1 < lengths[:, None])
         rows, columns = predicts.nonzero(as_tuple=True)
         counts = predicts.sum(1)
-        scale = (1.0 / counts)[rows] if self.reduction == "mean" else torch.ones(len(rows), device=device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale = torch.ones(len(rows), dtype=wide, device=device)
+        if self.reduction == "mean":
+            scale /= counts[rows]
         head = model.get_output_embeddings()
         loss, grad = ce_hidden_grad(
-            hidden.detach()[rows, columns], head.weight.detach(), ids[rows, columns + 1], scale.float()
+            hidden.detach()[rows, columns], head.weight.detach(), ids[rows, columns + 1], scale
         )
         full = torch.zeros_like(hidden)
         full[rows, columns] = grad.to(hidden.dtype)
         hidden.backward(full)
-        total = torch.zeros(len(ids), dtype=torch.float32, device=device).index_add_(0, rows, loss * scale)
+        total = torch.zeros(len(ids), dtype=wide, device=device).index_add_(0, rows, loss * scale)
         weights = (index + 1) * (index < lengths[:, None])
         pooled = (hidden.detach().float() * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
         return PassResult(total, pooled)

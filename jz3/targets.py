@@ -28,6 +28,19 @@ _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 _GSM8K_ANSWER = re.compile(r"\s*####[ \t]*(?P<answer>[^\n]+?)\s*\Z")
 
 
+def _check_source(config: "TaskConfig | InstructionConfig", where: str) -> None:
+    if not config.name:
+        raise ValueError(f"{where}: name must not be empty")
+    if config.kind not in ("jsonl", "worked"):
+        raise ValueError(f"{where}: kind must be jsonl or worked, got {config.kind!r}")
+    if config.kind == "jsonl" and not config.path:
+        raise ValueError(f"{where}: kind 'jsonl' needs a path")
+    if config.kind == "worked" and not config.families:
+        raise ValueError(f"{where}: kind 'worked' needs families")
+    if not 0 <= config.tool_share <= 1:
+        raise ValueError(f"{where}: tool_share must lie in 0..1, got {config.tool_share}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
     """A target task."""
@@ -61,7 +74,9 @@ class TaskConfig:
         _check_source(self, f"target {self.name!r}")
         for count in ("fit", "unseen", "eval"):
             if getattr(self, count) < 0:
-                raise ValueError(f"target {self.name!r}: {count} must be 0 or more, got {getattr(self, count)}")
+                raise ValueError(
+                    f"target {self.name!r}: {count} must be 0 or more, got {getattr(self, count)}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +162,9 @@ class TargetsConfig:
             raise ValueError("targets: no tasks; add a [[targets.tasks]] table")
         for name in names:
             if names.count(name) > 1 or name == "control":
-                raise ValueError(f"targets: the task name {name!r} is taken; names must differ and not be 'control'")
+                raise ValueError(
+                    f"targets: the task name {name!r} is taken; names must differ and not be 'control'"
+                )
 
 
 def run(ctx: "StageContext") -> dict[str, Any]:
@@ -183,7 +200,9 @@ def run(ctx: "StageContext") -> dict[str, Any]:
     return {
         "tasks": counts,
         "control": len(control),
-        "instruction": dict(Counter("tool" if "```python" in row.completion else "cot" for row in instruction)),
+        "instruction": dict(
+            Counter("tool" if "```python" in row.completion else "cot" for row in instruction)
+        ),
         "rejected": dict(sorted(Counter(row.reason for row in rejects).items())),
     }
 
@@ -216,19 +235,6 @@ def clean_solution(solution: str, answer: str = "") -> tuple[str, str]:
     return text, answer or boxed
 
 
-def _check_source(config: TaskConfig | InstructionConfig, where: str) -> None:
-    if not config.name:
-        raise ValueError(f"{where}: name must not be empty")
-    if config.kind not in ("jsonl", "worked"):
-        raise ValueError(f"{where}: kind must be jsonl or worked, got {config.kind!r}")
-    if config.kind == "jsonl" and not config.path:
-        raise ValueError(f"{where}: kind 'jsonl' needs a path")
-    if config.kind == "worked" and not config.families:
-        raise ValueError(f"{where}: kind 'worked' needs families")
-    if not 0 <= config.tool_share <= 1:
-        raise ValueError(f"{where}: tool_share must lie in 0..1, got {config.tool_share}")
-
-
 def _query(task: str, role: str, problem: str, completion: str, answer: str, kind: str) -> Query:
     return Query(
         id=hash_text("\x1f".join([task, role, problem])),
@@ -252,7 +258,9 @@ def _worked_query(task: str, role: str, problem: "WorkedProblem", tool: bool) ->
     return _query(task, role, problem.question, completion, problem.answer, kind)
 
 
-def _draw(families: Sequence[str], seed: int, count: int, split: str, taken: set[str]) -> list["WorkedProblem"]:
+def _draw(
+    families: Sequence[str], seed: int, count: int, split: str, taken: set[str]
+) -> list["WorkedProblem"]:
     """Draw problems from the families in turn, none of which is taken already."""
     from jz3.worked import worked_problems
 
@@ -273,7 +281,9 @@ def _worked_task(task: TaskConfig, seed: int) -> list[Query]:
     seen = _draw(task.families, key, task.fit + task.unseen, "train", set())
     held = _draw(task.families, key, task.eval, "eval", set())
     tool = _tool_rows(len(seen), len(task.families), task.tool_share)
-    rows = [_worked_query(task.name, "fit" if i < task.fit else "unseen", p, tool[i]) for i, p in enumerate(seen)]
+    rows = [
+        _worked_query(task.name, "fit" if i < task.fit else "unseen", p, tool[i]) for i, p in enumerate(seen)
+    ]
     return rows + [_worked_query(task.name, "eval", p, False) for p in held]
 
 
@@ -286,7 +296,9 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
     found = [row for row in _read(source, source.path, rejects) if row.problem not in taken]
     found.sort(key=lambda row: seed_for(key, row.problem))
     if len(found) < source.count:
-        raise Jz3Error(f"instruction {source.name!r}: {source.path} has {len(found)} usable rows, {source.count} asked")
+        raise Jz3Error(
+            f"instruction {source.name!r}: {source.path} has {len(found)} usable rows, {source.count} asked"
+        )
     return [
         _query(
             source.name,
@@ -308,7 +320,9 @@ def _file_task(task: TaskConfig, seed: int, rejects: list[Reject]) -> list[Query
         seen = []
         for row in rows:
             if row.problem in problems:
-                rejects.append(_reject("in_evaluation", f"{task.path}: {row.id}", "also in eval_path", row.problem))
+                rejects.append(
+                    _reject("in_evaluation", f"{task.path}: {row.id}", "also in eval_path", row.problem)
+                )
             else:
                 seen.append(row)
     else:
@@ -320,7 +334,9 @@ def _file_task(task: TaskConfig, seed: int, rejects: list[Reject]) -> list[Query
             graded.append(row)
         else:
             detail = "an evaluation problem needs its answer: \\boxed{}, #### or answer_field"
-            rejects.append(_reject("no_answer", f"{task.eval_path or task.path}: {row.id}", detail, row.completion))
+            rejects.append(
+                _reject("no_answer", f"{task.eval_path or task.path}: {row.id}", detail, row.completion)
+            )
     for name, found, asked in (("fit and unseen", seen, task.fit + task.unseen), ("eval", graded, task.eval)):
         if len(found) < asked:
             hint = "" if task.eval_path else f" (one in {EVAL_SHARE} problems of the file is for evaluation)"
@@ -368,7 +384,9 @@ def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Rejec
             elif not completion:
                 rejects.append(_reject("empty_completion", item.where, "the solution is empty", problem))
             elif problem in seen:
-                rejects.append(_reject("duplicate", item.where, "the same problem stands further up", problem))
+                rejects.append(
+                    _reject("duplicate", item.where, "the same problem stands further up", problem)
+                )
             else:
                 seen.add(problem)
                 yield _query(config.name, "fit", problem, completion, answer, "cot")
@@ -388,7 +406,14 @@ def _control(config: ControlConfig, seed: int, rejects: list[Reject]) -> list[Qu
             continue
         identity = hash_text("control\x1f" + text)
         found.append(
-            Query(id=identity, task="control", problem=prompt, prompt=prompt, completion=completion, role="control")
+            Query(
+                id=identity,
+                task="control",
+                problem=prompt,
+                prompt=prompt,
+                completion=completion,
+                role="control",
+            )
         )
         if len(found) == config.count:
             return found

@@ -94,9 +94,17 @@ def chunk_table(bounds: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
     return chunks, first
 
 
-def tile(size: int) -> int:
-    """Return the tile for an axis: a power of two of at least 16 (what the tensor cores need), at most 128."""
-    return min(128, max(16, triton.next_power_of_2(size)))
+def tiles(outputs: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the block sizes and the number of warps; chosen so that next to nothing spills.
+
+    An axis' block is a power of two of at least 16 (what the tensor cores need).
+    """
+    largest = 64 if dtype == torch.float32 else 128
+    bq, bi = (min(largest, max(16, triton.next_power_of_2(size))) for size in (outputs, columns))
+    small = bq * bi <= (32 * 32 if dtype == torch.float32 else 64 * 64)
+    bt = 64 if small and dtype != torch.float32 else 32
+    bo = 16 if dtype == torch.float32 else 64
+    return {"BT": bt, "BO": bo, "BQ": bq, "BI": bi, "num_warps": 4 if small else 8}
 
 
 def segment_project(
@@ -112,8 +120,9 @@ def segment_project(
     if not chunks or not out.numel():
         return out
     partial = torch.empty(len(chunks), outputs, columns, dtype=torch.float32, device=a.device)
-    bq, bi = tile(outputs), tile(columns)
-    segment_project_kernel[(len(chunks), triton.cdiv(outputs, bq), triton.cdiv(columns, bi))](
+    blocks = tiles(outputs, columns, a.dtype)
+    grid = (len(chunks), triton.cdiv(outputs, blocks["BQ"]), triton.cdiv(columns, blocks["BI"]))
+    segment_project_kernel[grid](
         a,
         g,
         g if left is None else left,
@@ -126,11 +135,7 @@ def segment_project(
         g.stride(0),
         0 if left is None else left.stride(0),
         HAS_LEFT=left is not None,
-        BT=64 if bq * bi <= 64 * 64 else 32,
-        BO=64 if a.dtype != torch.float32 else 32,
-        BQ=bq,
-        BI=bi,
-        num_warps=8 if bq * bi > 64 * 64 else 4,
+        **blocks,
     )
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)

@@ -68,10 +68,12 @@ def sign_project_kernel(
     tl.store(p_partial + at, acc, mask=(rows[:, None] < S) & (projections[None, :] < k))
 
 
-def tile(rows: int) -> tuple[int, int, int]:
-    """Return BM, BN and the number of warps for a number of rows."""
+def tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return BM, BN and the number of warps; chosen so that nothing spills on sm_80 and sm_90."""
     if rows <= 16:
         return 16, 64, 4
+    if dtype == torch.float32:
+        return 32, 64, 8
     return (64, 64, 4) if rows <= 64 else (128, 64, 8)
 
 
@@ -90,7 +92,7 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
         x = x.contiguous()
     rows, columns = x.shape
     out = torch.zeros(rows, k, dtype=torch.float32, device=x.device)
-    bm, bn, warps = tile(rows)
+    bm, bn, warps = tile(rows, x.dtype)
     width = max(1, BITS_BYTES * 8 // (k * PIECE)) * PIECE
     for begin in range(0, columns if rows else 0, width):
         part = x[:, begin : begin + width]

@@ -27,7 +27,7 @@ UNBREAKABLE = [
     "``x. Y``",
     ">>> f(1)\n2. Three\n>>> g()\nFour. Five",
     ".. math::\n\n    x. Y = 2\n\n    z. W",
-    ".. math ::\n\n    x. Y",
+    ".. math ::\n\n    u. V",
     "as in::\n\n    one. Two\n\n    three. Four",
     "| a. B | c |\n| --- | --- |\n| d. E | f |",
     "====  ====\na. B  C. D\n====  ====",

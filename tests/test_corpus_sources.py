@@ -15,6 +15,7 @@ import pytest
 from jz3.corpus import SourceConfig, read_texts
 from jz3.corpus.docstrings import Docstring, docstrings, source_files, topic_of
 from jz3.corpus.readers import SourceText
+from jz3.corpus.sources import open_source
 from jz3.errors import Jz3Error
 from jz3.records import Reject
 
@@ -209,6 +210,8 @@ def test_huggingface_folders(tmp_path):
         texts, rejects = split(source(name))
         assert [(t.text, t.meta) for t in texts] == [("one", {"n": "1"}), ("two", {"n": "3"})], name
         assert [r.reason for r in rejects] == ["empty_text"]
+        (unit,) = open_source(source(name), 0)
+        assert [r.where for r in unit.read(2)] == [f"{tmp_path / name}:train:3"]
     assert [t.text for t in split(source("dict", split="test"))[0]] == ["two"]
     with pytest.raises(Jz3Error, match="no split 'dev'; splits: train, test"):
         split(source("dict", split="dev"))
@@ -250,7 +253,13 @@ class Thing:
     def method(self):
         """{long} method"""
 ''',
-        "_hidden.py": f'__all__ = ["exported"]\ndef exported():\n    """{long} exported"""\ndef other():\n    """{long} other"""\n',
+        "_hidden.py": f'''
+__all__ = ["exported"]
+def exported():
+    """{long} exported"""
+def other():
+    """{long} other"""
+''',
         "_newdocs.py": f'add_newdoc("compiled", """{long} compiled""")\nattached = """{long} attached"""\n',
         "tests/test_it.py": f'"""{long} tests"""\n',
         "_vendor/x.py": f'"""{long} vendored"""\n',
@@ -347,7 +356,8 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, jz3.corpus; print([m for m in ('torch','transformers','pyarrow','datasets','rensa') if m in sys.modules])"
+    heavy = ("torch", "transformers", "pyarrow", "datasets", "rensa")
+    code = f"import sys, jz3.corpus; print([m for m in {heavy} if m in sys.modules])"
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr

@@ -388,14 +388,14 @@ def sandbox() -> Iterator[Any]:
 def test_tool_loop_writes_what_the_code_prints(sandbox: Any) -> None:
     script = Script(
         {
-            "P:": "Let us see.\n```python\nx = 6 * 7\nprint(x)\n```\n```output\n999\n```\nnonsense",
+            "P:": "[Solution]: ```python\nx = 6 * 7\nprint(x)\n```\n```output\n999\n```\nnonsense",
             "```output\n42\n```\n": "So far.\n```python\nprint(x + 1)\n```\n```output\n0",
             "```output\n43\n```\n": "The answer is \\boxed{43}.",
         }
     )
     (trace,) = generate_with_tools(script, sandbox, [Request(id="a", prompt="P:", seed=5)], Sampling())
     assert trace.text == (
-        "Let us see.\n```python\nx = 6 * 7\nprint(x)\n```\n```output\n42\n```\n"
+        "[Solution]: ```python\nx = 6 * 7\nprint(x)\n```\n```output\n42\n```\n"
         "So far.\n```python\nprint(x + 1)\n```\n```output\n43\n```\nThe answer is \\boxed{43}."
     )
     assert (trace.rounds, trace.finish, trace.prompt_tokens) == (3, "stop", 5)

@@ -29,8 +29,9 @@ _BREAK = re.compile(
 )
 _UNDERLINE = re.compile(r"([=\-~^\"'*+#`])\1{2,}[ \t]*")
 _ABBREVIATIONS = frozenset(
-    """al approx assoc ca cf ch chap cor def defn dept dr ed eds eq eqn eqns eqs esp etc ex fig figs inc jr lem
-    ltd mr mrs ms no nos nr ns p par pp prof prop ref refs resp sec sect sr st thm univ viz vol vs""".split()
+    """al approx assoc ca cf ch chap cor def defn dept dr ed eds eq eqn eqns eqs esp etc ex fig figs inc
+    jr lem ltd mr mrs ms no nos nr ns p par pp prof prop ref refs resp sec sect sr st thm univ viz vol
+    vs""".split()
 )
 _WORD_BEFORE = re.compile(r"[^\s(\[{\"'“‘$`~]+\Z")
 _BATCH = 64
@@ -101,7 +102,7 @@ def pieces(text: str, count: TokenCounter, max_tokens: int) -> Iterator[Piece]:
         blank ends are removed).
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if len(text) <= 16 * max_tokens:
+    if len(text) <= 8 * max_tokens:
         whole = _tidy(text, 0, len(text))
         tokens = count([whole])[0]
         if not whole or tokens <= max_tokens:

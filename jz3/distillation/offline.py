@@ -32,19 +32,21 @@ _KEYWORDS = {
     },
     "arithmetic": {
         2.0: r"calculate|add(?:ition|ing)?|subtract(?:ion|ing)?|multipl(?:y|ication|ying)|divi(?:de|sion)|"
-        r"decimals?|percent(?:age)?|product of|(?:calculate|what is) \d+ [-+]|fractions?|lowest terms|numerator|denominator|rounding",
+        r"decimals?|percent(?:age)?|product of|(?:calculate|what is) \d+ [-+]|fractions?|lowest terms|numerator|"
+        r"denominator|rounding",
         1.0: r"sum|product|difference|quotient|digits?|from left to right|arithmetic|float(?:ing)?|exact",
     },
     "number theory": {
-        3.0: r"gcd|lcm|divides|in base|decimal number|greatest common divisor|least common multiple|prime(?:s| numbers?| factors?)?|"
+        3.0: r"gcd|lcm|divides|in base|decimal number|greatest common divisor|least common multiple|"
+        r"prime(?:s| numbers?| factors?)?|"
         r"divisib\w+|divisors?|modulo|modular|congruen\w+|coprime|totient|factori[sz]ation|base-\d+|base \d+",
         1.0: r"integers?|remainder|binary|hexadecimal|residues?|euclid\w*|diophantine|factors?",
     },
     "algebra": {
-        3.0: r"polynomials?|equations?|solve|satisf(?:y|ies)|p\(x\)|unknown|complex numbers?|imaginary|real part|matri(?:x|ces)|"
-        r"eigenvalues?|roots?|sequences?|next term|linear",
-        1.0: r"coefficients?|constants?|first factor|degree|variables?|expressions?|symbols?|simplif\w+|expand|terms?|vectors?|rings?|"
-        r"fields?|groups?|series|algebra\w*",
+        3.0: r"polynomials?|equations?|solve|satisf(?:y|ies)|p\(x\)|unknown|complex numbers?|imaginary|real part|"
+        r"matri(?:x|ces)|eigenvalues?|roots?|sequences?|next term|linear",
+        1.0: r"coefficients?|constants?|first factor|degree|variables?|expressions?|symbols?|simplif\w+|expand|terms?|"
+        r"vectors?|rings?|fields?|groups?|series|algebra\w*",
     },
     "geometry": {
         3.0: r"angles?|triangles?|polygons?|circles?|geometr\w+|perimeter|radius|quadrilateral|pentagon|hexagon|"
@@ -64,7 +66,9 @@ _KEYWORDS = {
 """Topic to weight to words. A text's score for a topic adds each word's weight the first three times."""
 
 _PATTERNS = {
-    topic: [(weight, re.compile(rf"(?<![\w$])(?:{words})(?!\w)", re.IGNORECASE)) for weight, words in rows.items()]
+    topic: [
+        (weight, re.compile(rf"(?<![\w$])(?:{words})(?!\w)", re.IGNORECASE)) for weight, words in rows.items()
+    ]
     for topic, rows in _KEYWORDS.items()
 }
 _MOST = 3

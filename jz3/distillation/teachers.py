@@ -137,7 +137,8 @@ class RecordedTeacher:
         advance(len(requests))
         missing = Reply(text="", failure="no_recorded_reply")
         return [
-            self._rows.get(r.prompt.id) or self._rows.get(hash_text(r.prompt.text)) or missing for r in requests
+            self._rows.get(r.prompt.id) or self._rows.get(hash_text(r.prompt.text)) or missing
+            for r in requests
         ]
 
     def spending(self) -> Spending:

@@ -31,14 +31,17 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """Tokenise a prompt as the model was trained to see a text's beginning; never empty."""
-    ids = tokenizer(prompt, verbose=False).input_ids
+    """Tokenise a prompt as a text's beginning: start token if the tokenizer sets one, no end token; never empty."""
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    end = tokenizer.eos_token_id
+    if len(ids) > 1 and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)):
+        ids.pop()
     if not ids:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
         if start is None:
             raise ValueError("an empty prompt can't be continued: the tokenizer has no start or end token")
         ids = [start]
-    return list(ids)
+    return ids
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,18 +1,20 @@
 """Generate, execute, go on: continuations whose Python is really run and whose outputs are real."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jz3.engines.base import Engine, Generation, Request, Sampling
-from jz3.grading.answer import fenced_blocks
 from jz3.seeding import seed_for
 
 if TYPE_CHECKING:
     from jz3.grading.sandbox import Execution, Sandbox
 
 OUTPUT_START, FENCE = "```output", "```"
+PENDING = re.compile(r"^.*```[ \t]*(?:python3?|py)[ \t]*\r?\n(.*)```\s*\Z", re.DOTALL)
+"""The last Python block, closed at the end of the text; it may begin behind words, as in `[Solution]: ```python`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,15 +138,12 @@ def generate_with_tools(
 
 def _pending_code(state: _State) -> str | None:
     """Return the Python block that ends a continuation and waits for its output, if there is one."""
-    text = state.text.rstrip()
-    if state.finish != "stop" or not text.endswith(FENCE):
+    if state.finish != "stop":
         return None
-    blocks = fenced_blocks(text)
-    if not blocks or blocks[-1][0] != "python":
+    found = PENDING.search(state.text)
+    if found is None or FENCE in found[1] or not found[1].strip():
         return None
-    code = blocks[-1][1].rstrip()
-    # Only if the fence at the end is this block's own, and not one that was opened behind it.
-    return f"{code}\n" if code and text.removesuffix(FENCE).rstrip().endswith(code) else None
+    return found[1].rstrip() + "\n"
 
 
 def _record(state: _State, code: str, execution: "Execution", output_limit: int) -> None:

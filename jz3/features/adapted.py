@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, hash_file
+from jz3.files import atomic_path, canonical_json, hash_file
 from jz3.gradients import InputGrams, Tokens, gram, layer_shape, make_batches, run_pass
 from jz3.seeding import seed_for
 
@@ -59,9 +59,10 @@ class AdaptedFit:
             tensors[f"left/{name}"] = self.left[name].contiguous()
             tensors[f"right/{name}"] = self.right[name].contiguous()
             tensors[f"coordinates/{name}"] = self.coordinates[name].contiguous()
-        metadata = {"format": FORMAT, "model_hash": self.model_hash, "layers": json.dumps(self.layers)}
+        about = {"format": FORMAT, "model_hash": self.model_hash, "layers": self.layers}
         with atomic_path(path) as part:
-            save_file(tensors, part, metadata)
+            # One key only: safetensors writes several in an order that changes from run to run.
+            save_file(tensors, part, {"jz3": canonical_json(about)})
         return hash_file(path)
 
     @classmethod
@@ -71,7 +72,7 @@ class AdaptedFit:
 
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {}).get("jz3", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
             raise Jz3Error(f"{path} is no readable fit ({error}); run `jz3 features` again") from error
@@ -79,7 +80,7 @@ class AdaptedFit:
             raise Jz3Error(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}")
         if metadata["model_hash"] != model_hash:
             raise Jz3Error(f"{path} was fitted for model {metadata['model_hash']}, this model is {model_hash}")
-        layers = json.loads(metadata["layers"])
+        layers = metadata["layers"]
         parts = {
             side: {name: tensors[f"{side}/{name}"] for name in layers} for side in ("left", "right", "coordinates")
         }
@@ -120,7 +121,7 @@ class AdaptedSink:
             blocks = segment_project(projected.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds)
             chosen = self._coordinates[name]
             start = self._offset[name]
-            self._values[:, start : start + len(chosen)] = blocks.flatten(1)[:, chosen]
+            self._values[:, start : start + len(chosen)] = blocks.flatten(1)[:, chosen].float()
 
     def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return (unit-norm values [B, K], norms [B]) of the batch just run and forget it."""

@@ -95,7 +95,7 @@ def extract(
     for batch, result in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
         rows = torch.tensor(batch.positions)
         values[rows], norm[rows] = sink.take()
-        loss[rows], hidden[rows] = result.loss.cpu(), result.hidden.cpu()
+        loss[rows], hidden[rows] = result.loss.float().cpu(), result.hidden.cpu()
         advance(len(batch.positions))
     return Extracted(values, norm, loss, hidden)
 

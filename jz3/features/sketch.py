@@ -110,7 +110,7 @@ class SketchSink:
         self._square += (input_gram * gram(g)).sum((1, 2))
         bounds = torch.arange(0, count * width + 1, width, device=g.device)
         block = segment_project(projected.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds)
-        sketch(block.flatten(1), name, self._sketch.k, seed=self._sketch.seed, out=self._values)
+        sketch(block.flatten(1).float(), name, self._sketch.k, seed=self._sketch.seed, out=self._values)
 
     def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return (unit-norm values [B, K], norms [B]) of the batch just run and forget it."""

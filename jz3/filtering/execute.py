@@ -140,6 +140,8 @@ def _candidates(output: str) -> list[str]:
     found: dict[str, None] = {}
     for line in [line.strip() for line in output.splitlines() if line.strip()][-3:]:
         for text in (line, re.split(r":\s", line)[-1], re.split(r"(?<![<>=!])=(?!=)", line)[-1], re.split(r"\b(?:is|are)\s", line)[-1]):
-            if text.strip() and len(text) <= 300:
-                found[text.strip().rstrip(".")] = None
+            text = re.sub(r"\*I\b|(?<=\d)j\b", "i", text.strip().rstrip("."))
+            if text and len(text) <= 300:
+                found[text] = None
+                found[text.strip("[]")] = None
     return list(found)

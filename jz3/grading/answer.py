@@ -24,6 +24,12 @@ _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
 _PRINTED = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?")
+_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SCIENTIFIC = re.compile(r"([-+]?[\d.]+)\s*(?:\\times|\\cdot)\s*10\^\{?([-+]?\d+)\}?(?:\s*\\.*)?")
+_UNIT = re.compile(
+    r"(?<=\d)(?:\s|\\[,;: ]|~)*(?:%|\u00b0|\^\s*\{?\\circ\}?|\\degree|\\Omega|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\S*"
+    r"|(?<=[\s~])[A-Za-z\u00b5\u03a9]{1,12}(?:[/^]\S+)?)(?:\s*[A-Z])?$"
+)
 _PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
@@ -133,16 +139,25 @@ def _printed_equal(stated: str, real: str) -> bool:
 
 
 def answer_like_printed(answer: str, output: str) -> bool:
-    """Tell whether a program's output holds the number `answer`, or one that rounds to it."""
-    answer = tidy_answer(answer).replace("{,}", "")
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer).rstrip("%").strip()
-    output = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", output)
-    if _PRINTED.fullmatch(answer):
-        return any(_same_number(answer, number) for number in _PRINTED.findall(output))
-    value = plain_number(answer)
-    if value is None:
-        return False
-    return any(plain_number(number) == value for number in _NUMBER.findall(output))
+    r"""Tell whether a program's output holds the answer.
+
+    A number, with or without a unit, must be a printed one or what a printed one rounds to; a fraction
+    must be printed as such; words (`\text{...}`) must be printed.
+    """
+    answer = tidy_answer(answer)
+    words = re.fullmatch(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", answer)
+    if words or re.fullmatch(r"[A-Za-z][A-Za-z ]+", answer):
+        wanted = (words[1] if words else answer).casefold().split()
+        return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(re.findall(r'[^ .,;:!?]+', output.casefold()))} "
+    output = _SEPARATOR.sub("", output)
+    answer = _SEPARATOR.sub("", answer.replace("{,}", ","))
+    power = _SCIENTIFIC.fullmatch(answer)
+    number = f"{power[1]}e{power[2]}" if power else answer
+    number = _UNIT.sub("", number).strip()
+    if _PRINTED.fullmatch(number):
+        return any(_same_number(number, printed) for printed in _PRINTED.findall(output))
+    value = plain_number(number)
+    return value is not None and any(plain_number(printed) == value for printed in _NUMBER.findall(output))
 
 
 def _same_number(answer: str, printed: str) -> bool:

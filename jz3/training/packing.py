@@ -2,9 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from jz3.seeding import rng
 from jz3.training.config import TrainSettings
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -238,17 +236,4 @@ def _best_fit(documents: list[Document], max_length: int) -> "Dataset":
     """Pack with TRL's best-fit-decreasing; no document is longer than a pack, so nothing is cut."""
     from trl import pack_dataset
 
-    return quietly(pack_dataset, _dataset(documents), max_length, "bfd", {"batch_size": CHUNK})
-
-
-def quietly(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of the datasets library without its progress bars."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return function(*arguments)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    return pack_dataset(_dataset(documents), max_length, "bfd", {"batch_size": CHUNK})

@@ -22,7 +22,8 @@ from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar
 from jz3.training.config import TrainSettings
-from jz3.training.packing import Packs, Phase, pack, quietly
+from jz3.training.packing import Packs, Phase, pack
+from jz3.training.quiet import quiet
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -199,7 +200,7 @@ def _train_here(
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    with _locked(work) if state.is_main_process else contextlib.nullcontext():
+    with quiet(), _locked(work) if state.is_main_process else contextlib.nullcontext():
         with state.main_process_first():
             if state.is_main_process:
                 _prepare(model, phases, settings, work, key, seed)
@@ -245,7 +246,7 @@ def _prepare(
     if not packs.phase:
         raise Jz3Error(f"nothing to train on: {packs.counts}, left out: {packs.dropped}")
     with atomic_path(work / "packs") as part:
-        quietly(packs.dataset.save_to_disk, part)
+        packs.dataset.save_to_disk(part)
         write_json(part / "packs.json", {"phase": packs.phase, "counts": packs.counts, "dropped": packs.dropped})
 
 

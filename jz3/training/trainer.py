@@ -97,7 +97,7 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         num_train_epochs=1,
         per_device_train_batch_size=settings.packs_at_once,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         train_sampling_strategy="sequential",
         packing=True,
         packing_strategy="bfd",

@@ -69,7 +69,9 @@ def complex_arithmetic(seed: int) -> Iterator[Draft]:
             (p, q), (r, s) = pieces
             sign = "+" if imaginary else "-"
             value = p * q + r * s if imaginary else p * q - r * s
-            working = f"{p} * {paren(q)} {sign} {paren(r)} * {paren(s)} = {p * q} {sign} {paren(r * s)} = {value}"
+            working = (
+                f"{p} * {paren(q)} {sign} {paren(r)} * {paren(s)} = {p * q} {sign} {paren(r * s)} = {value}"
+            )
         else:
             p, q = (b, d) if imaginary else (a, c)
             value = p + q if operation == "+" else p - q
@@ -102,7 +104,9 @@ def number_sequence(seed: int) -> Iterator[Draft]:
             reason, working = f"Every term is {factor} times the one before it", f"{last} * {paren(factor)}"
         listed = ", ".join(map(str, shown))
         yield Draft(
-            question=phrased(entry, f"What comes next in the sequence {listed}?", f"Find the next term: {listed}, ..."),
+            question=phrased(
+                entry, f"What comes next in the sequence {listed}?", f"Find the next term: {listed}, ..."
+            ),
             answer=str(value),
             steps=f"{reason}. The next term is {working} = {value}.",
             program=f"print({working})",
@@ -207,7 +211,9 @@ def leg_counting(seed: int) -> Iterator[Draft]:
     """Legs of a few kinds of animals."""
     for entry in entries("leg_counting", seed, min_animals=2, max_animals=3, max_instances=12):
         legs = _legs()
-        animals = {a: n for a, n in entry["metadata"]["animals"].items() if legs[a] and a not in ("human", "insect")}
+        animals = {
+            a: n for a, n in entry["metadata"]["animals"].items() if legs[a] and a not in ("human", "insect")
+        }
         if len(animals) < 2:
             continue
         named = [f"{n} {a if n == 1 else plural(a)}" for a, n in animals.items()]
@@ -216,7 +222,9 @@ def leg_counting(seed: int) -> Iterator[Draft]:
         products = " + ".join(f"{n} * {legs[a]}" for a, n in animals.items())
         yield Draft(
             question=phrased(
-                entry, f"How many legs do {listed} have in total?", f"A zoo keeps {listed}. Count all their legs."
+                entry,
+                f"How many legs do {listed} have in total?",
+                f"A zoo keeps {listed}. Count all their legs.",
             ),
             answer=str(sum(parts)),
             steps="Legs per animal: "

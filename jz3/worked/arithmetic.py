@@ -36,7 +36,9 @@ def products(seed: int) -> Iterator[Draft]:
         split = " + ".join(map(str, pieces))
         sums = " + ".join(str(left * p) for p in pieces)
         yield Draft(
-            question=phrased(entry, f"Multiply {left} by {right}.", f"What is the product of {left} and {right}?"),
+            question=phrased(
+                entry, f"Multiply {left} by {right}.", f"What is the product of {left} and {right}?"
+            ),
             answer=str(left * right),
             steps=f"Split {right} into {split}. Then {left} * {right} = {sums} = {left * right}.",
             program=f"print({left} * {right})",

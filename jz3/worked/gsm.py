@@ -50,7 +50,9 @@ def sound_templates() -> tuple[int, ...]:
 
     generators = _generators()
     return tuple(
-        t for t in tasks_ok if all(check_entry(generators[t](random.Random(i), 1.0)) for i in range(CHECK_DRAWS))
+        t
+        for t in tasks_ok
+        if all(check_entry(generators[t](random.Random(i), 1.0)) for i in range(CHECK_DRAWS))
     )
 
 
@@ -75,9 +77,12 @@ def check_entry(entry: dict[str, Any]) -> Draft | None:
 
 
 def _generators() -> dict[int, Any]:
-    import reasoning_gym
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
+        GSMSymbolicDataset,
+        GSMSymbolicDatasetConfig,
+    )
 
-    return reasoning_gym.create_dataset("gsm_symbolic", seed=0, size=1).generators
+    return GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=0, size=1)).generators
 
 
 def _tidy(text: str) -> str:
@@ -91,7 +96,9 @@ def _tidy(text: str) -> str:
 
 def _article(match: re.Match[str]) -> str:
     word = match[2].lower()
-    vowel = word[0] in "aeiou" and not word.startswith(("uni", "use", "eu", "one")) or word in ("hour", "honest")
+    vowel = (
+        word[0] in "aeiou" and not word.startswith(("uni", "use", "eu", "one")) or word in ("hour", "honest")
+    )
     return f"{match[1]}n " if vowel and len(word) > 1 else f"{match[1]} "
 
 

@@ -1,0 +1,259 @@
+"""Synthesis: the trained synthesiser writes problems with solutions from corpus texts."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jz3.engines.base import Engine, EngineConfig, Generation, Request, Sampling
+from jz3.engines.on_demand import OnDemand, engine_on_demand, noted_info
+from jz3.engines.tool_loop import ToolTrace, generate_with_tools
+from jz3.errors import Jz3Error
+from jz3.files import hash_text, read_jsonl, write_jsonl
+from jz3.grading.sandbox import SandboxConfig
+from jz3.records import LEVELS, Problem, Prompt, Reject
+from jz3.seeding import rng, seed_for
+from jz3.stage import StageContext
+
+if TYPE_CHECKING:
+    from jz3.grading.sandbox import Sandbox
+
+KEPT_TEXT = 4000
+"""Characters of a refused reply that are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthesisConfig:
+    """How the synthesiser is asked.
+
+    Source:
+        The paper's code: temperature 1.0 for natural-language problems, 0.1 and top_p 0.95 for tool
+        problems; 27% of the released rows are tool rows.
+    """
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    count: int = 20_000
+    """Prompts. Texts that distillation has not used come first; a text is used again, under another
+    level, only when all have been used."""
+    tool_share: float = 0.27
+    """Share of the prompts that ask for a Python solution."""
+    levels: tuple[str, ...] = LEVELS
+    """Levels to draw from for the natural-language prompts."""
+    samples: int = 1
+    """Replies to each prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tool_temperature: float = 0.1
+    tool_top_p: float = 0.95
+    max_new_tokens: int = 2500
+    """Of a reply; of a tool reply, of each round."""
+    execute_tools: bool = True
+    """Run the code of tool replies while they are written, so that their outputs are real."""
+    rounds: int = 4
+    """Generate-execute rounds of a tool reply."""
+    output_limit: int = 400
+    """Characters of an output block."""
+    shard_size: int = 512
+    """Replies between two saved points."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "samples", "max_new_tokens", "rounds", "output_limit", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"synthesis: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.tool_share <= 1:
+            raise ValueError(f"synthesis: tool_share must lie in 0..1, got {self.tool_share}")
+        unknown = [level for level in self.levels if level not in LEVELS]
+        if unknown or not self.levels:
+            raise ValueError(f"synthesis: levels must be some of {', '.join(LEVELS)}, got {self.levels!r}")
+        self.sampling("cot")
+        self.sampling("tool")
+
+    def sampling(self, kind: str) -> Sampling:
+        """Return how replies of a kind are drawn."""
+        if kind == "tool":
+            return Sampling(
+                max_new_tokens=self.max_new_tokens, temperature=self.tool_temperature, top_p=self.tool_top_p
+            )
+        return Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A reply to be written."""
+
+    prompt: Prompt
+    id: str
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Have the synthesiser write problems and take its replies apart.
+
+    Reads corpus/docs.jsonl, distillation/prompts.jsonl and synthesiser/model; writes prompts.jsonl,
+    problems.jsonl and rejects.jsonl.
+
+    Returns:
+        Counts: prompts, replies asked for, parsed and rejected by reason; by kind and level; tokens;
+        and the engine that wrote them.
+    """
+    config = ctx.recipe.synthesis
+    model = ctx.path("synthesiser", "model")
+    prompts = list(_prompts(ctx))
+    write_jsonl(ctx.out / "prompts.jsonl", (prompt.to_json() for prompt in prompts))
+    items = [
+        _Item(prompt, hash_text(f"{prompt.id}\x1f{sample}"))
+        for prompt in prompts
+        for sample in range(config.samples)
+    ]
+    rows: list[dict[str, Any]] = []
+    note = ctx.out / "engine.json"
+    with (
+        engine_on_demand(config.engine, model, ctx.recipe.model.dtype, note) as engine,
+        _sandbox(config) as sandbox,
+    ):
+        for kind in ("cot", "tool"):
+            part = [item for item in items if item.prompt.kind == kind]
+
+            def work(shard: list[_Item], kind: str = kind) -> list[dict[str, Any]]:
+                return _write(ctx, kind, shard, engine.get(), sandbox)
+
+            rows.extend(ctx.shards(f"shards/{kind}", part, config.shard_size, work, f"{kind} replies"))
+    write_jsonl(ctx.out / "problems.jsonl", (row["problem"] for row in rows if row["problem"]))
+    write_jsonl(ctx.out / "rejects.jsonl", (row["reject"] for row in rows if row["reject"]))
+    return {
+        "prompts": len(prompts),
+        "texts": len({prompt.doc_id for prompt in prompts}),
+        **_counts(rows),
+        "by_kind": {kind: _counts(part) for kind, part in _grouped(rows, "kind")},
+        "by_level": {level: _counts(part) for level, part in _grouped(rows, "level")},
+        "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
+        "new_tokens": sum(row["new_tokens"] for row in rows),
+        "executed_blocks": dict(
+            sorted(Counter(reason for row in rows for reason in row["executed"]).items())
+        ),
+        "sandbox_levels": sorted({level for row in rows for level in row["sandbox_levels"]}),
+        "engine": noted_info(config.engine, note),
+    }
+
+
+def _sandbox(config: SynthesisConfig) -> "OnDemand[Sandbox]":
+    from jz3.grading.sandbox import Sandbox
+
+    return OnDemand(lambda: Sandbox(config.sandbox))
+
+
+def _prompts(ctx: StageContext) -> Iterator[Prompt]:
+    """Draw texts, kinds and levels: texts in an order drawn by their ids, unused ones first."""
+    from jz3.distillation.prompts import fill
+
+    config = ctx.recipe.synthesis
+    used = {row["doc_id"] for row in ctx.rows("distillation", "prompts.jsonl")}
+    texts = {row["id"]: row["text"] for row in read_jsonl(ctx.path("corpus", "docs.jsonl"))}
+    if not texts:
+        raise Jz3Error("corpus/docs.jsonl holds no text to write problems from")
+    order = sorted(texts, key=lambda key: (key in used, seed_for(ctx.seed, ctx.name, "order", key), key))
+    for number in range(config.count):
+        turn, place = divmod(number, len(order))
+        key = order[place]
+        tool = int((number + 1) * config.tool_share) > int(number * config.tool_share)
+        draw = rng(ctx.seed, ctx.name, "level", key, turn)
+        level = "tool" if tool else config.levels[int(draw.integers(len(config.levels)))]
+        yield Prompt(
+            id=hash_text(f"{key}\x1f{level}\x1f{turn}"),
+            doc_id=key,
+            kind="tool" if tool else "cot",
+            level=level,
+            text=fill(level, texts[key]),
+        )
+
+
+def _write(
+    ctx: StageContext, kind: str, items: list[_Item], engine: Engine, sandbox: "OnDemand[Sandbox]"
+) -> list[dict[str, Any]]:
+    """Return a row per reply: its Problem or its Reject, and what is counted."""
+    config = ctx.recipe.synthesis
+    requests = [
+        Request(id=item.id, prompt=item.prompt.text, seed=seed_for(ctx.seed, ctx.name, item.id))
+        for item in items
+    ]
+    replies: list[Generation] | list[ToolTrace]
+    if kind == "tool" and config.execute_tools:
+        replies = generate_with_tools(
+            engine, sandbox.get(), requests, config.sampling(kind), config.rounds, config.output_limit
+        )
+    else:
+        replies = engine.generate(requests, config.sampling(kind))
+    origin = f"synthesiser:{_model_name(ctx)}"
+    return [_row(item, reply, origin) for item, reply in zip(items, replies, strict=True)]
+
+
+def _model_name(ctx: StageContext) -> str:
+    return ctx.recipe.synthesis.engine.model or Path(ctx.recipe.model.name).name
+
+
+def _row(item: _Item, reply: Generation | ToolTrace, origin: str) -> dict[str, Any]:
+    from jz3.distillation.parser import ReplyError, parse_reply
+
+    prompt = item.prompt
+    executed = reply.executed if isinstance(reply, ToolTrace) else ()
+    problem = reject = None
+    if reply.finish == "too_long" and not reply.text:
+        detail = f"its {reply.prompt_tokens} tokens fill the model's context"
+        reject = _reject(item, "prompt_too_long", detail, "")
+    else:
+        try:
+            # A reply whose rounds are used up ends in an output block, which the parser judges by itself.
+            parsed = parse_reply(
+                reply.text, prompt.kind, "length" if reply.finish in ("length", "too_long") else "stop"
+            )
+        except ReplyError as error:
+            reject = _reject(item, error.reason, error.detail, reply.text)
+        else:
+            problem = Problem(
+                id=item.id,
+                prompt_id=prompt.id,
+                doc_id=prompt.doc_id,
+                kind=prompt.kind,
+                level=prompt.level,
+                problem=parsed.problem,
+                solution=parsed.solution,
+                answer=parsed.answer,
+                origin=origin,
+                meta={"finish": reply.finish, **({"executed": str(len(executed))} if executed else {})},
+            )
+    return {
+        "kind": prompt.kind,
+        "level": prompt.level,
+        "problem": problem.to_json() if problem else None,
+        "reject": reject.to_json() if reject else None,
+        "prompt_tokens": reply.prompt_tokens,
+        "new_tokens": reply.new_tokens,
+        "executed": [block.reason for block in executed],
+        "sandbox_levels": sorted({block.level for block in executed}),
+    }
+
+
+def _reject(item: _Item, reason: str, detail: str, text: str) -> Reject:
+    return Reject(
+        id=item.id,
+        stage="synthesis",
+        reason=reason,
+        detail=detail,
+        where=item.prompt.id,
+        text=text[:KEPT_TEXT],
+    )
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    reasons = Counter(row["reject"]["reason"] for row in rows if row["reject"])
+    return {
+        "asked": len(rows),
+        "parsed": sum(row["problem"] is not None for row in rows),
+        "rejected": dict(sorted(reasons.items())),
+    }
+
+
+def _grouped(rows: list[dict[str, Any]], key: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for value in dict.fromkeys(row[key] for row in rows):
+        yield value, [row for row in rows if row[key] == value]

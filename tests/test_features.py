@@ -1,0 +1,116 @@
+"""Feature kinds against exact gradients, and what they promise to a stranger's data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_gradients import random_model, random_texts
+
+from jz3.errors import Jz3Error
+from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.exact import exact_cosines
+from jz3.features.extract import extract, model_hash
+from jz3.features.sketch import Sketch
+from jz3.gradients import Tokens, linear_layers
+
+
+def fit_all(model: torch.nn.Module, queries: list[Tokens], documents: list[Tokens]) -> AdaptedFit:
+    layers = linear_layers(model)
+    total = sum(m.weight.numel() for m in layers.values())
+    return fit_adapted(model, "m", layers, queries, documents, k=total, rank=10**6, max_layers=10**6)
+
+
+def test_adapted_with_all_directions_is_the_exact_cosine() -> None:
+    model, texts = random_model("llama"), random_texts(10)
+    layers = linear_layers(model)
+    # As many directions as a layer has: the bases are complete and nothing is left out.
+    fit = fit_all(model, texts[:5], texts[5:])
+    found = extract(model, layers, texts, fit)
+    exact = exact_cosines(model, layers, texts, texts[:4])
+    kept = sum(fit.left[n].shape[1] * fit.right[n].shape[1] for n in fit.layers)
+    assert kept >= fit.k
+    torch.testing.assert_close((found.values @ found.values[:4].T).double(), exact, atol=2e-5, rtol=0)
+    torch.testing.assert_close(exact[:4].diagonal(), torch.ones(4, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_norm_is_that_of_the_whole_gradient() -> None:
+    from test_gradients import autograd_gradients
+
+    model, texts = random_model("gpt2"), random_texts(4)
+    layers = linear_layers(model)
+    fit = fit_adapted(model, "m", layers, texts, [], k=8, rank=2, max_layers=2)
+    found = extract(model, layers, texts, fit)
+    for row, text in enumerate(texts):
+        full, _ = autograd_gradients(model, text, "mean")
+        norm = sum(float(g.square().sum()) for g in full.values()) ** 0.5
+        assert float(found.norm[row]) == pytest.approx(norm, rel=1e-5)
+    assert set(fit.layers) <= set(layers) and len(fit.layers) <= 2
+
+
+def test_adapted_keeps_the_coordinates_with_most_energy() -> None:
+    model, texts = random_model("llama"), random_texts(24)
+    layers = linear_layers(model)
+    exact = exact_cosines(model, layers, texts[8:], texts[:8]).numpy()
+    error = {}
+    for k in (16, 256):
+        fit = fit_adapted(model, "m", layers, texts[:8], texts[8:], k=k, rank=8, max_layers=10)
+        found = extract(model, layers, texts, fit).values.numpy()
+        error[k] = np.abs(found[8:] @ found[:8].T - exact).mean()
+        assert fit.k == k
+    assert error[256] < error[16]
+
+
+def test_fit_is_deterministic_and_refuses_another_model(tmp_path: Path) -> None:
+    model, texts = random_model("llama"), random_texts(6)
+    hashes = [
+        fit_adapted(model, "m", linear_layers(model), texts[:3], texts[3:], k=32, rank=4).save(tmp_path / f"{i}.st")
+        for i in range(2)
+    ]
+    assert hashes[0] == hashes[1]
+    loaded = AdaptedFit.load(tmp_path / "0.st", "m")
+    assert loaded.k == 32
+    with pytest.raises(Jz3Error, match="fitted for model m"):
+        AdaptedFit.load(tmp_path / "0.st", "another")
+    (tmp_path / "0.st").write_bytes(b"nonsense")
+    with pytest.raises(Jz3Error, match="no readable fit"):
+        AdaptedFit.load(tmp_path / "0.st", "m")
+
+
+def test_fit_without_a_text_is_told() -> None:
+    model = random_model("llama")
+    with pytest.raises(ValueError, match="at least one query or document"):
+        fit_adapted(model, "m", linear_layers(model), [], [])
+
+
+def test_sketch_is_unbiased() -> None:
+    model, texts = random_model("llama"), random_texts(4)
+    layers = linear_layers(model)
+    exact = exact_cosines(model, layers, texts, texts).numpy()
+    draws = []
+    for seed in range(60):
+        found = extract(model, layers, texts, Sketch.of("m", layers, 64, 16, 8, seed)).values.numpy()
+        draws.append(found @ found.T)
+    mean, error = np.mean(draws, 0), np.std(draws, 0, ddof=1) / len(draws) ** 0.5
+    assert (np.abs(mean - exact) < 4 * error).all()
+    assert np.abs(mean - exact).max() < 0.5 * np.std(draws, 0).max()
+
+
+def test_features_do_not_depend_on_the_batch() -> None:
+    model, texts = random_model("neox"), random_texts(9)
+    layers = linear_layers(model)
+    fit = fit_adapted(model, "m", layers, texts[:4], texts[4:], k=64, rank=6)
+    one, many = (extract(model, layers, texts, fit, batch_tokens=n) for n in (1, 1000))
+    torch.testing.assert_close(one.values, many.values, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(one.hidden, many.hidden, atol=1e-6, rtol=1e-5)
+
+
+def test_model_hash_sees_the_weights(tmp_path: Path) -> None:
+    model = random_model("llama")
+    names = []
+    for folder in ("a", "b"):
+        model.save_pretrained(tmp_path / folder)
+        names.append(model_hash(tmp_path / folder))
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] += 1
+    assert names[0] != names[1]
