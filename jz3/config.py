@@ -12,6 +12,7 @@ from typing import Any
 from jz3.comparison import ComparisonConfig
 from jz3.corpus.config import CorpusConfig
 from jz3.distillation.config import DistillationConfig
+from jz3.estimate import EstimateConfig
 from jz3.evaluation import EvaluationConfig
 from jz3.features import FeaturesConfig
 from jz3.filtering.config import FilteringConfig
@@ -49,6 +50,7 @@ class Recipe:
     filtering: FilteringConfig = field(default_factory=FilteringConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    estimate: EstimateConfig = field(default_factory=EstimateConfig)
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -83,6 +83,7 @@ def test_rows_counts_and_reasons(tmp_path, tiny_model):
     ]
     assert refused[2].detail == refused[3].detail == f"kept {found[0].id}"
     assert [d.generated for d in found] == [False] * (len(found) - 1) + [True]
+    assert found[-1].meta["topic"] == "t" and "topic" not in found[0].meta
     assert summary["texts"] == len(found) and summary["tokens"] == sum(d.tokens for d in found)
     assert summary["generated"] == 1
     assert summary["rejected"] == {"duplicate": 2, "empty_text": 1, "too_short": 1, "unbreakable": 1}
@@ -228,6 +229,9 @@ def test_an_empty_corpus_is_an_error_and_an_empty_source_a_warning(tmp_path, cap
     with pytest.raises(Jz3Error, match='corpus is empty: {"too_short": 1}'):
         run(context(tmp_path / "x", [source("a", path)]))
     good = write(tmp_path / "b.jsonl", [sentence(1)])
+    with pytest.raises(Jz3Error, match="matches no file"):
+        run(context(tmp_path / "z", [source("a", good), source("b", tmp_path / "absent")]))
+    assert not (tmp_path / "z" / "corpus" / "blocks").exists(), "every source is looked at before the work"
     run(context(tmp_path / "y", [source("a", path), source("b", good)]))
     assert "source a gave no text" in caplog.text
 

@@ -130,7 +130,7 @@ def from_row(row: dict[str, Any], where: str, source: SourceConfig) -> SourceTex
             detail = f"field {name.strip()!r} must be a text, got {type(value).__name__}"
             return reject("wrong_type", where, detail, str(value)[:200])
         parts.append(value)
-    meta = {}
+    meta = {"topic": source.topic} if source.topic else {}
     for name in source.keep_fields:
         found, value = _field(row, name)
         if found and value is not None:

@@ -92,9 +92,9 @@ def _docs(
 ) -> Iterator[dict[str, Any]]:
     """Give the rows of docs.jsonl; write the rejects and fill the tallies on the way."""
     seen = Deduplicator(config.minhash)
-    for source in config.sources:
+    opened = [open_source(source, ctx.seed) for source in config.sources]
+    for source, units in zip(config.sources, opened, strict=True):
         tally = tallies[source.name]
-        units = open_source(source, ctx.seed)
         label = f"{source.name}, {'texts' if source.limit else 'parts'}"
         with ctx.progress(source.limit or len(units), label) as advance:
             for row in _source_rows(ctx, config, source, units, count, tally, advance):

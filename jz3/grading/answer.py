@@ -24,6 +24,7 @@ _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
 _PRINTED = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?")
+_TOKEN = re.compile(r"[^\s.,;:!?]+")
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SCIENTIFIC = re.compile(r"([-+]?[\d.]+)\s*(?:\\times|\\cdot)\s*10\^\{?([-+]?\d+)\}?(?:\s*\\.*)?")
 _UNIT = re.compile(
@@ -147,8 +148,8 @@ def answer_like_printed(answer: str, output: str) -> bool:
     answer = tidy_answer(answer)
     words = re.fullmatch(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", answer)
     if words or re.fullmatch(r"[A-Za-z][A-Za-z ]+", answer):
-        wanted = (words[1] if words else answer).casefold().split()
-        return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(re.findall(r'[^ .,;:!?]+', output.casefold()))} "
+        wanted, printed = (" ".join(_TOKEN.findall(t.casefold())) for t in (words[1] if words else answer, output))
+        return bool(wanted) and f" {wanted} " in f" {printed} "
     output = _SEPARATOR.sub("", output)
     answer = _SEPARATOR.sub("", answer.replace("{,}", ","))
     power = _SCIENTIFIC.fullmatch(answer)
@@ -182,8 +183,17 @@ import logging
 logging.disable(logging.CRITICAL)
 import json, re, sys
 from math_verify import parse, verify
+from sympy import I
+from sympy.parsing.sympy_parser import parse_expr
 
 def read(text):
+    if "\\" not in text and re.search(r"\*|sqrt\(|^Matrix\(|^Rational\(|^Fraction\(", text):
+        try:
+            value = parse_expr(text.replace("^", "**").replace("Fraction(", "Rational("), {"i": I})
+            if not value.free_symbols:  # Math-Verify's symbols differ from SymPy's plain ones
+                return [value]
+        except Exception:
+            pass  # not Python's notation: read as LaTeX below
     if "\\" not in text:
         text = re.sub(r"\boo\b", r"\\infty ", re.sub(r"\bpi\b", r"\\pi ", text.replace("**", "^")))
     return parse("$" + text + "$", parsing_timeout=None)
@@ -192,7 +202,7 @@ def equal(gold, prediction):
     return bool(verify(read(gold), read(prediction), timeout_seconds=None))
 
 for gold, prediction in (("\\frac{1}{2}x+\\sqrt{2}", "0.5x+2^{0.5}"), ("(1,2)", "[1,2)"), ("x=1.5", "3/2"),
-                         ("\\{1,2\\}", "\\{1\\}"), ("5\\text{ cm}", "50\\%"), ("\\pi r^2", "1,000")):
+                         ("\\{1,2\\}", "\\{1\\}"), ("2*x", "sqrt(2)"), ("5\\text{ cm}", "50\\%"), ("\\pi r^2", "1,000")):
     equal(gold, prediction)
 sys.modules["jz3_equal"] = type(sys)("jz3_equal")
 sys.modules["jz3_equal"].equal = equal

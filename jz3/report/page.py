@@ -30,7 +30,7 @@ def render(ctx: StageContext, results: dict[str, Any]) -> str:
     environment.filters["percent"] = lambda x: f"{100 * x:.0f}%"
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
     best, worst = _texts(ctx, scores)
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html").render(
         r=results,
         plots={
             "scores": _plot(lambda axes: _histogram(axes, scores)),

@@ -22,7 +22,7 @@ def gather(ctx: StageContext) -> dict[str, Any]:
     manifests = {s.name: ctx.manifest(s.name) for s in STAGES if (ctx.run_dir / s.name / "manifest.json").exists()}
     summary = {name: m["summary"] for name, m in manifests.items()}
     influence = summary["influence"]
-    labels = [STAND_IN] if ctx.recipe.distillation.teacher == "offline" else []
+    labels = [STAND_IN] if ctx.recipe.distillation.teacher.kind == "offline" else []
     return {
         "recipe": ctx.recipe.name,
         "seed": ctx.recipe.seed,

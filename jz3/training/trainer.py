@@ -1,5 +1,6 @@
 """TRL's trainer with the loss computed where labels are, and checkpoints that are whole or ignored."""
 
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from jz3.errors import Jz3Error
 from jz3.files import hash_file, read_json, write_json
 from jz3.training.config import TrainSettings
 from jz3.training.packing import IGNORED
+
+log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 
@@ -152,6 +155,7 @@ def newest_complete(folder: Path) -> Path | None:
     for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         if _is_complete(checkpoint):
             return checkpoint
+        log.warning("%s is unfinished or damaged; it is deleted", checkpoint)
         shutil.rmtree(checkpoint)
     return None
 

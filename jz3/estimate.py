@@ -1,0 +1,200 @@
+"""What a recipe will cost before it runs: texts, tokens, calls, bytes, GPU hours and money."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jz3.pipeline import STAGES
+
+if TYPE_CHECKING:
+    from jz3.config import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateConfig:
+    """Assumptions of `--dry-run`; nothing that runs depends on them."""
+
+    parameters: float = 0.0
+    """Of the base model; 0: read from the model's folder, where it is local."""
+    synthesiser_parameters: float = 0.0
+    """Of the synthesiser; 0: as the base model."""
+    corpus_texts: int = 0
+    """Texts of the corpus; 0: the sum of the sources' limits."""
+    corpus_tokens: int = 350
+    """Mean tokens of a text (1,000 characters are about 300)."""
+    prompt_tokens: int = 450
+    """Mean tokens of a problem-writing prompt, its text included."""
+    reply_tokens: int = 650
+    """Mean tokens of a problem with its solution."""
+    kept_share: float = 0.8
+    """Share of the synthesised problems that the filters keep."""
+    instruction_tokens: float = 0.0
+    """Tokens of the second phase's instruction data; 0: rows of the targets times reply_tokens."""
+    peak_tflops: float = 989.0
+    """Dense bf16 peak of one GPU (H100 SXM)."""
+    gradient_utilisation: float = 0.5
+    """Share of the peak reached by forward and activation-gradient passes."""
+    training_utilisation: float = 0.4
+    generation_utilisation: float = 0.2
+    """Share of the peak reached by batched generation, prompt and reply tokens together."""
+    usd_per_gpu_hour: float = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class StageEstimate:
+    """One stage's cost."""
+
+    stage: str
+    items: str
+    tokens: float = 0.0
+    gpu_hours: float = 0.0
+    calls: int = 0
+    bytes: float = 0.0
+    usd: float = 0.0
+
+
+def estimate(recipe: "Recipe") -> list[StageEstimate]:
+    """Compute every stage's cost from counts and the recipe's assumptions.
+
+    FLOP per token: gradients 4 N (forward and activation gradients; the weight-gradient product is
+    never done), training 6 N, generation 2 N, with N the model's parameters.
+
+    Raises:
+        ValueError: the model's parameters or the corpus's size are neither known nor given.
+    """
+    a = recipe.estimate
+    n = a.parameters or _local_parameters(Path(recipe.model.name))
+    synthesiser = a.synthesiser_parameters or n
+    texts = a.corpus_texts or sum(s.limit for s in recipe.corpus.sources)
+    if not n or not texts:
+        what = "estimate.parameters (the model is not a local folder)" if not n else "estimate.corpus_texts"
+        raise ValueError(f"recipe {recipe.name!r} needs {what} for --dry-run")
+
+    def hours(flop: float, utilisation: float) -> float:
+        return flop / (a.peak_tflops * 1e12 * utilisation) / 3600
+
+    def gpu(stage: str, items: str, tokens: float, flop_per_token: float, utilisation: float, size: float = 0.0) -> StageEstimate:
+        spent = hours(tokens * flop_per_token, utilisation)
+        return StageEstimate(stage, items, tokens, spent, bytes=size, usd=spent * a.usd_per_gpu_hour)
+
+    features, teacher = recipe.features, recipe.distillation
+    corpus_tokens = float(texts) * min(a.corpus_tokens, recipe.corpus.max_tokens)
+    queries = sum(t.fit + t.unseen for t in recipe.targets.tasks)
+    calls = teacher.initial + teacher.boost
+    paid = teacher.teacher.kind == "openai"
+    teacher_tokens = float(calls) * (a.prompt_tokens + a.reply_tokens)
+    teacher_usd = calls * (
+        a.prompt_tokens * teacher.teacher.usd_per_million_prompt
+        + a.reply_tokens * teacher.teacher.usd_per_million_completion
+    ) / 1e6
+    problems = recipe.synthesis.count
+    synthetic = problems * a.kept_share * a.reply_tokens
+    instruction = a.instruction_tokens or float(sum(i.count for i in recipe.targets.instruction)) * a.reply_tokens
+    read = (synthetic + instruction) * recipe.training.epochs
+    if recipe.training.max_tokens:
+        read = min(read, float(recipe.training.max_tokens))
+    evaluated = sum(t.eval for t in recipe.targets.tasks)
+    rows = {
+        "corpus": StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
+        "targets": StageEstimate("targets", f"{queries:,} queries, {evaluated:,} held out"),
+        "features": gpu(
+            "features",
+            f"{texts:,} texts x {features.k} numbers x {features.bits} bits",
+            corpus_tokens,
+            4 * n,
+            a.gradient_utilisation,
+            texts * features.k * features.bits / 8,
+        ),
+        "influence": StageEstimate("influence", f"{texts:,} texts x {len(recipe.targets.tasks)} tasks"),
+        "index": StageEstimate("index", recipe.index.factory),
+        "selection": StageEstimate("selection", f"{recipe.selection.k:,} chosen"),
+        "comparison": gpu(
+            "comparison",
+            f"{len(recipe.comparison.methods) if recipe.comparison.tokens else 0} trainings",
+            float(recipe.comparison.tokens) * len(recipe.comparison.methods),
+            6 * n,
+            a.training_utilisation,
+        ),
+        "distillation": StageEstimate(
+            "distillation",
+            f"{teacher.initial:,} + {teacher.boost:,} texts, teacher {teacher.teacher.kind}",
+            teacher_tokens,
+            calls=calls if paid else 0,
+            usd=teacher_usd if paid else 0.0,
+        ),
+        "synthesiser": gpu(
+            "synthesiser",
+            f"{calls:,} rows x {recipe.synthesiser.epochs} epochs",
+            teacher_tokens * recipe.synthesiser.epochs,
+            6 * synthesiser,
+            a.training_utilisation,
+        ),
+        "synthesis": gpu(
+            "synthesis",
+            f"{problems:,} problems",
+            float(problems) * (a.prompt_tokens + a.reply_tokens),
+            2 * synthesiser,
+            a.generation_utilisation,
+        ),
+        "filtering": StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
+        "training": gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
+        "evaluation": gpu(
+            "evaluation", f"{evaluated:,} problems x 2 models x 2 settings", evaluated * 4.0 * a.reply_tokens, 2 * n, a.generation_utilisation
+        ),
+        "report": StageEstimate("report", "results.json, report.html"),
+    }
+    return [rows[stage.name] for stage in STAGES]
+
+
+def print_estimate(recipe: "Recipe") -> None:
+    """Print the estimate as a table, with the assumptions it rests on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = estimate(recipe)
+    table = Table(title=f"{recipe.name}: estimate, nothing was run", title_justify="left")
+    for name in ("stage", "items", "tokens", "bytes", "calls", "GPU hours", "USD"):
+        table.add_column(name, justify="left" if name in ("stage", "items") else "right")
+    for row in rows:
+        table.add_row(
+            row.stage,
+            row.items,
+            _short(row.tokens),
+            _short(row.bytes),
+            f"{row.calls:,}" if row.calls else "",
+            f"{row.gpu_hours:,.1f}" if row.gpu_hours >= 0.05 else "",
+            f"{row.usd:,.0f}" if row.usd >= 0.5 else "",
+        )
+    hours, usd = sum(r.gpu_hours for r in rows), sum(r.usd for r in rows)
+    table.add_section()
+    calls = sum(r.calls for r in rows)
+    table.add_row("total", "", "", "", f"{calls:,}" if calls else "", f"{hours:,.1f}", f"{usd:,.0f}")
+    console = Console(width=max(110, Console().width))
+    console.print(table)
+    console.print(f"assuming {json.dumps(dataclasses.asdict(recipe.estimate))}", soft_wrap=True)
+
+
+def _short(value: float) -> str:
+    if not value:
+        return ""
+    step = min(int(math.log10(max(value, 1)) // 3), 4)
+    return f"{value / 1000**step:.3g}{['', ' k', ' M', ' G', ' T'][step]}"
+
+
+def _local_parameters(folder: Path) -> float:
+    """Count a local model's parameters from its safetensors headers; 0 if there are none."""
+    from jz3.models import EMBEDDED, TINY
+
+    if str(folder) == EMBEDDED:
+        return 134.5e6
+    if str(folder) == TINY:
+        return 1e5
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        total += sum(math.prod(e["shape"]) for name, e in header.items() if name != "__metadata__")
+    return float(total)

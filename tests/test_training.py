@@ -1,0 +1,541 @@
+"""Training learns what it should, in the order it should, and survives any kill."""
+
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jz3.errors import Jz3Error
+from jz3.files import read_json, read_jsonl, write_jsonl
+from jz3.models import ModelConfig, load_model, load_tokenizer
+from jz3.records import Problem, Prompt, Query
+from jz3.stage import StageContext
+from jz3.training import Phase, SynthesiserConfig, TrainingConfig, TrainSettings, run_synthesiser, run_training, train
+from jz3.training.run import accumulation, choose_attention, export, lora_config
+
+SETTINGS = TrainSettings(learning_rate=3e-3, max_length=128, batch_packs=2, save_every=0)
+LORA = dataclasses.replace(SETTINGS, method="lora", learning_rate=1e-2)
+
+
+def rows(count, offset=1):
+    return [
+        (f"## Question\nWhat is {i} + {offset}?\n\n## Solution\n", f"The sum is \\boxed{{{i + offset}}}.")
+        for i in range(count)
+    ]
+
+
+PHASES = (Phase(name="first", rows=rows(60)), Phase(name="second", rows=rows(30, 4)))
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"method": "qlora"}, "method"),
+        ({"precision": "bfloat16"}, "precision"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"warmup": 0.9}, "stable_until"),
+        ({"epochs": 0}, "epochs"),
+        ({"max_length": 1}, "max_length"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+    ],
+)
+def test_bad_settings_are_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        TrainSettings(**change)
+
+
+def test_bad_boost_is_named():
+    with pytest.raises(ValueError, match="boost"):
+        SynthesiserConfig(boost="twice")
+
+
+def test_importing_the_settings_imports_no_torch():
+    code = "import sys, jz3.training; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_global_batch_is_what_the_settings_say():
+    settings = TrainSettings(batch_packs=512, packs_at_once=4)
+    assert accumulation(settings, 1) == 128
+    assert accumulation(settings, 8) == 16
+    with pytest.raises(ValueError, match=r"batch_packs \(512\) must be a multiple of 3 processes x 4"):
+        accumulation(settings, 3)
+
+
+def learning_rates(settings, steps):
+    """The rate at every step, from the scheduler that the trainer builds of our arguments."""
+    import torch
+    from transformers import get_scheduler
+
+    from jz3.training.trainer import schedule
+
+    chosen = schedule(settings, steps)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    scheduler = get_scheduler(
+        chosen["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=chosen["warmup_steps"],
+        num_training_steps=steps,
+        scheduler_specific_kwargs=chosen.get("lr_scheduler_kwargs"),
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates, scheduler.get_last_lr()[0]
+
+
+def test_warmup_stable_decay():
+    rates, after = learning_rates(TrainSettings(learning_rate=2e-5), 200)
+    assert rates[0] == pytest.approx(0.1 * 2e-5)
+    assert rates[:6] == sorted(rates[:6]) and rates[5] < 2e-5
+    assert rates[6:171] == [2e-5] * 165, "3% warm-up, then constant up to and including 85%"
+    assert rates[171] == pytest.approx(2e-5 * (1 - 0.9 / 30))
+    assert rates[185] == pytest.approx(2e-5 * (1 - 0.9 * 15 / 30))
+    assert after == pytest.approx(0.1 * 2e-5)
+
+
+def test_other_schedules():
+    rates, after = learning_rates(TrainSettings(schedule="cosine", learning_rate=1.0, warmup=0.0), 100)
+    assert rates[0] == 1.0 and rates[50] == pytest.approx(0.55) and after == pytest.approx(0.1)
+    rates, _ = learning_rates(TrainSettings(schedule="constant", learning_rate=1.0, warmup=0.1), 100)
+    assert rates[10:] == [1.0] * 90 and rates[5] == pytest.approx(0.5)
+    for steps in (1, 2, 7):
+        assert learning_rates(TrainSettings(learning_rate=1.0), steps)[0][0] == 1.0, "no step is lost to warm-up"
+
+
+def test_phases_in_order_with_their_losses_and_tokens(tiny_model, tmp_path):
+    seen = []
+
+    def progress(total, label):
+        import contextlib
+
+        @contextlib.contextmanager
+        def bar():
+            seen.append((total, label))
+            yield lambda n: seen.append(n)
+
+        return bar()
+
+    summary = train(tiny_model, PHASES, SETTINGS, tmp_path / "model", progress=progress)
+    assert [row["step"] for row in summary.log] == list(range(1, summary.steps + 1))
+    order = [row["phase"] for row in summary.log]
+    assert order == sorted(order) and set(order) == {"first", "second"}
+    assert summary.steps == -(-summary.packs // 2)
+    assert summary.tokens == summary.log[-1]["tokens"] == sum(p["tokens"] for p in summary.phases.values())
+    assert seen[0] == (summary.tokens, "tokens") and sum(seen[1:]) == summary.tokens
+    assert summary.loss_last < summary.loss_first - 1
+    losses = [row["loss"] for row in summary.log]
+    assert len(losses) in range(11, 21), "so a tenth is two steps"
+    assert (summary.loss_first, summary.loss_last) == (sum(losses[:2]) / 2, sum(losses[-2:]) / 2)
+    second = losses[order.index("second") :]
+    assert summary.phases["second"]["loss_first"] == second[0]
+    rates, _ = learning_rates(SETTINGS, summary.steps)
+    assert [row["lr"] for row in summary.log] == pytest.approx(rates)
+    assert not (tmp_path / "model.work").exists() and not (tmp_path / "model.work.lock").exists()
+    json.dumps(dataclasses.asdict(summary))
+
+
+def test_first_loss_is_the_mean_over_the_predicted_tokens_of_the_step(tiny_model, tmp_path):
+    """Two packs of unequal size: the mean over tokens, not the mean of the packs' means."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from jz3.training.packing import encode
+
+    texts = [("", "A farmer has three fields. " * 7), ("## Question\n" * 9, "No.")]
+    settings = dataclasses.replace(SETTINGS, precision="float32")
+    summary = train(tiny_model, [Phase(name="a", rows=texts)], settings, tmp_path / "m", dtype="float32")
+    assert (summary.steps, summary.packs) == (1, 2)
+    model, total, targets = load_model(tiny_model, "float32"), 0.0, 0
+    for document in encode(texts, load_tokenizer(tiny_model))[0]:
+        ids = torch.tensor(document.ids, dtype=torch.long)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, document.target - 1 : -1]
+        total += cross_entropy(logits, ids[document.target :], reduction="sum").item()
+        targets += len(ids) - document.target
+    assert summary.targets == targets
+    assert summary.loss_first == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_the_end_is_learned_and_the_model_is_whole(tiny_model, tmp_path):
+    import torch
+
+    same = [("Say it: ", "apples.")] * 60
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-2, epochs=3, max_length=64)
+    train(tiny_model, [Phase(name="a", rows=same)], settings, tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    prompt = tokenizer("Say it: ", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(out) == "apples." + tokenizer.eos_token
+    assert model.dtype == torch.bfloat16
+    before, after = (read_json(folder / "config.json") for folder in (tiny_model, tmp_path / "model"))
+    assert after == before | {"dtype": "bfloat16"}
+
+
+def test_merged_adapters_equal_adapters(tiny_model, tmp_path):
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    adapted = get_peft_model(load_model(tiny_model, "float32"), lora_config(LORA))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(tiny_model, tmp_path / "adapter", tmp_path / "merged", "float32")
+    merged, base = load_model(tmp_path / "merged", "float32"), load_model(tiny_model, "float32")
+    ids = torch.arange(5, 300)[None]
+    with torch.no_grad():
+        want, got, plain = adapted.eval()(ids).logits, merged(ids).logits, base(ids).logits
+    assert (want - plain).abs().max() > 0.1, "the adapters must matter"
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_learn_in_float32_over_frozen_weights(tiny_model, tmp_path):
+    settings = dataclasses.replace(LORA, epochs=2)
+    summary = train(tiny_model, PHASES, settings, tmp_path / "model", dtype="float32")
+    assert summary.loss_last < summary.loss_first - 0.5
+    assert summary.trained_parameters < 40_000
+    before, after = load_model(tiny_model, "float32"), load_model(tmp_path / "model", "float32")
+    same = {
+        name: bool((a == b).all())
+        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+    }
+    assert same["model.embed_tokens.weight"] and same["model.norm.weight"]
+    assert not any(equal for name, equal in same.items() if "proj" in name)
+
+
+def test_small_steps_are_not_lost_to_rounding(tiny_model, tmp_path):
+    """Of steps far below bfloat16's spacing, mixed precision keeps the sum."""
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-6, schedule="constant", warmup=0.0)
+    train(tiny_model, PHASES, settings, tmp_path / "model", dtype="float32")
+    before, after = load_model(tiny_model, "float32"), load_model(tmp_path / "model", "float32")
+    for (name, a), b in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        if "proj" in name:
+            assert (a != b[1]).float().mean() > 0.9, name
+
+
+def test_mixed_precision_is_close_to_float32(tiny_model, tmp_path):
+    for settings in (SETTINGS, LORA):
+        mixed = train(tiny_model, PHASES, settings, tmp_path / f"{settings.method}-mixed")
+        exact = dataclasses.replace(settings, precision="float32")
+        exact = train(tiny_model, PHASES, exact, tmp_path / f"{settings.method}-exact", dtype="float32")
+        for a, b in zip(mixed.log, exact.log, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
+
+
+def test_a_finished_training_is_returned_and_never_overwritten(tiny_model, tmp_path):
+    out = tmp_path / "model"
+    first = train(tiny_model, PHASES, SETTINGS, out)
+    written = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    (tmp_path / "model.work").mkdir()
+    again = train(tiny_model, PHASES, dataclasses.replace(SETTINGS, save_every=7), out)
+    assert again == first
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == written
+    assert not (tmp_path / "model.work").exists()
+    with pytest.raises(Jz3Error, match="trained otherwise or on other rows"):
+        train(tiny_model, PHASES[:1], SETTINGS, out)
+    with pytest.raises(Jz3Error, match="exists and is no finished training"):
+        train(tiny_model, PHASES, SETTINGS, tmp_path)
+
+
+def test_only_one_process_at_a_time(tiny_model, tmp_path):
+    with open(tmp_path / "model.work.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(Jz3Error, match="another process trains"):
+            train(tiny_model, PHASES, SETTINGS, tmp_path / "model")
+
+
+def test_no_usable_row_and_a_diverging_run_are_clear_errors(tiny_model, tmp_path):
+    with pytest.raises(Jz3Error, match="nothing to train on.*empty_completion"):
+        train(tiny_model, [Phase(name="a", rows=[("x", "")])], SETTINGS, tmp_path / "a")
+    wild = dataclasses.replace(SETTINGS, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(Jz3Error, match="lower learning_rate"):
+        train(tiny_model, PHASES, wild, tmp_path / "b")
+    with pytest.raises(ValueError, match="different names"):
+        train(tiny_model, [PHASES[0], PHASES[0]], SETTINGS, tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children that start with the libraries loaded, one thread each."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jz3.training.trainer", "peft"])
+    context.Process(target=int).start()
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = threads
+    return context
+
+
+RESUMABLE = {
+    "full": dataclasses.replace(SETTINGS, save_every=3, epochs=2),
+    "lora": dataclasses.replace(LORA, save_every=3, epochs=2, lora_dropout=0.1),
+}
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def uninterrupted(request, tiny_model, tmp_path_factory, processes):
+    """The settings, and the files of a training that nothing interrupted."""
+    out = tmp_path_factory.mktemp(request.param) / "model"
+    settings = RESUMABLE[request.param]
+    finish(processes, tiny_model, settings, out)
+    return settings, contents(out)
+
+
+def start(processes, model, settings, out):
+    child = processes.Process(target=train, args=(model, PHASES, settings, out))
+    child.start()
+    return child
+
+
+def finish(processes, model, settings, out):
+    child = start(processes, model, settings, out)
+    child.join(120)
+    assert child.exitcode == 0
+
+
+def kill_when(child, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert child.is_alive() and time.monotonic() < deadline, "the training ended before it could be killed"
+        time.sleep(0.0005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(uninterrupted, processes, tiny_model, tmp_path):
+    """Killed while the packs are written, while a checkpoint is written, after one, and at the end."""
+    settings, expected = uninterrupted
+    out, work = tmp_path / "model", tmp_path / "model.work"
+    checkpoints = work / "checkpoints"
+    moments = (
+        lambda: (work / "key.json").exists(),
+        lambda: (checkpoints / "checkpoint-3").exists(),
+        lambda: (checkpoints / "checkpoint-6" / "complete.json").exists(),
+        lambda: (checkpoints / "checkpoint-9").exists(),
+        lambda: (work / "trained").exists(),
+        lambda: (tmp_path / "model.part").exists(),
+    )
+    for moment in moments:
+        kill_when(start(processes, tiny_model, settings, out), moment)
+        assert not out.exists()
+    finish(processes, tiny_model, settings, out)
+    assert contents(out) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_unfinished_and_damaged_checkpoints_are_ignored(uninterrupted, processes, tiny_model, tmp_path, caplog):
+    from jz3.training.trainer import newest_complete
+
+    settings, expected = uninterrupted
+    out = tmp_path / "model"
+    checkpoints = tmp_path / "model.work" / "checkpoints"
+    whole = checkpoints / "checkpoint-6"
+    kill_when(start(processes, tiny_model, settings, out), lambda: (whole / "complete.json").exists())
+    for path in checkpoints.iterdir():
+        if path.name not in ("checkpoint-3", "checkpoint-6"):
+            shutil.rmtree(path)
+    unmarked, damaged = checkpoints / "checkpoint-12", checkpoints / "checkpoint-9"
+    for copy in (unmarked, damaged):
+        shutil.copytree(whole, copy)
+        optimizer = bytearray((copy / "optimizer.pt").read_bytes())
+        optimizer[len(optimizer) // 2] ^= 1
+        (copy / "optimizer.pt").write_bytes(optimizer)
+    (unmarked / "complete.json").unlink()
+    assert newest_complete(checkpoints) == whole
+    assert not unmarked.exists() and not damaged.exists()
+    assert "checkpoint-9" in caplog.text
+    finish(processes, tiny_model, settings, out)
+    assert contents(out) == expected
+
+
+def test_work_of_another_training_is_not_resumed(uninterrupted, processes, tiny_model, tmp_path):
+    settings, expected = uninterrupted
+    out = tmp_path / "model"
+    other = dataclasses.replace(settings, learning_rate=settings.learning_rate / 2)
+    marker = tmp_path / "model.work" / "checkpoints" / "checkpoint-3" / "complete.json"
+    kill_when(start(processes, tiny_model, other, out), marker.exists)
+    finish(processes, tiny_model, settings, out)
+    assert contents(out) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tiny_model, tmp_path, monkeypatch):
+    """The same global batch, hence the same steps and losses, whatever the number of processes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = dataclasses.replace(SETTINGS, precision="float32", batch_packs=4)
+    one = train(tiny_model, PHASES, settings, tmp_path / "one", dtype="float32")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    settings = dataclasses.replace(settings, launch=launch)
+    two = train(tiny_model, PHASES, settings, tmp_path / "two", dtype="float32")
+    assert (one.processes, two.processes) == (1, 2)
+    assert one.steps == two.steps
+    for a, b in list(zip(one.log, two.log, strict=True))[:-1]:
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_launcher_that_fails_or_is_missing_is_named(tiny_model, tmp_path):
+    settings = dataclasses.replace(SETTINGS, launch=("no-such-launcher",))
+    with pytest.raises(Jz3Error, match="no-such-launcher.*not installed"):
+        train(tiny_model, PHASES, settings, tmp_path / "a")
+    settings = dataclasses.replace(SETTINGS, launch=("false",))
+    with pytest.raises(Jz3Error, match="ended with code 1"):
+        train(tiny_model, PHASES, settings, tmp_path / "b")
+
+
+def context(run_dir, name, **sections):
+    """A stage's context with the tiny model; the recipe's other sections aren't looked at."""
+    (run_dir / name).mkdir(parents=True, exist_ok=True)
+    recipe = SimpleNamespace(seed=3, model=ModelConfig(name="tiny", dtype="float32"), **sections)
+    return StageContext(recipe=recipe, run_dir=run_dir, name=name)
+
+
+def problem(number, prompt_id="p0", kind="cot"):
+    return Problem(
+        id=f"q{number}",
+        prompt_id=prompt_id,
+        doc_id="d",
+        kind=kind,
+        level="college",
+        problem=f"What is {number} + 1?",
+        solution=f"It is \\boxed{{{number + 1}}}.",
+        answer=str(number + 1),
+        origin="teacher:test",
+    ).to_json()
+
+
+def distilled(run_dir, initial, boost):
+    prompts = [
+        Prompt(id=f"p{i}", doc_id="d", kind="cot", level="college", text=f"Write a problem. {i}\n").to_json()
+        for i in range(2)
+    ]
+    write_jsonl(run_dir / "distillation" / "prompts.jsonl", prompts)
+    write_jsonl(run_dir / "distillation" / "initial.jsonl", initial)
+    write_jsonl(run_dir / "distillation" / "boost.jsonl", boost)
+
+
+SMALL = {"learning_rate": 3e-3, "max_length": 128, "batch_packs": 2, "save_every": 0, "epochs": 2}
+
+
+def test_synthesiser_is_trained_then_boosted(tmp_path):
+    distilled(tmp_path, [problem(i) for i in range(30)], [problem(i, "p1") for i in range(30, 50)])
+    summary = run_synthesiser(context(tmp_path, "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+    assert list(summary["phases"]) == ["initial", "boost"] and not summary["notes"]
+    assert summary["phases"]["initial"]["rows"] == 30 and summary["phases"]["boost"]["rows"] == 20
+    assert summary["phases"]["boost"]["loss_last"] < summary["phases"]["initial"]["loss_first"]
+    log = list(read_jsonl(tmp_path / "synthesiser" / "log.jsonl"))
+    assert len(log) == summary["steps"] and {"step", "phase", "loss", "lr", "tokens"} <= set(log[0])
+    assert load_model(tmp_path / "synthesiser" / "model", "float32")
+    json.dumps(summary)
+
+
+def test_synthesiser_rows_are_the_prompt_and_the_formatted_reply(tmp_path, monkeypatch):
+    import jz3.training.stages as stages
+
+    distilled(tmp_path, [problem(4, "p1")], [problem(5)])
+    seen = {}
+
+    def fake(model, phases, settings, out, **_):
+        seen.update(phases={p.name: list(p.rows) for p in phases}, out=out)
+        raise Jz3Error("seen")
+
+    monkeypatch.setattr(stages, "train", fake)
+    for boost, names in (("continue", ["initial", "boost"]), ("retrain", ["initial and boost"])):
+        with pytest.raises(Jz3Error, match="seen"):
+            run_synthesiser(context(tmp_path, "synthesiser", synthesiser=SynthesiserConfig(boost=boost)))
+        assert list(seen["phases"]) == names
+        pairs = [row for name in names for row in seen["phases"][name]]
+        assert pairs == [
+            ("Write a problem. 1\n", "[Problem]: What is 4 + 1?\n\n[Solution]: It is \\boxed{5}."),
+            ("Write a problem. 0\n", "[Problem]: What is 5 + 1?\n\n[Solution]: It is \\boxed{6}."),
+        ]
+    assert seen["out"] == tmp_path / "synthesiser" / "model"
+
+
+def test_synthesiser_with_few_rows(tmp_path, caplog):
+    distilled(tmp_path / "one", [problem(1)], [])
+    summary = run_synthesiser(context(tmp_path / "one", "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+    assert summary["steps"] >= 1 and "from random texts alone" in summary["notes"][0]
+    assert "from random texts alone" in caplog.text
+    distilled(tmp_path / "none", [], [])
+    with pytest.raises(Jz3Error, match="rejects.jsonl"):
+        run_synthesiser(context(tmp_path / "none", "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+    distilled(tmp_path / "lost", [problem(1, "gone")], [])
+    with pytest.raises(Jz3Error, match="unknown prompt 'gone'"):
+        run_synthesiser(context(tmp_path / "lost", "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+
+
+def mixture(run_dir, kept, instruction):
+    queries = [
+        Query(
+            id=f"i{i}", task="t", problem=f"{i}?", prompt=f"Q {i}\n", completion=f"A {i}", role="instruction"
+        ).to_json()
+        for i in range(instruction)
+    ]
+    write_jsonl(run_dir / "filtering" / "kept.jsonl", [problem(i, kind="tool" if i % 2 else "cot") for i in range(kept)])
+    write_jsonl(run_dir / "targets" / "instruction.jsonl", queries)
+
+
+def test_the_mixture_is_read_in_two_stages(tmp_path):
+    mixture(tmp_path, 30, 20)
+    summary = run_training(context(tmp_path, "training", training=TrainingConfig(**SMALL)))
+    assert list(summary["phases"]) == ["synthetic", "instruction"] and not summary["notes"]
+    assert summary["phases"]["synthetic"]["documents"] == 60
+    log = list(read_jsonl(tmp_path / "training" / "log.jsonl"))
+    assert [row["phase"] for row in log] == sorted((row["phase"] for row in log), reverse=True)
+    assert load_model(tmp_path / "training" / "model", "float32")
+
+
+def test_the_mixture_without_one_of_its_stages(tmp_path, caplog):
+    mixture(tmp_path / "a", 0, 5)
+    summary = run_training(context(tmp_path / "a", "training", training=TrainingConfig(**SMALL)))
+    assert "no synthetic problem was kept" in summary["notes"][0] and "no synthetic problem was kept" in caplog.text
+    assert {row["phase"] for row in read_jsonl(tmp_path / "a" / "training" / "log.jsonl")} == {"instruction"}
+    assert summary["phases"]["synthetic"]["loss_first"] is None
+    mixture(tmp_path / "b", 0, 0)
+    with pytest.raises(Jz3Error, match="verdicts.jsonl"):
+        run_training(context(tmp_path / "b", "training", training=TrainingConfig(**SMALL)))
+
+
+def test_the_mixture_uses_the_solving_prompts(tmp_path, monkeypatch):
+    import jz3.training.stages as stages
+
+    mixture(tmp_path, 2, 1)
+    seen = []
+    monkeypatch.setattr(stages, "train", lambda model, phases, *_, **__: seen.extend(phases) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_training(context(tmp_path, "training", training=TrainingConfig(**SMALL)))
+    assert seen[0].rows[0] == ("## Question\nWhat is 0 + 1?\n\n## Solution\n", "It is \\boxed{1}.")
+    assert seen[0].rows[1][0].endswith("## Code Solution\n")
+    assert list(seen[1].rows) == [("Q 0\n", "A 0")]
+
+
+def test_attention_is_chosen_and_named(tiny_model):
+    model = load_model(Path(tiny_model), "float32")
+    assert choose_attention(model) in ("jz3_documents", "flash_attention_2")
+    assert model.config._attn_implementation in ("jz3_documents", "flash_attention_2")
