@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jz3.pipeline import STAGES
-
 if TYPE_CHECKING:
     from jz3.config import Recipe
 
@@ -97,10 +95,10 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
     if recipe.training.max_tokens:
         read = min(read, float(recipe.training.max_tokens))
     evaluated = sum(t.eval for t in recipe.targets.tasks)
-    rows = {
-        "corpus": StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
-        "targets": StageEstimate("targets", f"{queries:,} queries, {evaluated:,} held out"),
-        "features": gpu(
+    return [
+        StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
+        StageEstimate("targets", f"{queries:,} queries, {evaluated:,} held out"),
+        gpu(
             "features",
             f"{texts:,} texts x {features.k} numbers x {features.bits} bits",
             corpus_tokens,
@@ -108,45 +106,44 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
             a.gradient_utilisation,
             texts * features.k * features.bits / 8,
         ),
-        "influence": StageEstimate("influence", f"{texts:,} texts x {len(recipe.targets.tasks)} tasks"),
-        "index": StageEstimate("index", recipe.index.factory),
-        "selection": StageEstimate("selection", f"{recipe.selection.k:,} chosen"),
-        "comparison": gpu(
+        StageEstimate("influence", f"{texts:,} texts x {len(recipe.targets.tasks)} tasks"),
+        StageEstimate("index", recipe.index.factory),
+        StageEstimate("selection", f"{recipe.selection.k:,} chosen"),
+        gpu(
             "comparison",
             f"{len(recipe.comparison.methods) if recipe.comparison.tokens else 0} trainings",
             float(recipe.comparison.tokens) * len(recipe.comparison.methods),
             6 * n,
             a.training_utilisation,
         ),
-        "distillation": StageEstimate(
+        StageEstimate(
             "distillation",
             f"{teacher.initial:,} + {teacher.boost:,} texts, teacher {teacher.teacher.kind}",
             teacher_tokens,
             calls=calls if paid else 0,
             usd=teacher_usd if paid else 0.0,
         ),
-        "synthesiser": gpu(
+        gpu(
             "synthesiser",
             f"{calls:,} rows x {recipe.synthesiser.epochs} epochs",
             teacher_tokens * recipe.synthesiser.epochs,
             6 * synthesiser,
             a.training_utilisation,
         ),
-        "synthesis": gpu(
+        gpu(
             "synthesis",
             f"{problems:,} problems",
             float(problems) * (a.prompt_tokens + a.reply_tokens),
             2 * synthesiser,
             a.generation_utilisation,
         ),
-        "filtering": StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
-        "training": gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
-        "evaluation": gpu(
+        StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
+        gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
+        gpu(
             "evaluation", f"{evaluated:,} problems x 2 models x 2 settings", evaluated * 4.0 * a.reply_tokens, 2 * n, a.generation_utilisation
         ),
-        "report": StageEstimate("report", "results.json, report.html"),
-    }
-    return [rows[stage.name] for stage in STAGES]
+        StageEstimate("report", "results.json, report.html"),
+    ]
 
 
 def print_estimate(recipe: "Recipe") -> None:

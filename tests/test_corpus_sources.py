@@ -356,7 +356,7 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_importing_the_package_is_light():
-    heavy = ("torch", "transformers", "pyarrow", "datasets", "rensa")
+    heavy = ("numpy", "torch", "transformers", "pyarrow", "datasets", "rensa")
     code = f"import sys, jz3.corpus; print([m for m in {heavy} if m in sys.modules])"
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)

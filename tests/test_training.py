@@ -21,7 +21,8 @@ from jz3.models import ModelConfig, load_model, load_tokenizer
 from jz3.records import Problem, Prompt, Query
 from jz3.stage import StageContext
 from jz3.training import Phase, SynthesiserConfig, TrainingConfig, TrainSettings, run_synthesiser, run_training, train
-from jz3.training.run import accumulation, choose_attention, export, lora_config
+from jz3.training.export import export
+from jz3.training.run import accumulation, choose_attention, lora_config
 
 SETTINGS = TrainSettings(learning_rate=3e-3, max_length=128, batch_packs=2, save_every=0)
 LORA = dataclasses.replace(SETTINGS, method="lora", learning_rate=1e-2)
@@ -160,7 +161,7 @@ def test_first_loss_is_the_mean_over_the_predicted_tokens_of_the_step(tiny_model
 
     from jz3.training.packing import encode
 
-    texts = [("", "A farmer has three fields. " * 7), ("## Question\n" * 9, "No.")]
+    texts = [("", "A farmer has three fields. " * 11), ("## Question\n" * 20, "No.")]
     settings = dataclasses.replace(SETTINGS, precision="float32")
     summary = train(tiny_model, [Phase(name="a", rows=texts)], settings, tmp_path / "m", dtype="float32")
     assert (summary.steps, summary.packs) == (1, 2)
@@ -445,10 +446,11 @@ SMALL = {"learning_rate": 3e-3, "max_length": 128, "batch_packs": 2, "save_every
 def test_synthesiser_is_trained_then_boosted(tmp_path):
     distilled(tmp_path, [problem(i) for i in range(30)], [problem(i, "p1") for i in range(30, 50)])
     summary = run_synthesiser(context(tmp_path, "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
-    assert list(summary["phases"]) == ["initial", "boost"] and not summary["notes"]
+    assert set(summary["phases"]) == {"initial", "boost"} and not summary["notes"]
     assert summary["phases"]["initial"]["rows"] == 30 and summary["phases"]["boost"]["rows"] == 20
     assert summary["phases"]["boost"]["loss_last"] < summary["phases"]["initial"]["loss_first"]
     log = list(read_jsonl(tmp_path / "synthesiser" / "log.jsonl"))
+    assert [row["phase"] for row in log] == sorted((row["phase"] for row in log), reverse=True)
     assert len(log) == summary["steps"] and {"step", "phase", "loss", "lr", "tokens"} <= set(log[0])
     assert load_model(tmp_path / "synthesiser" / "model", "float32")
     json.dumps(summary)
@@ -504,7 +506,7 @@ def mixture(run_dir, kept, instruction):
 def test_the_mixture_is_read_in_two_stages(tmp_path):
     mixture(tmp_path, 30, 20)
     summary = run_training(context(tmp_path, "training", training=TrainingConfig(**SMALL)))
-    assert list(summary["phases"]) == ["synthetic", "instruction"] and not summary["notes"]
+    assert set(summary["phases"]) == {"synthetic", "instruction"} and not summary["notes"]
     assert summary["phases"]["synthetic"]["documents"] == 60
     log = list(read_jsonl(tmp_path / "training" / "log.jsonl"))
     assert [row["phase"] for row in log] == sorted((row["phase"] for row in log), reverse=True)

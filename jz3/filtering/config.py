@@ -39,8 +39,8 @@ class FilteringConfig:
     """Refuse solutions that find themselves wrong half-way."""
     reject_meta_talk: bool = True
     """Refuse texts that talk about the task, the level or themselves."""
-    max_repeated_share: float = 0.3
-    """Refuse a text of which repeated 8-word phrases make up a larger share."""
+    max_repeated_share: float = 0.4
+    """Refuse a text of which 8-word phrases repeated four times or more make up a larger share."""
     near_duplicate: float = 0.8
     """Jaccard similarity of 5-word phrases from which a problem is a duplicate; 0: exact ones only."""
     ngram: int = 13

@@ -12,7 +12,7 @@ from jz3.records import LEVELS, Problem
 _ASKS = re.compile(
     r"\?|\b(?:find|calculate|determine|compute|evaluate|solve|simplify|express|estimate|factor|expand|give|write|"
     r"state|list|count|convert|round|differentiate|integrate|name|identify|choose|sketch|construct|maximi[sz]e|"
-    r"minimi[sz]e|complete|fill|prove|show|what|how many|how much|which|when|where|who)\b",
+    r"minimi[sz]e|complete|fill|finding|derive|deduce|perform|apply|verify|formulate|confirm|prove|show|what|how many|how much|which|when|where|who)\b",
     re.IGNORECASE,
 )
 _FIGURE = re.compile(
@@ -20,37 +20,42 @@ _FIGURE = re.compile(
     r"(?:figure|diagram|graph|picture|image|illustration|drawing|chart|plot)\b"
     r"|\b(?:figure|diagram|graph|picture|image|illustration|drawing|chart|plot|table)\s+(?:shown\s+|given\s+)?(?:below|above)\b"
     r"|\b(?:in|from|see|refer to|using)\s+the\s+(?:figure|diagram|picture|image|illustration|drawing)\b"
-    r"|\b(?:figure|fig\.)\s+\d|\bas shown (?:below|above)\b|!\[[^\]]*\]\(|\[asy\]|\\includegraphics",
+    r"|\b(?:figure|fig\.)\s+\d|\bas shown (?:below|above)\b|!\[[^\]]*\]\(|\\includegraphics",
     re.IGNORECASE,
 )
 _PARTS = re.compile(
-    r"(?:^|[\s(])(?:\(?a[).]|part\s+(?:a|1|i)\b)[\s\S]{3,}?(?:^|[\s(])(?:\(?b[).]|part\s+(?:b|2|ii)\b)", re.IGNORECASE
+    r"(?:^|\s)\(a\)\s[\s\S]{3,}?\s\(b\)\s|^\s*a[.)]\s[\s\S]+?^\s*b[.)]\s|\bpart\s+\(?(?:a|1|i)\b[\s\S]+?\bpart\s+\(?(?:b|2|ii)\b",
+    re.IGNORECASE | re.MULTILINE,
 )
 _CHOICES = re.compile(r"\(?A[).][\s\S]{1,200}?\(?B[).][\s\S]{1,200}?\(?C[).]")
-_NUMBERED = re.compile(r"^\s*1[.)]\s+\S[\s\S]*?^\s*2[.)]\s+\S", re.MULTILINE)
+_ITEM = re.compile(r"^\s*\d{1,2}[.)]\s+[*_]*(\S.*)$", re.MULTILINE)
+_FOLLOWING = re.compile(r"\b(?:find|determine|calculate|compute|answer|evaluate|solve)\b[^.\n]*\bfollowing\b[^.\n]*:\s*$", re.I | re.M)
+_QUESTION = re.compile(r"[^.?!\n]*\?")
 _PROOF = re.compile(
     r"\b(?:prove|disprove)\b|\b(?:show|demonstrate|verify|deduce)\s+that\b|\bgive a proof\b|\bjustify your\b", re.IGNORECASE
 )
+_OPEN_QUESTION = re.compile(r"\b(?:what|how|which|who|whom|whose|when|where|why|find|calculate|compute)\b", re.IGNORECASE)
 _YES_NO_QUESTION = re.compile(
-    r"(?:^|[.!?:,]\s+|\b(?:determine|decide|state) (?:whether|if)\s)\s*"
-    r"(?:is|are|was|were|does|do|did|can|could|will|would|has|have|must|should)\s[^?.]*\?\s*$",
-    re.IGNORECASE,
+    r"(?:^|,)\s*(?:is|are|was|were|does|do|did|(?:can|could)(?!\s+you)|will|would|has|have|must|should)\s"
+    r"|\bwhether\b", re.IGNORECASE
 )
 _YES_NO_ANSWER = re.compile(r"(?:\\text\s*\{)?\s*(?:yes|no|true|false)\b[^0-9]{0,40}", re.IGNORECASE)
 _CORRECTION = re.compile(
-    r"\bwait\b[,.!: ]|\boops\b|\b(?:made|is|was|be|an?|my|the)\s+(?:\w+\s+)?(?:mistake|error)\s+(?:in|here|above|was|is|made)\b"
-    r"|\bi made (?:a|an)\b|\bapologi[sz]e|\bmy apologies|\bcorrection\s*:|\bre-?(?:evaluate|examine|consider|check|calculate)\b"
-    r"|\blet(?:'s| us| me) (?:correct|try again|start over|redo)|\b(?:this|which) (?:is|seems|appears) "
-    r"(?:not possible|impossible|incorrect|wrong|inconsistent)|\bthere (?:seems|appears|must) (?:to )?(?:be|have been) "
-    r"(?:a|an|some) (?:mistake|error|inconsistency|misunderstanding|confusion)|\bthe problem (?:is|seems|appears) "
+    r"\bwait\b[,.!:]|\boops\b|\b(?:an?|my|the|some)\s+(?:initial\s+|earlier\s+|previous\s+|calculation\s+)?(?:mistake|error)\s+"
+    r"(?:in (?:the|my|our)|here|above|was made|must|indicates)|\b(?:i|we) made an? (?:mistake|error)|\bapologi[sz]e|\bmy apologies"
+    r"|\bcorrection\s*:|\bre-?(?:evaluate|evaluation|examine|examining|consider) (?:the|our|my|this|initial)\b|\blet(?:'s| us| me) "
+    r"(?:re-?(?:evaluate|examine|consider|calculate|do)|correct|try again|start over)|\b(?:this|which) (?:seems|appears) (?:to be )?"
+    r"(?:not possible|impossible|incorrect|wrong|inconsistent)|\bthere (?:seems|appears|must) (?:to )?(?:be|have been) (?:a|an|some) "
+    r"(?:mistake|error|inconsistency|misunderstanding|confusion)|\bthe problem(?: statement)? (?:is|seems|appears)(?: to be)? "
     r"(?:ill-posed|flawed|incorrect|inconsistent|incomplete)",
     re.IGNORECASE,
 )
 _META = re.compile(
     r"\bas an ai\b|\blanguage model\b|\b(?:this|the) (?:problem|question) (?:is|was) (?:suitable|designed|inspired|intended|meant|"
-    r"appropriate|created|aimed)\b|\b(?:grade|middle|high|elementary)[- ]school (?:level|students?|problem)\b|\bcollege[- ]level\b"
-    r"|\b(?:AMC|AIME)[ -]?(?:8|10|12)?[- ](?:level|style|problem|competition|contest)|\b(?:provided|given|above) (?:math )?"
-    r"(?:content|text|extract|passage)\b|\[(?:problem|solution|level)\]|##\s*(?:new )?(?:problem|instruction|math content)",
+    r"appropriate|created|aimed)\b|\b(?:suitable|appropriate|accessible|challeng\w+|typical|designed|tailored|aimed|ideal|familiar)\b"
+    r"[^.\n]{0,40}\b(?:school|AMC|AIME|graders?|contest\w*|competitions?|undergraduates?)\b|\b(?:grade|middle|high|elementary)[- ]"
+    r"school level\b|\bcollege[- ]level\b|\b(?:AMC|AIME)[ -]?(?:8|10|12)?[- ](?:level|style|contestants?)\b|\b(?:provided|given|above) "
+    r"(?:math )?(?:content|text|extract|passage)\b|\[(?:problem|solution|level)\]|##\s*(?:new )?(?:problem|instruction|math content)",
     re.IGNORECASE,
 )
 
@@ -115,10 +120,8 @@ def has_question(row: Problem, config: FilteringConfig) -> str:
 
 def figure(row: Problem, config: FilteringConfig) -> str:
     """Refuse problems that need a figure or table they don't hold."""
-    match = _FIGURE.search(row.problem)
-    if match is None or ("table" in match[0].lower() and "|" in row.problem):
-        return ""
-    return "missing_figure"
+    drawn = any(mark in row.problem for mark in ("```", "[asy]", "\\begin{tikz", "\\begin{tabular", "\\begin{array", "|--"))
+    return "missing_figure" if _FIGURE.search(row.problem) and not drawn else ""
 
 
 def parts(row: Problem, config: FilteringConfig) -> str:
@@ -126,7 +129,10 @@ def parts(row: Problem, config: FilteringConfig) -> str:
     if not config.reject_multi_part:
         return ""
     text = row.problem
-    several = row.problem.count("?") > 1 or (_PARTS.search(text) or _NUMBERED.search(text)) and not _CHOICES.search(text)
+    questions = {" ".join(q.lower().split()) for q in _QUESTION.findall(text)}
+    items = _ITEM.findall(text)
+    asking = len(items) if _FOLLOWING.search(text) else sum(bool("?" in i or _ASKS.match(i)) for i in items)
+    several = len(questions) > 1 or (asking > 1 or _PARTS.search(text)) and not _CHOICES.search(text)
     return "multi_part" if several else ""
 
 
@@ -139,7 +145,9 @@ def yes_no(row: Problem, config: FilteringConfig) -> str:
     """Refuse problems answered by yes or no."""
     if not config.reject_yes_no:
         return ""
-    return "yes_no" if _YES_NO_ANSWER.fullmatch(row.answer) or _YES_NO_QUESTION.search(row.problem.strip()) else ""
+    asked = re.split(r"(?<=[.!?])\s+", row.problem.strip())[-1]
+    closed = _YES_NO_QUESTION.search(asked) and ("?" in asked or "whether" in asked) and not _OPEN_QUESTION.search(asked)
+    return "yes_no" if closed or _YES_NO_ANSWER.fullmatch(row.answer) else ""
 
 
 def self_correction(row: Problem, config: FilteringConfig) -> str:
@@ -161,14 +169,14 @@ def repetition(row: Problem, config: FilteringConfig) -> str:
     return ""
 
 
-def repeated_share(text: str, size: int = 8) -> float:
-    """Return the share of a text's words that lie in `size`-word phrases occurring three times or more."""
+def repeated_share(text: str, size: int = 8, times: int = 4) -> float:
+    """Return the share of a text's words that lie in `size`-word phrases occurring at least `times` times."""
     words = text.lower().split()
     phrases = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
     counts = Counter(phrases)
     covered = bytearray(len(words))
     for start, phrase in enumerate(phrases):
-        if counts[phrase] >= 3:
+        if counts[phrase] >= times:
             covered[start : start + size] = b"\1" * size
     return sum(covered) / len(words) if words else 0.0
 

@@ -22,6 +22,7 @@ from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar
 from jz3.training.config import TrainSettings
+from jz3.training.export import export
 from jz3.training.packing import Packs, Phase, pack
 from jz3.training.quiet import quiet
 
@@ -63,6 +64,39 @@ class TrainSummary:
     """One row per step: step, phase, loss, lr, grad_norm, tokens (read so far)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The arguments of a training."""
+
+    model: Path
+    phases: tuple[Phase, ...]
+    settings: TrainSettings
+    out: Path
+    seed: int
+    dtype: str
+
+    @property
+    def work(self) -> Path:
+        """Where packs and checkpoints lie until the model is whole."""
+        return self.out.with_name(self.out.name + ".work")
+
+    def table(self) -> dict[str, Any]:
+        """Return the settings as JSON."""
+        return {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(TrainSettings)}
+
+    def key(self) -> str:
+        """Hash all that the trained weights depend on."""
+        weights = {p.name: hash_file(p) for p in sorted(self.model.iterdir()) if p.suffix in (".safetensors", ".json")}
+        settings = {name: value for name, value in self.table().items() if name not in ("launch", "save_every")}
+        rows = []
+        for phase in self.phases:
+            digest = xxhash.xxh3_64()
+            for row in phase.rows:
+                digest.update(canonical_json(row).encode("utf-8", "surrogatepass"))
+            rows.append([phase.name, digest.hexdigest()])
+        return hash_text(canonical_json([weights, settings, rows, self.seed, self.dtype]))
+
+
 def train(
     model: Path,
     phases: Sequence[Phase],
@@ -83,11 +117,12 @@ def train(
     With `settings.launch` the training runs in the processes that the launcher starts, for example
     `["torchrun", "--nproc_per_node=8"]`, or, with the weights sharded over the GPUs,
     `["accelerate", "launch", "--num_processes=8", "--use_fsdp", "--fsdp_version=2",
-    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]`; a step takes batch_packs packs over all of them.
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]`. A step takes batch_packs packs over all of
+    them; the last one is filled up with the first packs if it can't be shared out evenly.
 
     Args:
         model: the folder of the model to start from.
-        phases: what to read, in order; each with at least one row in all.
+        phases: what to read, in order.
         settings: how.
         out: the folder of the trained model, which must not exist unless it is this training's own:
             weights as safetensors in `dtype` (adapters merged), tokenizer, and training.json.
@@ -105,69 +140,47 @@ def train(
     """
     if len({phase.name for phase in phases}) < len(phases):
         raise ValueError("phases must have different names")
-    key = _job_key(model, phases, settings, seed, dtype)
-    work = out.with_name(out.name + ".work")
+    job = Job(model=model, phases=tuple(phases), settings=settings, out=out, seed=seed, dtype=dtype)
     if (out / SUMMARY).is_file():
         stored = read_json(out / SUMMARY)
-        if stored["key"] != key:
+        if stored["key"] != job.key():
             raise Jz3Error(f"{out} holds a model trained otherwise or on other rows; delete it to train anew")
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(job.work, ignore_errors=True)
         return TrainSummary(**stored["summary"])
     if out.exists():
         raise Jz3Error(f"{out} exists and is no finished training; choose another folder or delete it")
-    if settings.launch:
-        return _launch(model, phases, settings, out, seed, dtype)
-    return _train_here(model, phases, settings, out, work, key, seed, dtype, progress)
+    return _launch(job) if settings.launch else _train_here(job, progress)
 
 
-def _job_key(model: Path, phases: Sequence[Phase], settings: TrainSettings, seed: int, dtype: str) -> str:
-    """Hash all that the trained weights depend on."""
-    weights = {p.name: hash_file(p) for p in sorted(model.iterdir()) if p.suffix in (".safetensors", ".json")}
-    table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainSettings)}
-    for name in ("launch", "save_every"):
-        del table[name]
-    rows = {}
-    for phase in phases:
-        digest = xxhash.xxh3_64()
-        for row in phase.rows:
-            digest.update(canonical_json(row).encode("utf-8", "surrogatepass"))
-        rows[phase.name] = digest.hexdigest()
-    order = [phase.name for phase in phases]
-    return hash_text(canonical_json([weights, table, rows, order, seed, dtype]))
-
-
-def _launch(
-    model: Path, phases: Sequence[Phase], settings: TrainSettings, out: Path, seed: int, dtype: str
-) -> TrainSummary:
-    folder = out.with_name(out.name + ".job")
-    for number, phase in enumerate(phases):
+def _launch(job: Job) -> TrainSummary:
+    folder = job.out.with_name(job.out.name + ".job")
+    for number, phase in enumerate(job.phases):
         write_jsonl(folder / f"{number}.jsonl", ({"prompt": p, "completion": c} for p, c in phase.rows))
-    job = {
-        "model": str(model.absolute()),
-        "phases": [phase.name for phase in phases],
-        "settings": {f.name: getattr(settings, f.name) for f in dataclasses.fields(TrainSettings)},
-        "out": str(out.absolute()),
-        "seed": seed,
-        "dtype": dtype,
+    table = {
+        "model": str(job.model.absolute()),
+        "phases": [phase.name for phase in job.phases],
+        "settings": job.table() | {"launch": []},
+        "out": str(job.out.absolute()),
+        "seed": job.seed,
+        "dtype": job.dtype,
     }
-    job["settings"] |= {"launch": []}
-    write_json(folder / "job.json", job)
-    command = [*settings.launch, "-m", "jz3.training", str(folder / "job.json")]
+    write_json(folder / "job.json", table)
+    launcher = job.settings.launch
     try:
-        code = subprocess.run(command, check=False).returncode
+        done = subprocess.run([*launcher, "-m", "jz3.training", str(folder / "job.json")], check=False)
     except FileNotFoundError as error:
-        raise Jz3Error(f"the launcher {settings.launch[0]!r} is not installed or not on PATH") from error
-    if code or not (out / SUMMARY).is_file():
-        raise Jz3Error(f"{settings.launch[0]!r} ended with code {code} before the model was trained; see its messages")
+        raise Jz3Error(f"the launcher {launcher[0]!r} is not installed or not on PATH") from error
+    if done.returncode or not (job.out / SUMMARY).is_file():
+        raise Jz3Error(
+            f"{launcher[0]!r} ended with code {done.returncode} before the model was trained; see its messages above"
+        )
     shutil.rmtree(folder)
-    return TrainSummary(**read_json(out / SUMMARY)["summary"])
+    return TrainSummary(**read_json(job.out / SUMMARY)["summary"])
 
 
 def run_job(path: Path) -> None:
     """Train what a job file describes; every process that a launcher starts calls this."""
     job = read_json(path)
-    settings = job["settings"]
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     phases = [
         Phase(
             name=name,
@@ -175,6 +188,7 @@ def run_job(path: Path) -> None:
         )
         for number, name in enumerate(job["phases"])
     ]
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in job["settings"].items()}
     train(
         Path(job["model"]),
         phases,
@@ -185,34 +199,25 @@ def run_job(path: Path) -> None:
     )
 
 
-def _train_here(
-    model: Path,
-    phases: Sequence[Phase],
-    settings: TrainSettings,
-    out: Path,
-    work: Path,
-    key: str,
-    seed: int,
-    dtype: str,
-    progress: Progress,
-) -> TrainSummary:
+def _train_here(job: Job, progress: Progress) -> TrainSummary:
     import torch
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    with quiet(), _locked(work) if state.is_main_process else contextlib.nullcontext():
+    main = state.is_main_process
+    with quiet(), _locked(job.work) if main else contextlib.nullcontext():
         with state.main_process_first():
-            if state.is_main_process:
-                _prepare(model, phases, settings, work, key, seed)
-            packs = _load_packs(work)
-        summary = _fit(model, packs, settings, work, seed, dtype, state.num_processes, progress)
-        if state.is_main_process:
+            if main:
+                _prepare(job)
+            packs = _load_packs(job.work)
+        summary = _fit(job, packs, state.num_processes, progress if main else _no_progress)
+        if main:
             gc.collect()
-            with atomic_path(out) as part:
+            with atomic_path(job.out) as part:
                 part.mkdir(parents=True)
-                export(model, work / "trained", part, dtype)
-                write_json(part / SUMMARY, {"key": key, "summary": dataclasses.asdict(summary)})
-            shutil.rmtree(work)
+                export(job.model, job.work / "trained", part, job.dtype)
+                write_json(part / SUMMARY, {"key": job.key(), "summary": dataclasses.asdict(summary)})
+            shutil.rmtree(job.work)
         state.wait_for_everyone()
     return summary
 
@@ -229,20 +234,24 @@ def _locked(work: Path) -> Iterator[None]:
         Path(handle.name).unlink()
 
 
-def _prepare(
-    model: Path, phases: Sequence[Phase], settings: TrainSettings, work: Path, key: str, seed: int
-) -> None:
-    """Make sure that `work` belongs to this training and holds its packs."""
+@contextlib.contextmanager
+def _no_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+def _prepare(job: Job) -> None:
+    """Make sure that the work folder belongs to this training and holds its packs."""
+    work, key = job.work, job.key()
     if (work / "key.json").is_file() and read_json(work / "key.json") != key:
         log.warning("%s is left from an unfinished training with other settings or rows; it is deleted", work)
         shutil.rmtree(work)
     write_json(work / "key.json", key)
     if (work / "packs").is_dir():
         return
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(job.model)
     if tokenizer.eos_token_id is None:
-        raise Jz3Error(f"the tokenizer of {model} has no end token; a completion's end can't be taught")
-    packs = pack(phases, tokenizer, settings, seed)
+        raise Jz3Error(f"the tokenizer of {job.model} has no end token; a completion's end can't be taught")
+    packs = pack(job.phases, tokenizer, job.settings, job.seed)
     if not packs.phase:
         raise Jz3Error(f"nothing to train on: {packs.counts}, left out: {packs.dropped}")
     with atomic_path(work / "packs") as part:
@@ -271,39 +280,29 @@ def accumulation(settings: TrainSettings, processes: int) -> int:
     return settings.batch_packs // at_once
 
 
-def _fit(
-    folder: Path,
-    packs: Packs,
-    settings: TrainSettings,
-    work: Path,
-    seed: int,
-    dtype: str,
-    processes: int,
-    progress: Progress,
-) -> TrainSummary:
+def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSummary:
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
     from jz3.training.trainer import PackTrainer, Watch, arguments, newest_complete
 
-    lengths = [sum(lengths) for lengths in packs.dataset["seq_lengths"]]
-    size = settings.batch_packs
+    settings = job.settings
+    size, adapters = settings.batch_packs, settings.method == "lora"
+    lengths = [sum(documents) for documents in packs.dataset["seq_lengths"]]
     step_tokens = [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
-    checkpoints = work / "checkpoints"
-    seed = seed_for(seed, "training") % 2**32
+    checkpoints = job.work / "checkpoints"
+    seed = seed_for(job.seed, "training") % 2**32
     config = arguments(settings, checkpoints, len(step_tokens), accumulation(settings, processes), seed)
-    mixed = settings.precision == "mixed"
-    frozen = settings.method == "lora"
-    model = load_model(folder, dtype if frozen and mixed else "float32")
+    frozen_in_bfloat16 = adapters and settings.precision == "mixed"
+    model = load_model(job.model, job.dtype if frozen_in_bfloat16 else "float32")
     attention = choose_attention(model)
-    main = config.process_index == 0
-    with progress(sum(step_tokens), "tokens") if main else _silent() as advance:
+    with progress(sum(lengths), "tokens") as advance:
         trainer = PackTrainer(
             model=model,
             args=config,
             train_dataset=packs.dataset,
-            processing_class=load_tokenizer(folder),
-            peft_config=lora_config(settings) if frozen else None,
+            processing_class=load_tokenizer(job.model),
+            peft_config=lora_config(settings) if adapters else None,
             callbacks=[Watch(step_tokens, advance)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -311,11 +310,11 @@ def _fit(
             checkpoint = newest_complete(checkpoints)
         # Under autocast the adapters' products run in bfloat16 like the rest; PEFT would cast the
         # activations to the adapters' float32 first.
-        with disable_input_dtype_casting(trainer.model, active=frozen and mixed):
+        with disable_input_dtype_casting(trainer.model, active=frozen_in_bfloat16):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_fsdp_enabled:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(str(work / "trained"))
+        trainer.save_model(str(job.work / "trained"))
     rows = _log_rows(trainer.state.log_history, packs, step_tokens, size)
     return TrainSummary(
         steps=len(rows),
@@ -334,11 +333,6 @@ def _fit(
         attention=attention,
         log=rows,
     )
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 def _log_rows(
@@ -402,35 +396,3 @@ def lora_config(settings: TrainSettings) -> "LoraConfig":
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
     )
-
-
-def export(base: Path, trained: Path, out: Path, dtype: str) -> None:
-    """Write a trained model as a plain folder: weights merged and in `dtype`, tokenizer included.
-
-    Args:
-        base: the folder of the model that the training began with.
-        trained: a folder of adapters, or of all weights in float32.
-        out: the folder to fill.
-        dtype: `bfloat16` or `float32`.
-    """
-    import torch
-
-    if (trained / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(base, "float32"), trained).merge_and_unload()
-    else:
-        # The trainer's own (no cache, say) would be wrong for generation.
-        for name in ("config.json", "generation_config.json"):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, trained / name)
-        model = load_model(trained, "float32")
-    tokenizer = load_tokenizer(base)
-    model = model.to(getattr(torch, dtype))
-    if model.generation_config is not None:
-        ends = model.generation_config.eos_token_id
-        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if tokenizer.eos_token_id not in known:
-            model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)

@@ -125,8 +125,11 @@ def simple_geometry(seed: int) -> Iterator[Draft]:
         figure = {3: "triangle", 4: "convex quadrilateral", 5: "convex pentagon", 6: "convex hexagon"}[sides]
         listed = ", ".join(map(str, angles[:-1])) + f" and {angles[-1]}"
         yield Draft(
-            question=f"All but one of the interior angles of a {figure} measure {listed} degrees. "
-            "How many degrees does the remaining angle measure?",
+            question=phrased(
+                entry,
+                f"The known angles of a {figure} are {listed} degrees. How large is the missing one?",
+                f"The other angles of a {figure} measure {listed} degrees. Find the missing angle in degrees.",
+            ),
             answer=str(missing),
             steps=f"The angles add up to 180 * ({sides} - 2) = {total} degrees. The known ones add up to {known}. "
             f"{total} - {known} = {missing}.",

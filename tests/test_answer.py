@@ -1,0 +1,216 @@
+"""Answers are found, outputs compared and equality decided as stated."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jz3.errors import Jz3Error
+from jz3.grading import answer as module
+from jz3.grading.answer import (
+    Grader,
+    answer_like_printed,
+    code_blocks,
+    extract_answer,
+    extract_boxed,
+    fenced_blocks,
+    find_answer,
+    output_blocks,
+    outputs_match,
+    plain_number,
+)
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(seconds=2, workers=2) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{8}", "8"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\text{a {b} c}}", r"\text{a {b} c}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{4} and \boxed{5", "4"),
+        (r"} } { \boxed{6}", "6"),
+        (r"\boxed{}", ""),
+        ("nothing", ""),
+        (r"\boxed{ 1 }", "1"),
+        (r"\boxes{9}", ""),
+    ],
+)
+def test_extract_boxed(text: str, boxed: str) -> None:
+    assert extract_boxed(text) == boxed
+
+
+def test_extraction_is_linear_in_the_text() -> None:
+    start = time.perf_counter()
+    assert extract_boxed("\\boxed{" * 140_000) == ""
+    assert extract_boxed("\\boxed{" * 500 + "1" + "}" * 500) == "1"
+    assert find_answer("{" * 1_000_000 + "answer is " * 1000).source in ("none", "sentence")
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "source"),
+    [
+        (r"#### 3\nThe answer is 4. \boxed{5}", "5", "boxed"),
+        ("The answer is 4.\n#### 1,234", "1,234", "hashes"),
+        ("The answer is: 4.5. Then 7 more words", "4.5", "sentence"),
+        ("The final answer is $\\frac{1}{2}$.", "\\frac{1}{2}", "sentence"),
+        ("the answer is 3. No, the answer is 12 apples.", "12 apples", "sentence"),
+        ("**Answer:** 9", "9", "sentence"),
+        ("we get 3, then -1,200.50 dollars", "-1,200.50", "last_number"),
+        ("it is 3/4 of 25%", "25%", "last_number"),
+        ("no number", "", "none"),
+        ("", "", "none"),
+    ],
+)
+def test_find_answer(text: str, answer: str, source: str) -> None:
+    text = text.replace("\\n", "\n") if source == "boxed" else text
+    found = find_answer(text.replace("**Answer:**", "Answer:"))
+    assert (found.text, found.source) == (answer, source)
+    assert extract_answer(text.replace("**Answer:**", "Answer:")) == answer
+
+
+def test_blocks_come_in_order_with_their_kind() -> None:
+    text = "a\n```python\nx = 1\nprint(x)\n```\n```output\n1\n```\nb\n```py\nprint(2)```\n ```output\n2\n ```\n```cpp\nno\n```"
+    assert code_blocks(text) == ["x = 1\nprint(x)\n", "print(2)"]
+    assert output_blocks(text) == ["1\n", "2\n"]
+    assert [kind for kind, _ in fenced_blocks(text)] == ["python", "output", "python", "output"]
+    assert code_blocks("```python\nnever closed") == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "real", "same"),
+    [
+        ("5", "5\n", True),
+        ("a  b\n", "a b", True),
+        ("3.14", "3.14159", True),
+        ("3.14", "3.15", False),
+        ("3.1415926", "3.14159265358", True),
+        ("0.33", "0.3333333", True),
+        ("1000", "1200", False),
+        ("123456789", "123456788", False),
+        ("3", "3.2", False),
+        ("4.0", "4", True),
+        ("1e-11", "1.0000000000000001e-11", True),
+        ("x = 2.50", "x = 2.5", True),
+        ("x = 2.5", "y = 2.5", False),
+        ("[1, 2]", "[1, 2, 3]", False),
+        ("", "5", False),
+        ("True", "False", False),
+        ("2.0", "-2.0", False),
+        ("$9,581.70", "$-3,669.59", False),
+        ("x1 = 2", "x2 = 2", False),
+    ],
+)
+def test_outputs_match(stated: str, real: str, same: bool) -> None:
+    assert outputs_match(stated, real) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "output", "printed"),
+    [
+        ("9,581.70", "value: 9581.7", True),
+        ("27.73 \\, \\text{s}", "27.72588", True),
+        ("41.81^\\circ", "41.8103", True),
+        ("10,000\\ V", "10000", True),
+        ("1.05 \\times 10^{-34}", "h = 1.05e-34 Js", True),
+        ("\\text{Subject 3}", "Subject 3", True),
+        ("\\text{True}", "Is it so? False", False),
+        ("3/4", "3/4", True),
+        ("0.5", "5", False),
+        ("50", "0.5", False),
+        ("2x", "2", False),
+        ("7", "17", False),
+        ("13\\%", "13.0", True),
+    ],
+)
+def test_answer_like_printed(answer: str, output: str, printed: bool) -> None:
+    assert answer_like_printed(answer, output) is printed
+
+
+def test_plain_numbers() -> None:
+    assert plain_number("1,234.5") == plain_number("1234.50")
+    assert plain_number("-3/4") == plain_number("-0.75")
+    assert plain_number("1e3") == 1000
+    for text in ("", ".", "/", "1/0", "12,34", "x", "1" * 200, "1e999999"):
+        assert plain_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "equal"),
+    [
+        ("5", "5.", True),
+        ("$\\frac{1}{2}$", "0.5", True),
+        ("1/2", "\\frac12", True),
+        ("1,234", "1234", True),
+        ("\\$5", "5", True),
+        ("12 apples", "12", True),
+        ("5\\text{ cm}", "5", True),
+        ("50\\%", "50%", True),
+        ("0.5", "50", False),
+        ("50", "0.5", False),
+        ("5", "500", False),
+        ("x=5", "5", True),
+        ("(1,2)", "(1, 2)", True),
+        ("[1,2]", "(1,2)", False),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("x^2+1", "1 + x**2", True),
+        ("2\\sqrt{2\\sqrt{6} + 5}", "2*sqrt(2*sqrt(6) + 5)", True),
+        ("\\begin{pmatrix} -5 \\\\ 9 \\end{pmatrix}", "Matrix([[-5], [9]])", True),
+        ("\\text{Yes}", "yes", True),
+        ("even", "odd", False),
+        ("3.14", "3.1416", False),
+        ("5", "", False),
+        ("", "", False),
+        ("x", "y", False),
+    ],
+)
+def test_equality(grader: Grader, gold: str, prediction: str, equal: bool) -> None:
+    assert grader.equal(gold, prediction) is equal
+
+
+def test_hostile_answers_cost_time_but_not_the_caller(grader: Grader) -> None:
+    before, start = grader.timeouts, time.monotonic()
+    pairs = [
+        ("9^{9^{9^{9}}}", "5"),
+        ("9**9**9**9", "5"),
+        ("5", "{" * 9000),
+        ("5", "\\frac{" * 1000),
+        ("5", "x" * 1_000_000),
+        ("5\0", "6"),
+        ("5", "\ud800"),
+        ("5", "__import__('os').kill(1, 9)*2"),
+        ("5", "\\boxed{\\left(\\right]"),
+    ]
+    assert grader.equal_many(pairs) == [False] * len(pairs)
+    assert grader.timeouts > before
+    assert time.monotonic() - start < 60
+    assert grader.equal_many([("5", "5\0"), ("\\frac{4}{2}", "2")]) == [True, True]
+    assert grader.equal("a" * 20_000, "a" * 20_000)
+
+
+def test_plain_pairs_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Grader() as lazy:
+        monkeypatch.setattr(lazy, "_ask", lambda pairs: pytest.fail(f"asked for {pairs}"))
+        assert lazy.equal_many([("5", "5"), ("5", "6"), ("x", "x"), ("0.50", "1/2"), ("1e3", "1,000")]) == [
+            True,
+            False,
+            True,
+            True,
+            True,
+        ]
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WARM_UP", "import a_library_that_is_not_there")
+    with Grader(workers=1) as broken, pytest.raises(Jz3Error, match="math-verify"):
+        broken.equal("\\frac{1}{2}", "x")
