@@ -105,7 +105,11 @@ def cuda_root(nvcc: str) -> tuple[Path, Path]:
     if not found:
         raise RuntimeError(f"{nvcc} --dryrun names no toolkit")
     top = Path(found[1].strip()).resolve()
-    headers = [p.parent for pattern in ("include", "targets/*/include") for p in top.glob(f"{pattern}/cuda_runtime.h")]
+    headers = [
+        p.parent
+        for pattern in ("include", "targets/*/include")
+        for p in top.glob(f"{pattern}/cuda_runtime.h")
+    ]
     patterns = ("lib64", "targets/*/lib", "lib")
     runtimes = [p for pattern in patterns for p in top.glob(f"{pattern}/libcudart_static.a")]
     if not headers or not runtimes:

@@ -58,6 +58,7 @@ class Op:
 
 _ops: dict[str, Op] = {}
 _choices: dict[tuple[str, str, str], tuple[str, str]] = {}
+_obstacles: dict[tuple[str, str, str, bool], str] = {}
 _said: set[str] = set()
 
 
@@ -72,13 +73,19 @@ def call(name: str, *arguments: Any) -> Any:
     Raises:
         Jz3Error: `JZ3_BACKEND` forces a back end that can't run.
     """
-    op = _ops[name]
-    backend, _ = choose(name, _device(arguments))
-    if backend != "reference" and (reason := op.unsupported(backend, arguments)):
+    op, device = _ops[name], _device(arguments)
+    backend, _ = choose(name, device)
+    refused = []
+    while backend != "reference" and (reason := op.unsupported(backend, arguments)):
         if forced(name):
-            raise Jz3Error(f"JZ3_BACKEND forces {backend} for {name}, which can't take these arguments: {reason}")
-        _say_once(logging.INFO, f"{name}: the reference runs where {backend} can't: {reason}")
-        backend = "reference"
+            raise Jz3Error(
+                f"JZ3_BACKEND forces {backend} for {name}, which can't take these arguments: {reason}"
+            )
+        refused.append(f"{backend} can't take {reason}")
+        later = BACKENDS[BACKENDS.index(backend) + 1 :]
+        backend = next(b for b in later if not _obstacle(name, b, device, wanted=False))
+    if refused:
+        _say_once(logging.INFO, f"{name} on {device} runs on {backend} where {', '.join(refused)}")
     return implementation(name, backend)(*arguments)
 
 
@@ -101,7 +108,8 @@ def choose(name: str, device: str = "cpu") -> tuple[str, str]:
     if key not in _choices:
         _choices[key] = _forced_choice(name, device, wanted) if wanted else _best_choice(name, device)
         chosen, reason = _choices[key]
-        loud = chosen == "reference" and bool(_ops[name].native) and not wanted
+        better = {"cpu"} if device == "cpu" else {"cuda", "triton"}
+        loud = chosen == "reference" and not wanted and bool(better & set(_ops[name].native))
         _say_once(logging.WARNING if loud else logging.INFO, f"{name} on {device} runs on {chosen}: {reason}")
     return _choices[key]
 
@@ -145,7 +153,14 @@ def _best_choice(name: str, device: str) -> tuple[str, str]:
 
 
 def _obstacle(name: str, backend: str, device: str, *, wanted: bool) -> str:
-    """Return why a back end can't run an op on a device, or an empty string."""
+    """Return why a back end can't run an op on a device, or an empty string; found out once."""
+    key = (name, backend, device, wanted)
+    if key not in _obstacles:
+        _obstacles[key] = _find_obstacle(name, backend, device, wanted)
+    return _obstacles[key]
+
+
+def _find_obstacle(name: str, backend: str, device: str, wanted: bool) -> str:
     op = _ops[name]
     if backend == "reference":
         return ""

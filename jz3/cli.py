@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
 
     def quickstart(
-        out: Path = Path("runs/quickstart"), preset: str = "quickstart", model: str = "", dry_run: bool = False
+        out: Path = Path("runs/quickstart"),
+        preset: str = "quickstart",
+        model: str = "",
+        dry_run: bool = False,
     ) -> None:
         """Run the whole loop on this machine: embedded model and corpus, no hub, no GPU, no key.
 
@@ -107,7 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if check.remedy:
                 print(f"{'':27} {check.remedy}")
 
-    commands: dict[str, Callable[..., Any]] = {"quickstart": quickstart, "run": run, "query": query, "doctor": doctor}
+    commands: dict[str, Callable[..., Any]] = {
+        "quickstart": quickstart,
+        "run": run,
+        "query": query,
+        "doctor": doctor,
+    }
     for name, (stage, text) in STAGE_COMMANDS.items():
         commands[name] = _stage_command(stage, text, Positional)
     try:
@@ -144,7 +152,9 @@ def stored_recipe(run_dir: Path) -> Any:
 
     path = run_dir / "recipe.json"
     if not path.is_file():
-        raise Jz3Error(f"{run_dir} is no run (it has no recipe.json); make one with `jz3 run RECIPE --out {run_dir}`")
+        raise Jz3Error(
+            f"{run_dir} is no run (it has no recipe.json); make one with `jz3 run RECIPE --out {run_dir}`"
+        )
     return from_table(Recipe, read_json(path), str(path))
 
 

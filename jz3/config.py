@@ -74,7 +74,9 @@ def shipped_recipe(name: str) -> Recipe:
     folder = Path(__file__).parent / "recipes"
     path = folder / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(f"no recipe {name!r}; shipped: {', '.join(sorted(p.stem for p in folder.glob('*.toml')))}")
+        raise ValueError(
+            f"no recipe {name!r}; shipped: {', '.join(sorted(p.stem for p in folder.glob('*.toml')))}"
+        )
     return load_recipe(path)
 
 

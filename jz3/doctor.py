@@ -51,12 +51,23 @@ class Check:
 
 def report() -> list[Check]:
     """Look at the machine, the compilers, the packages, the back ends, the sandbox and the models."""
-    return [*_machine(), *_compilers(), *_packages(), *_gpu(), *_backends(), *_sandbox(), *_models(), *_variables()]
+    return [
+        *_machine(),
+        *_compilers(),
+        *_packages(),
+        *_gpu(),
+        *_backends(),
+        *_sandbox(),
+        *_models(),
+        *_variables(),
+    ]
 
 
 def _machine() -> Iterator[Check]:
     yield Check(name="python", status="ok", found=f"{platform.python_version()} in {sys.prefix}")
-    yield Check(name="system", status="ok", found=f"{platform.system()} {platform.release()} {platform.machine()}")
+    yield Check(
+        name="system", status="ok", found=f"{platform.system()} {platform.release()} {platform.machine()}"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check(name="cores", status="ok", found=str(cores))
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -65,14 +76,20 @@ def _machine() -> Iterator[Check]:
     yield Check(name="memory", status="ok" if enough else "missing", found=f"{total:.1f} GiB", remedy=remedy)
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     remedy = "" if free >= 5 else "the quickstart needs 5 GB of disk"
-    yield Check(name="disk", status="ok" if free >= 5 else "missing", found=f"{free:.1f} GiB free here", remedy=remedy)
+    yield Check(
+        name="disk", status="ok" if free >= 5 else "missing", found=f"{free:.1f} GiB free here", remedy=remedy
+    )
 
 
 def _compilers() -> Iterator[Check]:
-    compiler = os.environ.get("CXX", "").split(" ")[0] or next(filter(shutil.which, ("g++", "clang++", "c++")), "")
+    compiler = os.environ.get("CXX", "").split(" ")[0] or next(
+        filter(shutil.which, ("g++", "clang++", "c++")), ""
+    )
     version = _first_line(compiler, "--version")
     remedy = "" if version else "install g++ (Debian: apt install g++), then reinstall jz3: compiled CPU ops"
-    yield Check(name="C++ compiler", status="ok" if version else "info", found=version or "none", remedy=remedy)
+    yield Check(
+        name="C++ compiler", status="ok" if version else "info", found=version or "none", remedy=remedy
+    )
     version = _first_line("nvcc", "--version", line=-1)
     remedy = "" if version else "install the CUDA toolkit, then reinstall jz3 (only for a GPU)"
     yield Check(name="nvcc", status="ok" if version else "info", found=version or "none", remedy=remedy)
@@ -129,7 +146,9 @@ def _backends() -> Iterator[Check]:
     try:
         chosen = backend.report()
     except Jz3Error as error:
-        yield Check(name="back ends", status="missing", found=str(error), remedy="change or unset JZ3_BACKEND")
+        yield Check(
+            name="back ends", status="missing", found=str(error), remedy="change or unset JZ3_BACKEND"
+        )
         return
     yield Check(name="instructions", status="ok", found=chosen["cpu"])
     for name, choice in chosen["ops"].items():

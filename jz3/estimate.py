@@ -74,7 +74,9 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
     def hours(flop: float, utilisation: float) -> float:
         return flop / (a.peak_tflops * 1e12 * utilisation) / 3600
 
-    def gpu(stage: str, items: str, tokens: float, flop_per_token: float, utilisation: float, size: float = 0.0) -> StageEstimate:
+    def gpu(
+        stage: str, items: str, tokens: float, flop_per_token: float, utilisation: float, size: float = 0.0
+    ) -> StageEstimate:
         spent = hours(tokens * flop_per_token, utilisation)
         return StageEstimate(stage, items, tokens, spent, bytes=size, usd=spent * a.usd_per_gpu_hour)
 
@@ -84,13 +86,19 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
     calls = teacher.initial + teacher.boost
     paid = teacher.teacher.kind == "openai"
     teacher_tokens = float(calls) * (a.prompt_tokens + a.reply_tokens)
-    teacher_usd = calls * (
-        a.prompt_tokens * teacher.teacher.usd_per_million_prompt
-        + a.reply_tokens * teacher.teacher.usd_per_million_completion
-    ) / 1e6
+    teacher_usd = (
+        calls
+        * (
+            a.prompt_tokens * teacher.teacher.usd_per_million_prompt
+            + a.reply_tokens * teacher.teacher.usd_per_million_completion
+        )
+        / 1e6
+    )
     problems = recipe.synthesis.count
     synthetic = problems * a.kept_share * a.reply_tokens
-    instruction = a.instruction_tokens or float(sum(i.count for i in recipe.targets.instruction)) * a.reply_tokens
+    instruction = (
+        a.instruction_tokens or float(sum(i.count for i in recipe.targets.instruction)) * a.reply_tokens
+    )
     read = (synthetic + instruction) * recipe.training.epochs
     if recipe.training.max_tokens:
         read = min(read, float(recipe.training.max_tokens))
@@ -140,7 +148,11 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
         StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
         gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
         gpu(
-            "evaluation", f"{evaluated:,} problems x 2 models x 2 settings", evaluated * 4.0 * a.reply_tokens, 2 * n, a.generation_utilisation
+            "evaluation",
+            f"{evaluated:,} problems x 2 models x 2 settings",
+            evaluated * 4.0 * a.reply_tokens,
+            2 * n,
+            a.generation_utilisation,
         ),
         StageEstimate("report", "results.json, report.html"),
     ]

@@ -88,7 +88,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise Jz3Error(f"{path}:{number} is damaged ({error}); delete the file and run again") from error
+                raise Jz3Error(
+                    f"{path}:{number} is damaged ({error}); delete the file and run again"
+                ) from error
 
 
 def hash_text(text: str) -> str:

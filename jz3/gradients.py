@@ -148,11 +148,15 @@ def linear_layers(
             covered.update(id(p) for p in module.parameters(recurse=False))
     missed = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in covered]
     if missed:
-        log.warning("%d weights are no linear layers and not covered: %s ...", len(missed), ", ".join(missed[:4]))
+        log.warning(
+            "%d weights are no linear layers and not covered: %s ...", len(missed), ", ".join(missed[:4])
+        )
     if keep is not None:
         layers = {n: m for n, m in layers.items() if keep(n)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to take gradients of, or the filter left none")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to take gradients of, or the filter left none"
+        )
     return layers
 
 
@@ -168,7 +172,11 @@ class GradientPass:
     """Forward and backward over batches of texts, feeding each layer's factors to a sink."""
 
     def __init__(
-        self, model: "PreTrainedModel", layers: dict[str, "torch.nn.Module"], sink: Sink, reduction: str = "mean"
+        self,
+        model: "PreTrainedModel",
+        layers: dict[str, "torch.nn.Module"],
+        sink: Sink,
+        reduction: str = "mean",
     ) -> None:
         """Freeze the model and hook the layers.
 
@@ -184,7 +192,9 @@ class GradientPass:
         config = model.config.get_text_config()
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(config, key, None) not in (None, 1.0):
-                raise ValueError(f"models that set {key} are not covered: their loss is no plain softmax of the output layer")
+                raise ValueError(
+                    f"models that set {key} are not covered: their loss is no plain softmax of the output layer"
+                )
         self.model, self.reduction, self.sink = model, reduction, sink
         model.requires_grad_(False)
         self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]

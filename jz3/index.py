@@ -57,7 +57,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             index.train(values)
         except RuntimeError as error:
             raise ValueError(
-                f"index.factory {config.factory!r} can't be trained on {len(values)} documents; use `Flat` or fewer cells"
+                f"index.factory {config.factory!r} needs more than {len(values)} documents to train; use `Flat`"
             ) from error
     index.add(values)
     with atomic_path(ctx.out / "features.faiss") as part:

@@ -199,7 +199,11 @@ def agreement(features: np.ndarray, exact: np.ndarray, share: float = 0.1) -> di
     ]
     per_query = [np.corrcoef(ranks(features[:, q]), ranks(exact[:, q]))[0, 1] for q in range(exact.shape[1])]
     task = np.corrcoef(ranks(features.mean(1)), ranks(exact.mean(1)))[0, 1]
-    return {"spearman": float(np.mean(per_query)), "task_spearman": float(task), "recall": float(np.mean(recall))}
+    return {
+        "spearman": float(np.mean(per_query)),
+        "task_spearman": float(task),
+        "recall": float(np.mean(recall)),
+    }
 
 
 def fidelity(ctx: StageContext, loaded: LoadedFeatures, queries: dict[str, Query]) -> dict[str, Any]:
@@ -212,7 +216,9 @@ def fidelity(ctx: StageContext, loaded: LoadedFeatures, queries: dict[str, Query
     arrays = load_file(path)
     position = {i: row for row, i in enumerate(loaded.ids)}
     documents = [f"{i:016x}" for i in arrays["document"].tolist()]
-    usable = [row for row, i in enumerate(documents) if i in position and np.isfinite(arrays["cosine"][row]).all()]
+    usable = [
+        row for row, i in enumerate(documents) if i in position and np.isfinite(arrays["cosine"][row]).all()
+    ]
     rows = [position[documents[row]] for row in usable]
     names = [f"{i:016x}" for i in arrays["query"].tolist()]
     columns = [loaded.query_ids.index(i) for i in names]
@@ -226,7 +232,9 @@ def fidelity(ctx: StageContext, loaded: LoadedFeatures, queries: dict[str, Query
     return result
 
 
-def negative_control(columns: dict[str, np.ndarray], tasks: list[str], k: int, present: bool) -> dict[str, Any]:
+def negative_control(
+    columns: dict[str, np.ndarray], tasks: list[str], k: int, present: bool
+) -> dict[str, Any]:
     """Overlap of each task's top k with the top k of an unrelated target; chance is k / N.
 
     The interval is of the hypergeometric distribution (mean +- 1.96 standard deviations): where two

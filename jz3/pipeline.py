@@ -92,7 +92,9 @@ def stages_up_to(name: str) -> list[Stage]:
     return [s for s in STAGES if s.name in wanted]
 
 
-def run_pipeline(recipe: Recipe, run_dir: Path, last: str = "report", say: Callable[[str], None] = log.info) -> None:
+def run_pipeline(
+    recipe: Recipe, run_dir: Path, last: str = "report", say: Callable[[str], None] = log.info
+) -> None:
     """Run the stages up to `last`, skipping those already finished with the same settings.
 
     Args:
@@ -113,14 +115,18 @@ def run_pipeline(recipe: Recipe, run_dir: Path, last: str = "report", say: Calla
                 say(f"{stage.name}: done before, {read_json(ctx.out / 'manifest.json')['seconds']:.0f} s")
                 continue
             manifest = _run_stage(stage, ctx)
-            say(f"{stage.name}: done in {manifest['seconds']:.0f} s, {manifest['peak_memory'] / 2**30:.1f} GiB")
+            say(
+                f"{stage.name}: done in {manifest['seconds']:.0f} s, {manifest['peak_memory'] / 2**30:.1f} GiB"
+            )
 
 
 def stage_key(stage: Stage, recipe: Recipe) -> str:
     """Return the hash of all settings that a stage's result depends on, its predecessors' included."""
     sections = {name for s in stages_up_to(stage.name) for name in s.sections}
     table = dataclasses.asdict(recipe)
-    return hash_text(canonical_json({"seed": recipe.seed, **{name: table[name] for name in sorted(sections)}}))
+    return hash_text(
+        canonical_json({"seed": recipe.seed, **{name: table[name] for name in sorted(sections)}})
+    )
 
 
 def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
@@ -131,7 +137,9 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         summary = stage.function()(ctx)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Jz3Error(f"the disk of {ctx.out} is full; free some space and run again, it goes on from here") from error
+            raise Jz3Error(
+                f"the disk of {ctx.out} is full; free some space and run again, it goes on from here"
+            ) from error
         raise
     manifest = {
         "stage": stage.name,
@@ -142,7 +150,11 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory": peak_memory(),
         "jz3": jz3.__version__,
-        "machine": {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+        },
     }
     write_json(ctx.out / "manifest.json", manifest)
     return manifest
@@ -167,7 +179,9 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     ]
     done = [s for s in STAGES if (run_dir / s.name).is_dir()]
     changed = {line.split(":")[0].split(".")[0] for line in different}
-    touched = [s.name for s in done if changed & ({"seed"} | {n for p in stages_up_to(s.name) for n in p.sections})]
+    touched = [
+        s.name for s in done if changed & ({"seed"} | {n for p in stages_up_to(s.name) for n in p.sections})
+    ]
     if different and touched:
         raise Jz3Error(
             f"{run_dir} was made with other settings ({'; '.join(different[:5])}), which its {', '.join(touched)} "
@@ -186,7 +200,11 @@ def read_back(table: Any) -> Any:
 
 def _flatten(table: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(table, dict) and table:
-        return {k: v for key, value in table.items() for k, v in _flatten(value, f"{prefix}.{key}".strip(".")).items()}
+        return {
+            k: v
+            for key, value in table.items()
+            for k, v in _flatten(value, f"{prefix}.{key}".strip(".")).items()
+        }
     return {prefix: table}
 
 

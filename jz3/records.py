@@ -36,7 +36,9 @@ class Record:
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                     raise ValueError(f"{cls.__name__} lacks the field {f.name!r}")
             elif not _fits(row[f.name], hints[f.name]):
-                raise ValueError(f"{cls.__name__}.{f.name} must be {_name(hints[f.name])}, got {row[f.name]!r:.80}")
+                raise ValueError(
+                    f"{cls.__name__}.{f.name} must be {_name(hints[f.name])}, got {row[f.name]!r:.80}"
+                )
         return cls(**row)
 
     @classmethod

@@ -75,7 +75,9 @@ def chosen_rows(scores: dict[str, Any], method: str, k: int, combine: str) -> li
         k: how many.
         combine: see SelectionConfig.
     """
-    columns = [c for c in scores if c == method or (c.startswith(f"{method}:") and not c.endswith(":control"))]
+    columns = [
+        c for c in scores if c == method or (c.startswith(f"{method}:") and not c.endswith(":control"))
+    ]
     if not columns:
         known = sorted({c.split(":")[0] for c in scores} - {"id", "source", "tokens", "norm"})
         raise ValueError(f"no scores of method {method!r}; there are: {', '.join(known)}")
@@ -113,9 +115,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "combine": config.combine,
         "mix": {"corpus": _mix(scores, everything), **{m: _mix(scores, rows) for m, rows in chosen.items()}},
         "overlap_with_influence": {
-            m: len(set(rows) & set(best)) / max(len(best), 1) for m, rows in chosen.items() if m != "influence"
+            m: len(set(rows) & set(best)) / max(len(best), 1)
+            for m, rows in chosen.items()
+            if m != "influence"
         },
-        "mean_tokens": {m: float(np.mean([scores["tokens"][r] for r in rows])) for m, rows in chosen.items() if rows},
+        "mean_tokens": {
+            m: float(np.mean([scores["tokens"][r] for r in rows])) for m, rows in chosen.items() if rows
+        },
     }
 
 

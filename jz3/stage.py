@@ -126,7 +126,14 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr: a bar on a terminal, a line every 15 seconds elsewhere."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -150,7 +157,11 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
         if now - last >= 15 or done == total:
             last = now
             left = (now - start) / max(done, 1) * (total - done)
-            print(f"  {label}: {done}/{total}, {now - start:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"  {label}: {done}/{total}, {now - start:.0f} s, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield advance
 

@@ -66,7 +66,11 @@ def open_store(folder: Path, info: StoreInfo) -> None:
         write_json(path, {"format": FORMAT, **asdict(info)})
         return
     found, wanted = asdict(read_info(folder)), asdict(info)
-    different = [f"{key}: {found[key]!r} in the store, {wanted[key]!r} now" for key in wanted if found[key] != wanted[key]]
+    different = [
+        f"{key}: {found[key]!r} in the store, {wanted[key]!r} now"
+        for key in wanted
+        if found[key] != wanted[key]
+    ]
     if different:
         raise Jz3Error(f"{folder} holds other features ({'; '.join(different)}); use another folder")
 
@@ -85,7 +89,12 @@ def has_shard(folder: Path, number: int) -> bool:
 
 
 def write_shard(
-    folder: Path, number: int, ids: list[str], values: "torch.Tensor", norm: "torch.Tensor", projection: "Coding"
+    folder: Path,
+    number: int,
+    ids: list[str],
+    values: "torch.Tensor",
+    norm: "torch.Tensor",
+    projection: "Coding",
 ) -> None:
     """Code and write one shard.
 
@@ -111,7 +120,8 @@ def write_shard(
     with atomic_path(path) as part:
         save_file(arrays, part)
     write_json(
-        folder / f"{number:06d}.json", {"rows": len(ids), "bytes": path.stat().st_size, "xxh3": hash_file(path)}
+        folder / f"{number:06d}.json",
+        {"rows": len(ids), "bytes": path.stat().st_size, "xxh3": hash_file(path)},
     )
 
 
@@ -183,7 +193,9 @@ def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
         try:
             header = json.loads(handle.read(length))
         except (ValueError, MemoryError) as error:
-            raise Jz3Error(f"{path} has no readable header; delete it with its .json and run again") from error
+            raise Jz3Error(
+                f"{path} has no readable header; delete it with its .json and run again"
+            ) from error
     data = np.memmap(path, np.uint8, "r")
     arrays = {}
     for name, entry in header.items():

@@ -11,6 +11,8 @@ Limits: float32 (every product as three TF32 ones, error about float32's), float
 dtype.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,12 +47,16 @@ def segment_project_kernel(
     for first in range(begin, end, BT):
         t = first + tl.arange(0, BT).to(tl.int64)  # [BT]
         live = t < end
-        a = tl.load(p_a + t[:, None] * stride_a + i[None, :], mask=live[:, None] & (i < P)[None, :], other=0.0)
+        a = tl.load(
+            p_a + t[:, None] * stride_a + i[None, :], mask=live[:, None] & (i < P)[None, :], other=0.0
+        )
         if HAS_LEFT:
             rows = tl.zeros((BT, BQ), tl.float32)
             for o0 in range(0, O, BO):
                 o = o0 + tl.arange(0, BO)
-                g = tl.load(p_g + t[:, None] * stride_g + o[None, :], mask=live[:, None] & (o < O)[None, :], other=0.0)
+                g = tl.load(
+                    p_g + t[:, None] * stride_g + o[None, :], mask=live[:, None] & (o < O)[None, :], other=0.0
+                )
                 left = tl.load(
                     p_left + o[:, None].to(tl.int64) * stride_left + q[None, :],
                     mask=(o < O)[:, None] & (q < Q)[None, :],
@@ -63,7 +69,9 @@ def segment_project_kernel(
                 low = (rows - high.to(tl.float32)).to(a.dtype)
                 acc = tl.dot(tl.trans(low), a, acc, input_precision="tf32x3")
         else:
-            g = tl.load(p_g + t[:, None] * stride_g + q[None, :], mask=live[:, None] & (q < Q)[None, :], other=0.0)
+            g = tl.load(
+                p_g + t[:, None] * stride_g + q[None, :], mask=live[:, None] & (q < Q)[None, :], other=0.0
+            )
             acc = tl.dot(tl.trans(g), a, acc, input_precision="tf32x3")
     at = (chunk.to(tl.int64) * Q + q[:, None]) * P + i[None, :]
     tl.store(p_partial + at, acc, mask=(q < Q)[:, None] & (i < P)[None, :])
@@ -94,7 +102,7 @@ def chunk_table(bounds: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
     return chunks, first
 
 
-def tiles(outputs: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+def tiles(outputs: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the block sizes and the number of warps; chosen so that next to nothing spills.
 
     An axis' block is a power of two of at least 16 (what the tensor cores need).
@@ -120,7 +128,7 @@ def segment_project(
     if not chunks or not out.numel():
         return out
     partial = torch.empty(len(chunks), outputs, columns, dtype=torch.float32, device=a.device)
-    blocks = tiles(outputs, columns, a.dtype)
+    blocks = {"HAS_LEFT": left is not None, **tiles(outputs, columns, a.dtype)}
     grid = (len(chunks), triton.cdiv(outputs, blocks["BQ"]), triton.cdiv(columns, blocks["BI"]))
     segment_project_kernel[grid](
         a,
@@ -134,10 +142,10 @@ def segment_project(
         a.stride(0),
         g.stride(0),
         0 if left is None else left.stride(0),
-        HAS_LEFT=left is not None,
         **blocks,
     )
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)
-    segment_sum_kernel[(len(first) - 1, triton.cdiv(n, 1024))](partial, first_chunk, out, n, B=1024)
+    constants: dict[str, Any] = {"B": 1024}
+    segment_sum_kernel[(len(first) - 1, triton.cdiv(n, 1024))](partial, first_chunk, out, n, **constants)
     return out

@@ -10,6 +10,7 @@ Limits: float32 (three TF32 products, error about float32's), float16, bfloat16.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -68,20 +69,21 @@ def sign_project_kernel(
     tl.store(p_partial + at, acc, mask=(rows[:, None] < S) & (projections[None, :] < k))
 
 
-def tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return BM, BN and the number of warps; chosen so that nothing spills on sm_80 and sm_90."""
+def tiles(rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the block sizes and the number of warps; chosen so that nothing spills on sm_80 and sm_90."""
     if rows <= 16:
-        return 16, 64, 4
+        return {"BM": 16, "BN": 64, "num_warps": 4}
     if dtype == torch.float32:
-        return 32, 64, 8
-    return (64, 64, 4) if rows <= 64 else (128, 64, 8)
+        return {"BM": 32, "BN": 64, "num_warps": 8}
+    return {"BM": 64, "BN": 64, "num_warps": 4} if rows <= 64 else {"BM": 128, "BN": 64, "num_warps": 8}
 
 
 def sign_bits(key: int, rows: int, blocks: int, first_block: int, device: torch.device) -> torch.Tensor:
     """Make packed signs on a device: int32 [rows, 4 * blocks], as `jz3.ops.signs` defines them."""
     bits = torch.empty(rows, 4 * blocks, dtype=torch.int32, device=device)
+    constants: dict[str, Any] = {"B": 128}
     sign_bits_kernel[(rows, triton.cdiv(blocks, 128))](
-        bits, _signed(key & 0xFFFFFFFF), _signed(key >> 32), first_block, blocks, rows, B=128
+        bits, _signed(key & 0xFFFFFFFF), _signed(key >> 32), first_block, blocks, rows, **constants
     )
     return bits
 
@@ -92,7 +94,7 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
         x = x.contiguous()
     rows, columns = x.shape
     out = torch.zeros(rows, k, dtype=torch.float32, device=x.device)
-    bm, bn, warps = tile(rows, x.dtype)
+    blocking = {"PIECE": PIECE, **tiles(rows, x.dtype)}
     width = max(1, BITS_BYTES * 8 // (k * PIECE)) * PIECE
     for begin in range(0, columns if rows else 0, width):
         part = x[:, begin : begin + width]
@@ -100,7 +102,8 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
         bits = sign_bits(key, k, blocks, (first_col + begin) // BLOCK, x.device)
         pieces = triton.cdiv(part.shape[1], PIECE)
         partial = torch.empty(pieces, rows, k, dtype=torch.float32, device=x.device)
-        sign_project_kernel[(triton.cdiv(rows, bm), triton.cdiv(k, bn), pieces)](
+        grid = (triton.cdiv(rows, blocking["BM"]), triton.cdiv(k, blocking["BN"]), pieces)
+        sign_project_kernel[grid](
             part,
             bits,
             partial,
@@ -109,10 +112,7 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
             k,
             blocks,
             x.stride(0),
-            PIECE=PIECE,
-            BM=bm,
-            BN=bn,
-            num_warps=warps,
+            **blocking,
         )
         for piece in partial:
             out += piece

@@ -27,9 +27,7 @@ if importlib.util.find_spec("gpu_without_gpu"):  # without its patch the interpr
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "p", "k"), [(3, 300, 40), (1, 1, 1), (70, 129, 65), (17, 600, 20)])
-def test_sign_project(
-    dtype: torch.dtype, rows: int, p: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sign_project(dtype: torch.dtype, rows: int, p: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jz3.kernels.sign_project.PIECE", 256)
     x = normal(0, rows, p, dtype=dtype)
     key, first = 0xFEDCBA98F6543210, 128 * ((1 << 32) - 1)
@@ -50,7 +48,9 @@ def test_sign_project_strides_and_long_rows(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("jz3.kernels.sign_project.BITS_BYTES", 1)
     monkeypatch.setattr("jz3.kernels.sign_project.PIECE", 256)
     x = normal(0, 600, 2)
-    assert torch.allclose(sign_project(x.T, 5, 7, 0), sign_project_reference(x.T, 5, 7, 0), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(
+        sign_project(x.T, 5, 7, 0), sign_project_reference(x.T, 5, 7, 0), rtol=1e-4, atol=1e-3
+    )
     assert sign_project(x.T[:0], 5, 7, 0).shape == (0, 7)
 
 
@@ -58,7 +58,11 @@ def test_sign_project_strides_and_long_rows(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("p_i", "o", "p_o"), [(8, 70, 16), (33, 130, 20), (1, 1, 1), (140, 40, 17)])
 def test_segment_project(dtype: torch.dtype, p_i: int, o: int, p_o: int) -> None:
     bounds = torch.tensor([2, 5, 5, 6, 70, 340])
-    a, g, left = normal(0, 345, p_i, dtype=dtype), normal(1, 345, o, dtype=dtype), normal(2, o, p_o, dtype=dtype)
+    a, g, left = (
+        normal(0, 345, p_i, dtype=dtype),
+        normal(1, 345, o, dtype=dtype),
+        normal(2, o, p_o, dtype=dtype),
+    )
     for matrix in (left, None):
         got = segment_project(a, g, matrix, bounds)
         rows = g if matrix is None else g @ matrix
@@ -89,7 +93,8 @@ def test_strides_and_emptiness() -> None:
 
 @pytest.mark.skipif(triton_interpreter is None, reason="the guard of gpu_without_gpu is not importable")
 def test_every_access_is_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert triton_interpreter is not None
+    simulator = triton_interpreter
+    assert simulator is not None
     a, g, left, x = normal(0, 67, 9), normal(1, 67, 33), normal(2, 33, 5), normal(3, 3, 300)
     known = [a, g, left, x]
 
@@ -99,7 +104,7 @@ def test_every_access_is_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
             if function is empty:
                 out.fill_(float("nan") if out.is_floating_point() else -1)
             known.append(out)
-            triton_interpreter.register(*known)
+            simulator.register(*known)
             return out
 
         return wrapper
@@ -107,7 +112,7 @@ def test_every_access_is_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     for name in ("empty", "zeros", "tensor"):
         monkeypatch.setattr(torch, name, registered(getattr(torch, name)))
-    with triton_interpreter.guard(*known):
+    with simulator.guard(*known):
         got = segment_project(a, g, left, cu_seqlens=torch.tensor([0, 5, 67]))
         signed = sign_project(x, 5, 7, 0)
     assert torch.isfinite(got).all() and torch.isfinite(signed).all()

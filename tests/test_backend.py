@@ -15,13 +15,20 @@ from jz3.ops.sketch import sketch
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_choices", {})
+    monkeypatch.setattr(backend, "_obstacles", {})
     monkeypatch.setattr(backend, "_said", set())
     monkeypatch.delenv("JZ3_BACKEND", raising=False)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, name: str, function) -> None:
     op = backend._ops[name]
-    broken = backend.Op(name=name, reference=op.reference, native={"cpu": function}, example=op.example, plain=frozenset({"cpu"}))
+    broken = backend.Op(
+        name=name,
+        reference=op.reference,
+        native={"cpu": function},
+        example=op.example,
+        plain=frozenset({"cpu"}),
+    )
     monkeypatch.setitem(backend._ops, name, broken)
 
 
@@ -43,11 +50,17 @@ def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jz3.backend"):
         for _ in range(3):
             sketch(torch.ones(1, 3), "m", 2, seed=0)
-    assert [r.message for r in caplog.records if r.message.startswith("sketch on cpu runs on")] and len(caplog.records) == 1
+    assert [r.message for r in caplog.records if r.message.startswith("sketch on cpu runs on")] and len(
+        caplog.records
+    ) == 1
 
 
-@pytest.mark.parametrize("wrong", [lambda *a: torch.zeros(3, 37), lambda *a: torch.zeros(1), lambda *a: 1 / 0])
-def test_a_wrong_native_op_is_not_used(wrong, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "wrong", [lambda *a: torch.zeros(3, 37), lambda *a: torch.zeros(1), lambda *a: 1 / 0]
+)
+def test_a_wrong_native_op_is_not_used(
+    wrong, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     spoil(monkeypatch, "sketch", wrong)
     with caplog.at_level(logging.WARNING, "jz3.backend"):
         assert backend.choose("sketch")[0] == "reference"
@@ -59,7 +72,10 @@ def test_a_wrong_native_op_is_not_used(wrong, monkeypatch: pytest.MonkeyPatch, c
 
 def test_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JZ3_BACKEND", "reference")
-    assert backend.report("cpu")["ops"]["sketch"] == {"backend": "reference", "reason": "forced by JZ3_BACKEND"}
+    assert backend.report("cpu")["ops"]["sketch"] == {
+        "backend": "reference",
+        "reason": "forced by JZ3_BACKEND",
+    }
     monkeypatch.setenv("JZ3_BACKEND", "triton, ce_hidden_grad=reference")
     assert backend.forced("sketch") == "triton" and backend.forced("ce_hidden_grad") == "reference"
 
@@ -76,7 +92,9 @@ def test_malformed_forcing_is_an_error(value: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_forced_back_end_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JZ3_BACKEND", "cuda")
-    with pytest.raises(Jz3Error, match="JZ3_BACKEND forces cuda for sketch on cpu, which can't run: not implemented"):
+    with pytest.raises(
+        Jz3Error, match="JZ3_BACKEND forces cuda for sketch on cpu, which can't run: not implemented"
+    ):
         sketch(torch.ones(1, 3), "m", 2, seed=0)
     monkeypatch.setenv("JZ3_BACKEND", "sketch=cpu")
     if not backend.extension_missing():
@@ -109,7 +127,16 @@ def test_doctor_reports_every_kind_of_thing() -> None:
     checks = doctor.report()
     names = [check.name for check in checks]
     assert len(names) == len(set(names))
-    for expected in ("python", "memory", "torch", "triton", "jz3._C", "op sketch", "sandbox", "embedded model"):
+    for expected in (
+        "python",
+        "memory",
+        "torch",
+        "triton",
+        "jz3._C",
+        "op sketch",
+        "sandbox",
+        "embedded model",
+    ):
         assert expected in names
     assert all(check.status in ("ok", "info", "missing") and check.found for check in checks)
     assert all(check.remedy for check in checks if check.status == "missing")

@@ -13,7 +13,9 @@ def by_autograd(
     h: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h = h.detach().clone().requires_grad_()
-    loss = functional.cross_entropy((h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T, y, reduction="none")
+    loss = functional.cross_entropy(
+        (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T, y, reduction="none"
+    )
     (loss * weights.to(loss.dtype)).sum().backward()
     assert h.grad is not None
     return loss.detach(), h.grad
@@ -43,7 +45,9 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     real = module._product
 
-    def watched(h: torch.Tensor, weight: torch.Tensor, product: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    def watched(
+        h: torch.Tensor, weight: torch.Tensor, product: torch.dtype, dtype: torch.dtype
+    ) -> torch.Tensor:
         nonlocal largest
         largest = max(largest, len(h))
         return real(h, weight, product, dtype)
@@ -54,7 +58,9 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_logits_don_t_overflow() -> None:
-    loss, grad = ce_hidden_grad(torch.full((1, 2), 300.0), torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.tensor([1]))
+    loss, grad = ce_hidden_grad(
+        torch.full((1, 2), 300.0), torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.tensor([1])
+    )
     assert float(loss[0]) == 1200 and torch.equal(grad, torch.tensor([[2.0, 2.0]]))
 
 

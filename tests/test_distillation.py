@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jz3 import distillation
+from jz3.corpus.config import SourceConfig
 from jz3.distillation import DistillationConfig, ReplyError, TeacherConfig, fill, format_reply, parse_reply
 from jz3.distillation.offline import FAMILIES, GENERAL, STAND_IN, topic_of
 from jz3.distillation.parser import REASONS
@@ -34,9 +35,14 @@ def doc(number: int, text: str = "") -> Doc:
 
 
 def run(
-    folder: Path, config: DistillationConfig, docs: list[Doc], selected: list[Doc], seed: int = 0
+    folder: Path,
+    config: DistillationConfig,
+    docs: list[Doc],
+    selected: list[Doc],
+    seed: int = 0,
+    sources: tuple[SourceConfig, ...] = (),
 ) -> tuple[dict[str, Any], StageContext]:
-    recipe: Any = SimpleNamespace(seed=seed, distillation=config)
+    recipe: Any = SimpleNamespace(seed=seed, distillation=config, corpus=SimpleNamespace(sources=sources))
     ctx = StageContext(recipe=recipe, run_dir=folder, name="distillation")
     ctx.out.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "corpus" / "docs.jsonl", (d.to_json() for d in docs))
@@ -58,13 +64,8 @@ def files(ctx: StageContext) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_prompt_is_complete_and_short(name: str) -> None:
     text = template(name)
-    assert (
-        "[Problem]:" in text
-        and "[Solution]:" in text
-        and "\\boxed{}" in text
-        and "self" in text
-        or "complete" in text
-    )
+    for part in ("[Problem]:", "[Solution]:", "\\boxed{}", "self-contained", "Text:\n{text}\n"):
+        assert part in text, part
     assert pieces(text) <= 140, "a small synthesiser must afford the prompt"
     assert ("```python" in text and "```output" in text) == (name == "tool")
 
@@ -115,7 +116,7 @@ def test_any_text_gives_a_reply_or_a_documented_reason(text: str) -> None:
         "[Problem]: What is 6 times 7?\n[Solution]: It is \\boxed{42}.",
         "Sure, here it is!\n\n**[Problem]:** What is 6 times 7?\n\n**[Solution]:** It is \\boxed{42}.",
         "**[Problem]**: What is 6 times 7?\n**[Solution]**: It is \\boxed{42}.",
-        "[Problem Description] What is 6 times 7? [/Problem Description]\n[Solution] It is \\boxed{42}. [/Solution]\nBye.",
+        "[Problem Description] What is 6 times 7? [/Problem Description]\n[Solution] It is \\boxed{42}. [/Solution] ..",
         "[problem]\nWhat is 6 times 7?\n[/problem]\n[solution]\nIt is \\boxed{42}.\n[/solution]",
         "### Problem\nWhat is 6 times 7?\n\n### Solution\nIt is \\boxed{42}.",
         "## Problem: What is 6 times 7?\n## Solution: It is \\boxed{42}.",
@@ -280,6 +281,19 @@ def test_every_topic_of_text_gets_a_problem_of_it(tmp_path: Path) -> None:
     config = DistillationConfig(teacher=OFFLINE, initial=0, boost=2, tool_share=0.0)
     _, ctx = run(tmp_path, config, [doc(9)], selected)
     assert [p.meta["family"] for p in rows(ctx, "boost", Problem)] == list(texts.values())
+
+
+def test_families_of_the_corpus_are_not_taught(tmp_path: Path) -> None:
+    primes = [doc(i, p.question) for i, p in enumerate(worked_problems("count_primes", 8, 30))]
+    primes += [doc(50, "Find the angle of a triangle."), doc(51, "A socket.")]
+    used = ("count_primes", "gcd", "simple_geometry")
+    source = SourceConfig(name="worked", kind="worked", families=used)
+    config = DistillationConfig(teacher=OFFLINE, initial=0, boost=32)
+    summary, _ = run(tmp_path, config, [doc(99)], primes, sources=(source,))
+    assert summary["parsed"] == 32 and not set(summary["by_family"]) & set(used)
+    everything = SourceConfig(name="worked", kind="worked", families=families())
+    with pytest.raises(Jz3Error, match="no family left"):
+        run(tmp_path, config, [doc(99)], primes, sources=(everything,))
 
 
 # Recorded teacher

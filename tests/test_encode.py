@@ -24,7 +24,10 @@ def test_back_ends_agree_bit_for_bit(on: str, kind: str, dim: int) -> None:
     codes = encode(values, mean, scale, kind)
     assert codes.shape == (7, row_bytes(kind, dim)) and codes.dtype == torch.uint8
     assert torch.equal(codes, encode_reference(values, mean, scale, kind))
-    assert torch.equal(decode(codes, mean, scale, kind), backend.implementation("decode", "reference")(codes, mean, scale, kind))
+    assert torch.equal(
+        decode(codes, mean, scale, kind),
+        backend.implementation("decode", "reference")(codes, mean, scale, kind),
+    )
 
 
 @pytest.mark.parametrize("kind", CODEBOOKS)
@@ -32,12 +35,16 @@ def test_the_nearest_level_is_chosen(on: str, kind: str) -> None:
     book = CODEBOOKS[kind]
     levels = torch.tensor(book.levels[1:] if kind == "int8" else book.levels, dtype=torch.float64) * book.unit
     z = normal(0, 4, 500) * 2
-    decoded = decode(encode(z, torch.zeros(500), torch.ones(500), kind), torch.zeros(500), torch.ones(500), kind)
+    decoded = decode(
+        encode(z, torch.zeros(500), torch.ones(500), kind), torch.zeros(500), torch.ones(500), kind
+    )
     nearest = (z.double()[..., None] - levels).abs().amin(-1)
     assert torch.allclose((z.double() - decoded.double()).abs(), nearest, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "worst"), [("int8", 2e-4), ("4bit", 0.0102), ("2bit", 0.119), ("1bit", 0.37)])
+@pytest.mark.parametrize(
+    ("kind", "worst"), [("int8", 2e-4), ("4bit", 0.0102), ("2bit", 0.119), ("1bit", 0.37)]
+)
 def test_distortion_on_normal_numbers(kind: str, worst: float) -> None:
     """Lloyd-Max on N(0, 1) has 0.0095, 0.1175 and 0.3634 (Max 1960, table I)."""
     values, mean, scale = normal(0, 100, 1000) * 3 + 1, torch.ones(1000), torch.full((1000,), 3.0)
@@ -52,7 +59,9 @@ def test_packing_order() -> None:
     assert encode(values, zeros, ones, "1bit").tolist() == [[0b10110]]
     assert encode(values, zeros, ones, "2bit").tolist() == [[0b00111100, 0b11]]
     assert encode(values, zeros, ones, "int8").tolist() == [[1, 255, 255, 1, 255]]
-    assert unpack_codes(torch.tensor([[0xF0, 0x0F, 0x0F]], dtype=torch.uint8), "4bit", 5).tolist() == [[0, 15, 15, 0, 15]]
+    assert unpack_codes(torch.tensor([[0xF0, 0x0F, 0x0F]], dtype=torch.uint8), "4bit", 5).tolist() == [
+        [0, 15, 15, 0, 15]
+    ]
 
 
 def test_extremes(on: str) -> None:
@@ -66,7 +75,9 @@ def test_extremes(on: str) -> None:
 
 def test_strides_and_empty(on: str) -> None:
     values, mean, scale = normal(0, 12, 40), normal(1, 12), torch.ones(12)
-    assert torch.equal(encode(values.T, mean, scale, "4bit"), encode(values.T.contiguous(), mean, scale, "4bit"))
+    assert torch.equal(
+        encode(values.T, mean, scale, "4bit"), encode(values.T.contiguous(), mean, scale, "4bit")
+    )
     assert encode(torch.empty(0, 12), mean, scale, "4bit").shape == (0, 6)
     assert encode(torch.empty(3, 0), mean[:0], scale[:0], "4bit").shape == (3, 0)
 

@@ -64,7 +64,9 @@ def test_adapted_keeps_the_coordinates_with_most_energy() -> None:
 def test_fit_is_deterministic_and_refuses_another_model(tmp_path: Path) -> None:
     model, texts = random_model("llama"), random_texts(6)
     hashes = [
-        fit_adapted(model, "m", linear_layers(model), texts[:3], texts[3:], k=32, rank=4).save(tmp_path / f"{i}.st")
+        fit_adapted(model, "m", linear_layers(model), texts[:3], texts[3:], k=32, rank=4).save(
+            tmp_path / f"{i}.st"
+        )
         for i in range(2)
     ]
     assert hashes[0] == hashes[1]

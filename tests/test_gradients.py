@@ -1,14 +1,23 @@
 """Hooks against autograd's full gradients, per document, for several architectures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from jz3.gradients import GradientPass, Tokens, linear_layers, make_batches, run_pass, tokenize_query, tokenize_text
+from jz3.gradients import (
+    GradientPass,
+    Tokens,
+    linear_layers,
+    make_batches,
+    run_pass,
+    tokenize_query,
+    tokenize_text,
+)
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 MODELS = {
     "llama": transformers.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
     "mistral": transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
@@ -48,7 +57,7 @@ def autograd_gradients(
     model: transformers.PreTrainedModel, text: Tokens, reduction: str
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The full gradients of one text alone, by autograd through the weights, and its loss."""
-    layers = linear_layers(model)
+    layers: dict[str, Any] = dict(linear_layers(model))
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     ids = torch.tensor([text.ids])
@@ -100,14 +109,18 @@ def test_text_does_not_depend_on_its_batch() -> None:
         pass
     row = b.positions.index(2)
     for layer in layers:
-        torch.testing.assert_close(together.gradients[layer][row], alone.gradients[layer][0], atol=1e-10, rtol=1e-7)
+        torch.testing.assert_close(
+            together.gradients[layer][row], alone.gradients[layer][0], atol=1e-10, rtol=1e-7
+        )
 
 
 def test_bad_text_does_not_spread() -> None:
     model, texts = random_model("llama"), random_texts()
+    embeddings: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
     with torch.no_grad():
-        model.get_input_embeddings().weight[95] = torch.nan
-        model.get_output_embeddings().weight[95] = 0.0
+        embeddings.weight[95] = torch.nan
+        output.weight[95] = 0.0
     texts = [Tokens(t.id, [min(i, 94) for i in t.ids], t.start) for t in texts]
     texts[1] = Tokens(texts[1].id, [95, *texts[1].ids[1:]], 1)
     sink = Whole()

@@ -21,7 +21,8 @@ from jz3.ops.signs import sign_bits_reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_simulator = pytest.mark.skipif(
-    importlib.util.find_spec("gpu_without_gpu") is None, reason="the package gpu_without_gpu is not importable"
+    importlib.util.find_spec("gpu_without_gpu") is None,
+    reason="the package gpu_without_gpu is not importable",
 )
 
 TILES = {"PIECE": "constexpr", "BM": "constexpr", "BN": "constexpr"}
@@ -54,12 +55,13 @@ def compiled_sign_project(arch: int, rows: int, dtype: torch.dtype, piece: int):
 
     from jz3.kernels import sign_project as kernels
 
-    bm, bn, warps = kernels.tile(rows, dtype)
+    blocks = kernels.tiles(rows, dtype)
+    warps = blocks.pop("num_warps")
     signature = {**SIGN, "p_x": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
     return compile_aot(
         kernels.sign_project_kernel,
         signature,
-        {"PIECE": piece, "BM": bm, "BN": bn},
+        {"PIECE": piece, **blocks},
         arch=arch,
         options={"num_warps": warps},
         div16=SIGN_ALIGNED,
@@ -88,7 +90,9 @@ def compiled_segment_project(arch: int, outputs: int, columns: int, dtype: torch
 @needs_simulator
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_they_compile_for_real_gpus_with_tensor_cores_and_without_spills(arch: int, dtype: torch.dtype) -> None:
+def test_they_compile_for_real_gpus_with_tensor_cores_and_without_spills(
+    arch: int, dtype: torch.dtype
+) -> None:
     compiled = [compiled_sign_project(arch, rows, dtype, 16384) for rows in (8, 64, 500)]
     compiled += [compiled_segment_project(arch, p, p, dtype) for p in (16, 32, 64, 128)]
     for kernel in compiled:
@@ -126,7 +130,9 @@ def test_segment_project_ptx_executed(arch: int) -> None:
 
     p_i, o, p_o, bounds = 32, 80, 24, [1, 4, 4, 90]
     compiled = compiled_segment_project(arch, p_o, p_i, torch.bfloat16)
-    a, g, left = (normal(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate([(95, 32), (95, 80), (80, 32)]))
+    a, g, left = (
+        normal(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate([(95, 32), (95, 80), (80, 32)])
+    )
     chunks, _ = chunk_table(bounds)
     for options in ({"async_mode": "lazy"}, {"async_mode": "eager"}):
         device = Device()
@@ -135,5 +141,7 @@ def test_segment_project_ptx_executed(arch: int) -> None:
         addresses += [device.put(np.array(chunks, np.int64)), partial]
         compiled.run(device, (len(chunks), 1, 1), [*addresses, p_i, o, p_o, 32, 80, 32], **options)
         got = torch.from_numpy(device.get(partial, np.float32, (len(chunks), p_o, p_i)))
-        exact = segment_project_reference(a.double(), g.double(), left[:, :p_o].double(), torch.tensor(bounds))
+        exact = segment_project_reference(
+            a.double(), g.double(), left[:, :p_o].double(), torch.tensor(bounds)
+        )
         assert torch.allclose(got.double(), exact[[0, 2]], rtol=1e-3, atol=2e-3)

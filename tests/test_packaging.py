@@ -37,7 +37,9 @@ def build(source: Path, kind: str, **variables: str) -> tuple[Path, str]:
     out.mkdir(exist_ok=True)
     environment = {**os.environ, "JZ3_BUILD_CUDA": "0", **variables}
     environment.pop("PYTHONSAFEPATH", None)
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out / done.stdout.splitlines()[-1], done.stdout + done.stderr
 
@@ -59,7 +61,9 @@ def installed(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
 
 def run(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", **variables}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder.parent, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder.parent, env=environment, capture_output=True, text=True
+    )
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: tuple[Path, str]) -> None:
@@ -77,7 +81,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: tuple[Path, str]) -> No
     assert "jz3 = jz3.cli:main" in zipfile.ZipFile(wheel[0]).read(entry_points).decode()
 
 
-def test_a_broken_compiler_is_said_loudly_and_everything_still_runs(wheel: tuple[Path, str], installed: Path) -> None:
+def test_a_broken_compiler_is_said_loudly_and_everything_still_runs(
+    wheel: tuple[Path, str], installed: Path
+) -> None:
     assert "jz3: WARNING: jz3._C was not built" in wheel[1]
     code = """
 import logging, torch
@@ -104,9 +110,15 @@ def test_kernels_are_importable_only_inside_the_package(installed: Path) -> None
 
 
 def test_forced_cuda_build_fails_without_nvcc(source: Path, tmp_path: Path) -> None:
-    code = "import setuptools.build_meta as b; b.build_wheel('/tmp')"
+    code = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
     environment = {**os.environ, "JZ3_BUILD_CUDA": "1", "PATH": str(tmp_path), "CXX": "/bin/false"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "JZ3_BUILD_CUDA=1, but jz3._cuda can't be built: nvcc is not on PATH" in done.stderr
 
@@ -115,7 +127,14 @@ def test_source_archive_holds_what_a_build_needs(source: Path) -> None:
     archive, _ = build(source, "sdist")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    for folder, suffix in (("csrc", ".cpp"), ("csrc", ".h"), ("csrc", ".cu"), ("kernels", ".py"), ("jz3", ".py"), ("tests", ".py")):
+    for folder, suffix in (
+        ("csrc", ".cpp"),
+        ("csrc", ".h"),
+        ("csrc", ".cu"),
+        ("kernels", ".py"),
+        ("jz3", ".py"),
+        ("tests", ".py"),
+    ):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(f"*{suffix}")} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)

@@ -14,7 +14,10 @@ SETTINGS = TrainSettings(max_length=64, batch_packs=2)
 def rows(count, offset=0):
     """Rows of many lengths."""
     return [
-        (f"## Question\nWhat is {i} and {i + offset}?\n\n## Solution\n", "The sum is " + f"{i} " * (i % 23 + 1))
+        (
+            f"## Question\nWhat is {i} and {i + offset}?\n\n## Solution\n",
+            "The sum is " + f"{i} " * (i % 23 + 1),
+        )
         for i in range(count)
     ]
 
@@ -78,7 +81,9 @@ def test_unusable_rows_are_counted_and_named(tokenizer, caplog):
     assert "2 rows left out: bad_unicode" in caplog.text
 
 
-@pytest.mark.parametrize("length, target", [(2, 1), (64, 10), (65, 10), (200, 1), (200, 150), (127, 63), (128, 64)])
+@pytest.mark.parametrize(
+    "length, target", [(2, 1), (64, 10), (65, 10), (200, 1), (200, 150), (127, 63), (128, 64)]
+)
 def test_pieces_predict_each_token_once(length, target):
     import numpy as np
 
@@ -89,7 +94,10 @@ def test_pieces_predict_each_token_once(length, target):
 
 
 def test_packing_loses_no_predicted_token(tokenizer):
-    phases = [Phase(name="a", rows=[*rows(150), ("", "many words " * 100)]), Phase(name="b", rows=rows(40, 7))]
+    phases = [
+        Phase(name="a", rows=[*rows(150), ("", "many words " * 100)]),
+        Phase(name="b", rows=rows(40, 7)),
+    ]
     expected = Counter()
     for phase in phases:
         for document in encode(phase.rows, tokenizer)[0]:
@@ -145,7 +153,9 @@ def test_the_token_budget_ends_the_reading(tokenizer):
     packs = pack(phases, tokenizer, TrainSettings(max_length=64, max_tokens=limit), 0)
     assert limit - 64 < packs.counts["a"]["tokens"] <= limit
     assert "b" not in packs.phase and packs.dropped["b"] == {"over_budget": 10}
-    assert packs.counts["a"]["documents"] + packs.dropped["a"]["over_budget"] == whole.counts["a"]["documents"]
+    assert (
+        packs.counts["a"]["documents"] + packs.dropped["a"]["over_budget"] == whole.counts["a"]["documents"]
+    )
 
 
 def collated(packs, index, tokenizer):
@@ -174,7 +184,9 @@ def alone_losses(model, batch):
     for start, end in zip(bounds, bounds[1:], strict=False):
         ids, labels = batch["input_ids"][:, start:end], batch["labels"][0, start + 1 : end]
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        losses.append(cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)[labels != IGNORED])
+        losses.append(
+            cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)[labels != IGNORED]
+        )
     return torch.cat(losses)
 
 

@@ -63,7 +63,10 @@ def copies() -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"inner_server" in (folder / "cmdline").read_bytes() and " Z " not in (folder / "stat").read_text():
+            if (
+                b"inner_server" in (folder / "cmdline").read_bytes()
+                and " Z " not in (folder / "stat").read_text()
+            ):
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -150,7 +153,8 @@ def test_endless_loops(sandbox: Sandbox) -> None:
 
 
 def test_an_endless_loop_that_ignores_signals(sandbox: Sandbox) -> None:
-    code = "import signal\nfor s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, lambda *_: 0)\nwhile True: pass"
+    code = "import signal\nfor s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, lambda *_: 0)\n"
+    code += "while True: pass"
     assert sandbox.run(code).reason in ("timeout", "killed")
 
 
@@ -160,7 +164,9 @@ def test_a_snippet_that_closes_its_output_still_ends(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the memory limit")
-@pytest.mark.parametrize("code", ["x = bytearray(10 << 30)", "x = []\nwhile True: x.append(bytearray(1 << 26))"])
+@pytest.mark.parametrize(
+    "code", ["x = bytearray(10 << 30)", "x = []\nwhile True: x.append(bytearray(1 << 26))"]
+)
 def test_memory(sandbox: Sandbox, code: str) -> None:
     done = sandbox.run(code)
     assert done.reason == "memory", done
@@ -233,8 +239,9 @@ import os, shutil
 outside = {str(outside)!r}
 tries = [lambda p=p: open(p, "w") for p in
          (outside, "{name}", "/tmp/{name}", "/dev/shm/{name}", "/var/tmp/{name}", "/{name}", os.__file__)]
-tries += [lambda: open(outside, "a"), lambda: os.remove(outside), lambda: os.chmod(outside, 0), lambda: os.mkdir("/tmp/{name}"),
-          lambda: os.rename(outside, outside + "x"), lambda: os.symlink("/etc", "/tmp/{name}"), lambda: os.truncate(outside, 0),
+tries += [lambda: open(outside, "a"), lambda: os.remove(outside), lambda: os.chmod(outside, 0),
+          lambda: os.mkdir("/tmp/{name}"), lambda: os.rename(outside, outside + "x"),
+          lambda: os.symlink("/etc", "/tmp/{name}"), lambda: os.truncate(outside, 0),
           lambda: os.utime(outside), lambda: os.mkfifo("/tmp/{name}"), lambda: os.link(outside, "/tmp/{name}"),
           lambda: os.chown(outside, 1, 1), lambda: open("/proc/sys/kernel/hostname", "w").write("x"),
           lambda: open("/dev/null", "w")]
@@ -291,7 +298,8 @@ def test_fork_bomb_and_programs(sandbox: Sandbox) -> None:
     tries = ("os.fork()", "os.system('true')", "os.execv('/bin/sh', ['sh'])", "subprocess.run(['/bin/true'])",
              "os.posix_spawn('/bin/true', ['true'], {})", "ctypes.CDLL(None).fork()")  # fmt: skip
     code = f"import ctypes, os, subprocess\nme = os.getpid()\nfor text in {tries!r}:\n"
-    code += "    try:\n        r = eval(text)\n        if r in (0, None) or os.getpid() != me: os.write(1, b'FORKED ' + text.encode())\n"
+    code += "    try:\n        r = eval(text)\n"
+    code += "        if r in (0, None) or os.getpid() != me: os.write(1, b'FORKED ' + text.encode())\n"
     code += "    except OSError: pass\n"
     done = sandbox.run(code)
     assert done.ok and done.stdout == "", done
@@ -307,9 +315,11 @@ def test_raw_system_calls(sandbox: Sandbox) -> None:
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 x86 = os.uname().machine == "x86_64"
-calls = {"ptrace": (101, 117), "unshare": (272, 97), "mount": (165, 40), "bpf": (321, 280), "io_uring_setup": (425, 425),
+calls = {"ptrace": (101, 117), "unshare": (272, 97), "mount": (165, 40), "bpf": (321, 280),
+         "io_uring_setup": (425, 425),
          "process_vm_readv": (310, 270), "socket": (41, 198), "memfd_create": (319, 279), "setns": (308, 268),
-         "keyctl": (250, 219), "perf_event_open": (298, 241), "openat2": (437, 437), "clone3": (435, 435), "execve": (59, 221),
+         "keyctl": (250, 219), "perf_event_open": (298, 241), "openat2": (437, 437),
+         "clone3": (435, 435), "execve": (59, 221),
          "setrlimit": (160, 164), "reboot": (169, 142), "userfaultfd": (323, 282), "pidfd_open": (434, 434)}
 for name, numbers in calls.items():
     result = libc.syscall(numbers[0 if x86 else 1], 0, 0, 0, 0, 0)
@@ -445,8 +455,9 @@ def test_the_weakest_level_warns_and_can_be_refused(caplog: pytest.LogCaptureFix
         open_level("rlimits").close()
         open_level("rlimits").close()
     assert [r.message for r in caplog.records if "weakest isolation" in r.message].__len__() == 1
-    with pytest.raises(Jz3Error, match="minimum_level"), Sandbox(
-        SandboxConfig(level="rlimits", minimum_level="namespaces")
+    with (
+        pytest.raises(Jz3Error, match="minimum_level"),
+        Sandbox(SandboxConfig(level="rlimits", minimum_level="namespaces")),
     ):
         pass
 
@@ -455,7 +466,10 @@ def test_auto_falls_through_and_says_what_is_missing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cell_module.shutil, "which", lambda _: None)
     with Sandbox(SandboxConfig(preload=(), workers=1)) as opened:
         assert opened.level in ("namespaces", "rlimits")
-    with pytest.raises(Jz3Error, match="apt-get install bubblewrap"), Sandbox(SandboxConfig(minimum_level="bwrap")):
+    with (
+        pytest.raises(Jz3Error, match="apt-get install bubblewrap"),
+        Sandbox(SandboxConfig(minimum_level="bwrap")),
+    ):
         pass
 
 

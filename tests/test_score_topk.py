@@ -59,7 +59,9 @@ def test_long_rows_don_t_overflow(on: str) -> None:
     unit = CODEBOOKS["int8"].unit
     values, ids = score_topk(codes, torch.zeros(dim), torch.ones(dim), "int8", torch.ones(1, dim), 3)
     assert ids.tolist() == [[0, 2, 1]]
-    assert values[0].tolist() == pytest.approx([127 * unit * dim, 127 * unit * dim, -127 * unit * dim], rel=1e-6)
+    assert values[0].tolist() == pytest.approx(
+        [127 * unit * dim, 127 * unit * dim, -127 * unit * dim], rel=1e-6
+    )
 
 
 def test_ties_go_to_the_smaller_id(on: str) -> None:

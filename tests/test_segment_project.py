@@ -18,7 +18,11 @@ def plain(a: torch.Tensor, g: torch.Tensor, left: torch.Tensor, bounds: list[int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("p_i", "o", "p_o"), [(8, 33, 16), (1, 1, 1), (32, 200, 32)])
 def test_accuracy(dtype: torch.dtype, p_i: int, o: int, p_o: int) -> None:
-    a, g, left = normal(0, 67, p_i, dtype=dtype), normal(1, 67, o, dtype=dtype), normal(2, o, p_o, dtype=dtype)
+    a, g, left = (
+        normal(0, 67, p_i, dtype=dtype),
+        normal(1, 67, o, dtype=dtype),
+        normal(2, o, p_o, dtype=dtype),
+    )
     bounds = torch.tensor(RAGGED)
     got = segment_project(a, g, left, bounds)
     exact = segment_project_reference(a.double(), g.double(), left.double(), bounds)
@@ -70,18 +74,31 @@ def test_nothing_tracks_gradients_and_no_documents_is_fine() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"g": normal(0, 4, 2)}, ValueError, r"g must have the axes \[T, O\] with T = 5 \(from a\), got \(4, 2\)"),
+        (
+            {"g": normal(0, 4, 2)},
+            ValueError,
+            r"g must have the axes \[T, O\] with T = 5 \(from a\), got \(4, 2\)",
+        ),
         ({"a": normal(0, 5)}, ValueError, r"a must have the axes \[T, P\], got \(5,\)"),
         ({"a": [1.0]}, TypeError, "a must be a torch.Tensor, got list"),
         ({"g": torch.ones(5, 2, dtype=torch.int64)}, TypeError, "g must hold float, got int64"),
         ({"left": normal(0, 3, 2)}, ValueError, "left must have the axes"),
-        ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"cu_seqlens must not decrease and lie in \[0, 5\]"),
+        (
+            {"cu_seqlens": torch.tensor([0, 6])},
+            ValueError,
+            r"cu_seqlens must not decrease and lie in \[0, 5\]",
+        ),
         ({"cu_seqlens": torch.tensor([0, 4, 3])}, ValueError, "must not decrease"),
         ({"cu_seqlens": torch.tensor([-1, 3])}, ValueError, "must not decrease"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ValueError, "cu_seqlens"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
-    good = {"a": normal(0, 5, 3), "g": normal(1, 5, 2), "left": normal(2, 2, 2), "cu_seqlens": torch.tensor([0, 5])}
+    good = {
+        "a": normal(0, 5, 3),
+        "g": normal(1, 5, 2),
+        "left": normal(2, 2, 2),
+        "cu_seqlens": torch.tensor([0, 5]),
+    }
     with pytest.raises(error, match=message):
         segment_project(**{**good, **change})

@@ -30,7 +30,9 @@ def test_accuracy(on: str, dtype: torch.dtype, rows: int, p: int, k: int) -> Non
 def test_pieces_add_up(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(0, 2, 900, dtype=torch.float32)
     whole = sign_project(x, 40, seed=0, name="m")
-    pieces = sign_project(x[:, :512], 40, seed=0, name="m") + sign_project(x[:, 512:], 40, seed=0, name="m", first_col=512)
+    pieces = sign_project(x[:, :512], 40, seed=0, name="m") + sign_project(
+        x[:, 512:], 40, seed=0, name="m", first_col=512
+    )
     assert torch.allclose(whole, pieces, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr("jz3.ops.sign_project.TILE", 128 * 40)
     assert torch.allclose(whole, sign_project(x, 40, seed=0, name="m"), rtol=1e-5, atol=1e-4)
@@ -50,7 +52,10 @@ def test_inner_products_are_kept_on_average(on: str) -> None:
 
 def test_float64_runs_on_the_reference_and_empty_is_fine() -> None:
     x = normal(0, 2, 300, dtype=torch.float64)
-    assert torch.equal(sign_project(x, 9, seed=0, name="m"), backend.implementation("sign_project", "reference")(x, _key(), 9, 0))
+    assert torch.equal(
+        sign_project(x, 9, seed=0, name="m"),
+        backend.implementation("sign_project", "reference")(x, _key(), 9, 0),
+    )
     assert sign_project(x[:0], 9, seed=0, name="m").shape == (0, 9)
     assert torch.equal(sign_project(x[:, :0].float(), 9, seed=0, name="m"), torch.zeros(2, 9))
 

@@ -36,7 +36,12 @@ def test_reference_is_philox(key: int, counter: list[int], expected: list[int]) 
 
 def test_back_ends_agree_bit_for_bit(on: str) -> None:
     key = signs_key(3, "layer.0")
-    for rows, cols, first_row, first_col in [(1, 1, 0, 0), (7, 300, 5, 256), (64, 1000, 1 << 33, 128 << 33), (0, 9, 0, 0)]:
+    for rows, cols, first_row, first_col in [
+        (1, 1, 0, 0),
+        (7, 300, 5, 256),
+        (64, 1000, 1 << 33, 128 << 33),
+        (0, 9, 0, 0),
+    ]:
         got = backend.call("signs", key, rows, cols, first_row, first_col)
         assert np.array_equal(got, sign_bits_reference(key, rows, cols, first_row, first_col))
 

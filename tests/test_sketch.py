@@ -21,7 +21,9 @@ def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_accuracy(on: str, dtype: torch.dtype, rows: int, n: int, dim: int) -> None:
     block = normal(0, rows, n, dtype=dtype)
     got = backend.call("sketch", block, 77, dim)
-    assert_as_accurate(got, sketch_reference(block.float(), 77, dim), sketch_reference(block.double(), 77, dim))
+    assert_as_accurate(
+        got, sketch_reference(block.float(), 77, dim), sketch_reference(block.double(), 77, dim)
+    )
 
 
 def test_definition_one_coordinate_at_a_time(on: str) -> None:

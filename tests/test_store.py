@@ -15,7 +15,9 @@ CODING = Coding(torch.linspace(-1, 1, 32), torch.linspace(0.5, 2, 32), 4)
 
 def fill(folder: Path, shards: int = 3, rows: int = 5) -> torch.Tensor:
     open_store(folder, INFO)
-    values = CODING.mean + CODING.scale * torch.randn(shards * rows, 32, generator=torch.Generator().manual_seed(0))
+    values = CODING.mean + CODING.scale * torch.randn(
+        shards * rows, 32, generator=torch.Generator().manual_seed(0)
+    )
     for number in range(shards):
         part = values[number * rows : (number + 1) * rows]
         ids = [f"{2**63 + number * rows + i:016x}" for i in range(rows)]

@@ -102,6 +102,16 @@ def test_one_family_gets_both_forms(tmp_path: Path) -> None:
     assert summary["instruction"] == {"cot": 10, "tool": 10}
 
 
+def test_instruction_repeats_no_target_even_of_a_small_family(tmp_path: Path) -> None:
+    task = TaskConfig(name="coins", kind="worked", families=("coin_flip",), fit=100, unseen=20, eval=20)
+    source = InstructionConfig(name="coins_too", kind="worked", families=("coin_flip", "gcd"), count=160)
+    _, rows = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(source,)))
+    assert len(rows["instruction"]) == 160
+    assert not {q.problem for q in rows["instruction"]} & {
+        q.problem for q in (*rows["queries"], *rows["eval"])
+    }
+
+
 def test_a_file_is_split_by_hash_and_never_mixes_over_seeds(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "sums.jsonl", sums(400))
     task = TaskConfig(name="sums", path=path, fit=60, unseen=20, eval=40)
@@ -220,7 +230,11 @@ def test_settings_come_from_toml_tables() -> None:
 
 
 def test_real_sets(tmp_path: Path, shared_data: Path) -> None:
-    math = {"problem_field": "problem", "solution_field": "solution", "answer_field": "answer"}
+    math: dict[str, Any] = {
+        "problem_field": "problem",
+        "solution_field": "solution",
+        "answer_field": "answer",
+    }
     config = TargetsConfig(
         tasks=(
             TaskConfig(

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -20,7 +21,15 @@ from jz3.files import read_json, read_jsonl, write_jsonl
 from jz3.models import ModelConfig, load_model, load_tokenizer
 from jz3.records import Problem, Prompt, Query
 from jz3.stage import StageContext
-from jz3.training import Phase, SynthesiserConfig, TrainingConfig, TrainSettings, run_synthesiser, run_training, train
+from jz3.training import (
+    Phase,
+    SynthesiserConfig,
+    TrainingConfig,
+    TrainSettings,
+    run_synthesiser,
+    run_training,
+    train,
+)
 from jz3.training.export import export
 from jz3.training.run import accumulation, choose_attention, lora_config
 
@@ -119,7 +128,9 @@ def test_other_schedules():
     rates, _ = learning_rates(TrainSettings(schedule="constant", learning_rate=1.0, warmup=0.1), 100)
     assert rates[10:] == [1.0] * 90 and rates[5] == pytest.approx(0.5)
     for steps in (1, 2, 7):
-        assert learning_rates(TrainSettings(learning_rate=1.0), steps)[0][0] == 1.0, "no step is lost to warm-up"
+        assert learning_rates(TrainSettings(learning_rate=1.0), steps)[0][0] == 1.0, (
+            "no step is lost to warm-up"
+        )
 
 
 def test_phases_in_order_with_their_losses_and_tokens(tiny_model, tmp_path):
@@ -191,6 +202,7 @@ def test_the_end_is_learned_and_the_model_is_whole(tiny_model, tmp_path):
     assert after == before | {"dtype": "bfloat16"}
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_merged_adapters_equal_adapters(tiny_model, tmp_path):
     import torch
     from peft import get_peft_model
@@ -291,8 +303,8 @@ def processes():
 
 
 RESUMABLE = {
-    "full": dataclasses.replace(SETTINGS, save_every=3, epochs=2),
-    "lora": dataclasses.replace(LORA, save_every=3, epochs=2, lora_dropout=0.1),
+    "full": dataclasses.replace(SETTINGS, save_every=3),
+    "lora": dataclasses.replace(LORA, save_every=3, lora_dropout=0.1),
 }
 
 
@@ -320,7 +332,9 @@ def finish(processes, model, settings, out):
 def kill_when(child, condition):
     deadline = time.monotonic() + 120
     while not condition():
-        assert child.is_alive() and time.monotonic() < deadline, "the training ended before it could be killed"
+        assert child.is_alive() and time.monotonic() < deadline, (
+            "the training ended before it could be killed"
+        )
         time.sleep(0.0005)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -348,7 +362,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(uninterrupted, proce
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_unfinished_and_damaged_checkpoints_are_ignored(uninterrupted, processes, tiny_model, tmp_path, caplog):
+def test_unfinished_and_damaged_checkpoints_are_ignored(
+    uninterrupted, processes, tiny_model, tmp_path, caplog
+):
     from jz3.training.trainer import newest_complete
 
     settings, expected = uninterrupted
@@ -373,6 +389,7 @@ def test_unfinished_and_damaged_checkpoints_are_ignored(uninterrupted, processes
     assert contents(out) == expected
 
 
+@pytest.mark.parametrize("uninterrupted", ["lora"], indirect=True)
 def test_work_of_another_training_is_not_resumed(uninterrupted, processes, tiny_model, tmp_path):
     settings, expected = uninterrupted
     out = tmp_path / "model"
@@ -413,7 +430,7 @@ def context(run_dir, name, **sections):
     """A stage's context with the tiny model; the recipe's other sections aren't looked at."""
     (run_dir / name).mkdir(parents=True, exist_ok=True)
     recipe = SimpleNamespace(seed=3, model=ModelConfig(name="tiny", dtype="float32"), **sections)
-    return StageContext(recipe=recipe, run_dir=run_dir, name=name)
+    return StageContext(recipe=cast(Any, recipe), run_dir=run_dir, name=name)
 
 
 def problem(number, prompt_id="p0", kind="cot"):
@@ -481,7 +498,9 @@ def test_synthesiser_rows_are_the_prompt_and_the_formatted_reply(tmp_path, monke
 
 def test_synthesiser_with_few_rows(tmp_path, caplog):
     distilled(tmp_path / "one", [problem(1)], [])
-    summary = run_synthesiser(context(tmp_path / "one", "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+    summary = run_synthesiser(
+        context(tmp_path / "one", "synthesiser", synthesiser=SynthesiserConfig(**SMALL))
+    )
     assert summary["steps"] >= 1 and "from random texts alone" in summary["notes"][0]
     assert "from random texts alone" in caplog.text
     distilled(tmp_path / "none", [], [])
@@ -499,7 +518,10 @@ def mixture(run_dir, kept, instruction):
         ).to_json()
         for i in range(instruction)
     ]
-    write_jsonl(run_dir / "filtering" / "kept.jsonl", [problem(i, kind="tool" if i % 2 else "cot") for i in range(kept)])
+    write_jsonl(
+        run_dir / "filtering" / "kept.jsonl",
+        [problem(i, kind="tool" if i % 2 else "cot") for i in range(kept)],
+    )
     write_jsonl(run_dir / "targets" / "instruction.jsonl", queries)
 
 
@@ -516,7 +538,10 @@ def test_the_mixture_is_read_in_two_stages(tmp_path):
 def test_the_mixture_without_one_of_its_stages(tmp_path, caplog):
     mixture(tmp_path / "a", 0, 5)
     summary = run_training(context(tmp_path / "a", "training", training=TrainingConfig(**SMALL)))
-    assert "no synthetic problem was kept" in summary["notes"][0] and "no synthetic problem was kept" in caplog.text
+    assert (
+        "no synthetic problem was kept" in summary["notes"][0]
+        and "no synthetic problem was kept" in caplog.text
+    )
     assert {row["phase"] for row in read_jsonl(tmp_path / "a" / "training" / "log.jsonl")} == {"instruction"}
     assert summary["phases"]["synthetic"]["loss_first"] is None
     mixture(tmp_path / "b", 0, 0)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,6 @@ class EndpointTeacher:
         self.name = config.model
         self._config = config
         self._openai = openai
-        self._folder = folder
         self._cache = AnswerCache(cache_path(config))
         self._ledger = Ledger(folder / "ledger.sqlite", config.max_calls, config.max_usd)
         self._from_cache = 0
@@ -106,12 +106,10 @@ class EndpointTeacher:
         prompts = dict(zip(keys, (r.prompt.text for r in requests), strict=True))
         wanted = {key: prompt for key, prompt in prompts.items() if self._cache.get(key) is None}
         advance(sum(key not in wanted for key in keys))
-        shares = (
-            {key: keys.count(key) for key in wanted} if len(prompts) < len(keys) else dict.fromkeys(wanted, 1)
-        )
+        shares = Counter(keys)
         purchase = _Purchase(self._config, self._openai, self._key, self._cache, self._ledger)
         failed = purchase.buy(wanted, len(prompts), lambda key: advance(shares[key])) if wanted else {}
-        self._from_cache = sum(key not in failed and not self._ledger.bought(key) for key in prompts)
+        self._from_cache = sum(key not in failed and not self._ledger.asked(key) for key in prompts)
         return [self._reply(key, failed) for key in keys]
 
     def _reply(self, key: str, failed: dict[str, _Failure]) -> Reply:
@@ -258,14 +256,14 @@ class _Purchase:
     async def _send(self, client: Any, key: str, prompt: str, call: int) -> _Failure | None:
         """Send a booked request, keep its answer, and settle what it cost."""
         openai = self._openai
-        usd, tokens, answered = most_usd(self._config, prompt), (0, 0), False
+        usd, tokens = most_usd(self._config, prompt), (0, 0)
         try:
             response = await asyncio.wait_for(
                 client.chat.completions.create(**_body(self._config, prompt)), self._config.timeout_seconds
             )
             answer = self._read(response, prompt)
             self._cache.put(key, self._config.model, answer)
-            tokens, answered = (answer.prompt_tokens, answer.completion_tokens), True
+            tokens = answer.prompt_tokens, answer.completion_tokens
             usd = price(self._config, *tokens)
             return None
         except openai.APIStatusError as error:
@@ -277,7 +275,7 @@ class _Purchase:
             # The connection broke, or the answer is no JSON or lacks its parts; it may have been charged.
             return _Failure(detail=self._clean(f"{type(error).__name__}: {error}"), repeat=True)
         finally:
-            self._ledger.settle(call, usd, *tokens, answered)
+            self._ledger.settle(call, usd, *tokens)
             async with self._settled:
                 self._in_flight -= 1
                 self._settled.notify_all()

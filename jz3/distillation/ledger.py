@@ -79,8 +79,7 @@ class Ledger:
         self._file = _Database(
             path,
             "CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, key TEXT NOT NULL, usd REAL NOT NULL, "
-            "prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0, "
-            "answered INTEGER NOT NULL DEFAULT 0)",
+            "prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0)",
         )
 
     def book(self, key: str, usd: float) -> int | None:
@@ -91,18 +90,16 @@ class Ledger:
                 return None
             return run("INSERT INTO calls (key, usd) VALUES (?, ?)", (key, usd)).lastrowid
 
-    def settle(
-        self, call: int, usd: float, prompt_tokens: int, completion_tokens: int, answered: bool
-    ) -> None:
+    def settle(self, call: int, usd: float, prompt_tokens: int, completion_tokens: int) -> None:
         """Replace a booking by what the call really cost."""
         self._file.write(
-            "UPDATE calls SET usd = ?, prompt_tokens = ?, completion_tokens = ?, answered = ? WHERE id = ?",
-            (usd, prompt_tokens, completion_tokens, int(answered), call),
+            "UPDATE calls SET usd = ?, prompt_tokens = ?, completion_tokens = ? WHERE id = ?",
+            (usd, prompt_tokens, completion_tokens, call),
         )
 
-    def bought(self, key: str) -> bool:
-        """Tell whether this run itself bought the answer to a request."""
-        return self._file.row("SELECT 1 FROM calls WHERE key = ? AND answered LIMIT 1", (key,)) is not None
+    def asked(self, key: str) -> bool:
+        """Tell whether this run sent a request, answered or not."""
+        return self._file.row("SELECT 1 FROM calls WHERE key = ? LIMIT 1", (key,)) is not None
 
     def totals(self) -> Totals:
         """Return the run's spending."""

@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jz3.distillation.parser import format_reply
 from jz3.distillation.teachers import Reply, Request, Spending
+from jz3.errors import Jz3Error
 from jz3.seeding import rng, seed_for
 
 STAND_IN = "offline teacher, not GPT-4"
@@ -98,13 +99,26 @@ class OfflineTeacher:
     It knows no levels: the prompt's level is kept in the row, but doesn't change the problem. A text
     of no known topic gets a problem of any family. Every draw depends on the run's seed and the
     prompt's id alone.
+
+    Args:
+        seed: the run's seed.
+        avoid: families it must not write, such as those whose problems are texts of the corpus.
+
+    Raises:
+        Jz3Error: no family is left.
     """
 
     name = "offline"
     stand_in = STAND_IN
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, avoid: Collection[str] = ()) -> None:
         self._seed = seed
+        self._choices = {name: [f for f in members if f not in avoid] for name, members in FAMILIES.items()}
+        self._any = [f for members in self._choices.values() for f in dict.fromkeys(members)]
+        if not self._any:
+            raise Jz3Error(
+                "the offline teacher has no family left that the corpus doesn't use; drop some there"
+            )
 
     def answer(self, requests: Sequence[Request], advance: Callable[[int], None]) -> list[Reply]:
         """Write one problem a request, with a CoT or a Python solution as the prompt asks."""
@@ -115,10 +129,10 @@ class OfflineTeacher:
         return replies
 
     def _write(self, request: Request) -> Reply:
-        from jz3.worked import families, worked_problems
+        from jz3.worked import worked_problems
 
         topic = topic_of(request.text)
-        choice = FAMILIES.get(topic) or families()
+        choice = self._choices.get(topic) or self._any
         family = choice[int(rng(self._seed, "offline teacher", request.prompt.id).integers(len(choice)))]
         drawn = worked_problems(family, seed_for(self._seed, "offline teacher", request.prompt.id), 1)[0]
         solution = drawn.tool if request.prompt.kind == "tool" else drawn.cot

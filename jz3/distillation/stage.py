@@ -126,7 +126,9 @@ def run(ctx: "StageContext") -> dict[str, Any]:
     if not requests:
         raise Jz3Error("distillation: the corpus and the selection hold no text to ask about")
     write_jsonl(ctx.out / "prompts.jsonl", (r.prompt.to_json() for r in requests))
-    teacher = open_teacher(config.teacher, ctx.out, ctx.seed)
+    # What the corpus holds as worked problems must not come back as the teacher's.
+    corpus_families = {family for source in ctx.recipe.corpus.sources for family in source.families}
+    teacher = open_teacher(config.teacher, ctx.out, ctx.seed, corpus_families)
     try:
         with ctx.progress(len(requests), "replies") as advance:
             replies = teacher.answer(requests, advance)

@@ -1,7 +1,7 @@
 """The protocol of a teacher, and the teacher that repeats recorded replies."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,7 @@ class Spending:
     completion_tokens: int = 0
     usd: float = 0.0
     from_cache: int = 0
-    """Replies bought before, by this run or by another."""
+    """Different replies that were bought before this run."""
 
 
 class Teacher(Protocol):
@@ -69,13 +69,14 @@ class Teacher(Protocol):
         ...
 
 
-def open_teacher(config: TeacherConfig, folder: Path, seed: int) -> Teacher:
+def open_teacher(config: TeacherConfig, folder: Path, seed: int, avoid: Collection[str] = ()) -> Teacher:
     """Open the configured teacher.
 
     Args:
         config: which one.
         folder: the stage's folder; the endpoint's ledger of this run lies there.
         seed: the run's seed, for the offline teacher's draws.
+        avoid: families of worked problems that the offline teacher must not write.
 
     Raises:
         Jz3Error: a key, package or file that it needs is missing.
@@ -83,7 +84,7 @@ def open_teacher(config: TeacherConfig, folder: Path, seed: int) -> Teacher:
     if config.kind == "offline":
         from jz3.distillation.offline import OfflineTeacher
 
-        return OfflineTeacher(seed)
+        return OfflineTeacher(seed, avoid)
     if config.kind == "recorded":
         return RecordedTeacher(Path(config.recorded).expanduser())
     from jz3.distillation.endpoint import EndpointTeacher

@@ -79,10 +79,13 @@ class AdaptedFit:
         if metadata.get("format") != FORMAT:
             raise Jz3Error(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}")
         if metadata["model_hash"] != model_hash:
-            raise Jz3Error(f"{path} was fitted for model {metadata['model_hash']}, this model is {model_hash}")
+            raise Jz3Error(
+                f"{path} was fitted for model {metadata['model_hash']}, this model is {model_hash}"
+            )
         layers = metadata["layers"]
         parts = {
-            side: {name: tensors[f"{side}/{name}"] for name in layers} for side in ("left", "right", "coordinates")
+            side: {name: tensors[f"{side}/{name}"] for name in layers}
+            for side in ("left", "right", "coordinates")
         }
         return cls(model_hash, layers, **parts, mean=tensors["mean"], scale=tensors["scale"])
 
@@ -94,7 +97,9 @@ class AdaptedSink:
         self._left = {n: t.to(device, dtype) for n, t in fit.left.items()}
         self._right = {n: t.to(device, dtype) for n, t in fit.right.items()}
         self._coordinates = {n: t.to(device) for n, t in fit.coordinates.items()}
-        self._offset = dict(zip(fit.layers, np.cumsum([0] + [len(fit.coordinates[n]) for n in fit.layers]), strict=False))
+        self._offset = dict(
+            zip(fit.layers, np.cumsum([0] + [len(fit.coordinates[n]) for n in fit.layers]), strict=False)
+        )
         self._k, self._grams = fit.k, InputGrams()
         self._values: Any = None
         self._square: Any = None
@@ -223,7 +228,9 @@ def fit_adapted(
             advance(len(batch.positions))
 
     # e_q * e_d, or the square of the only energy there is.
-    total = {n: math.prod([e[n] for e in energies], start=energies[0][n] if len(groups) == 1 else 1) for n in kept}
+    total = {
+        n: math.prod([e[n] for e in energies], start=energies[0][n] if len(groups) == 1 else 1) for n in kept
+    }
     flat = torch.cat([total[n].flatten() for n in kept])
     top = torch.topk(flat, min(k, len(flat))).indices.sort().values
     bounds = np.cumsum([0] + [total[n].numel() for n in kept])
@@ -236,7 +243,10 @@ def fit_adapted(
         rows, columns = mine // width, mine % width
         used_rows, new_rows = rows.unique(return_inverse=True)
         used_columns, new_columns = columns.unique(return_inverse=True)
-        fit_left[name], fit_right[name] = left[name][:, used_rows].clone(), right[name][:, used_columns].clone()
+        fit_left[name], fit_right[name] = (
+            left[name][:, used_rows].clone(),
+            right[name][:, used_columns].clone(),
+        )
         coordinates[name] = new_rows * len(used_columns) + new_columns
         names.append(name)
         sample = torch.cat([torch.cat(b[name]).flatten(1)[:, mine] for b in blocks]).float()
@@ -288,7 +298,9 @@ class _RangeFinder:
                 y = (other * share[:, None, None]) @ (x @ self.omega[name, side].to(x)).float()
                 self.sketch[name, side] += (x.flatten(0, 1).T @ y.flatten(0, 1).to(x)).float()
 
-    def bases(self, max_layers: int) -> tuple[list[str], dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
+    def bases(
+        self, max_layers: int
+    ) -> tuple[list[str], dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
         """Return the layers with the most energy and their eigenvectors (Nystroem)."""
         names = list(dict.fromkeys(name for _, name in self.energy))
         groups = {group for group, _ in self.energy}

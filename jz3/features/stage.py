@@ -79,7 +79,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
             found = extract(model, layers, part, projection, sink=sink, advance=advance, **options)
             good = _finite(found)
             write_shard(
-                store, number, [t.id for t, ok in zip(part, good, strict=True) if ok], found.values[good], found.norm[good], coding
+                store,
+                number,
+                [t.id for t, ok in zip(part, good, strict=True) if ok],
+                found.values[good],
+                found.norm[good],
+                coding,
             )
             _write_extracted(side, [t.id for t in part], found, with_values=False)
     for side in sorted((ctx.out / "documents").glob("*.safetensors")):
@@ -151,7 +156,9 @@ def tokenize_queries(
             )
             queries[query.role].append(tokens)
         except ValueError as error:
-            rejects.append(Reject(id=query.id, stage="features", reason="nothing_to_score", detail=str(error)))
+            rejects.append(
+                Reject(id=query.id, stage="features", reason="nothing_to_score", detail=str(error))
+            )
     if not queries["fit"]:
         raise Jz3Error("no usable target query; see targets/rejects.jsonl and features/rejects.jsonl")
     return queries
@@ -168,7 +175,12 @@ def split_sample(ctx: StageContext, documents: Sequence[Tokens]) -> tuple[list[T
 
 
 def _projection(
-    ctx: StageContext, model: Any, layers: Any, name: str, queries: dict[str, list[Tokens]], sample: list[Tokens]
+    ctx: StageContext,
+    model: Any,
+    layers: Any,
+    name: str,
+    queries: dict[str, list[Tokens]],
+    sample: list[Tokens],
 ) -> Projection:
     config = ctx.recipe.features
     path = ctx.out / ("fit.safetensors" if config.kind == "adapted" else "sketch.json")
@@ -213,7 +225,13 @@ def _write_exact(
     if not path.exists():
         with ctx.progress(len(documents), "exact gradients") as advance:
             cosines = exact_cosines(
-                model, layers, documents, queries, reduction=config.reduction, advance=advance, batch_tokens=1024
+                model,
+                layers,
+                documents,
+                queries,
+                reduction=config.reduction,
+                advance=advance,
+                batch_tokens=1024,
             )
         tensors = {
             "cosine": cosines.float().contiguous(),

@@ -1,6 +1,7 @@
 r"""Checking the simple sums that a solution writes down: `12 * 3 = 36`, `\frac{1}{2} + 0.25 = 0.75`."""
 
 import ast
+import itertools
 import operator
 import re
 from dataclasses import dataclass
@@ -11,18 +12,20 @@ MAX_EXPONENT = 64
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
 _SHORT_FRACTION = re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)")
 _POWER = re.compile(r"\^\s*\{([^{}]+)\}")
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS}}}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
 _LIST_MARK = re.compile(
     r"^[ \t]*(?:[-*\u2022+]+[ \t]+|\(?\d+[.)][ \t]+|(?:\*\*)?step\s+\d+\s*[-\u2013:.)]*(?:\*\*)?[ \t]*)+",
     re.IGNORECASE | re.MULTILINE,
 )
-_RUN = re.compile(r"[\d.+\-*/^() \t=]*\d[\d.+\-*/^() \t=]*")
+_RUN = re.compile(r"(?:[\d+\-*/^() \t=]|\.(?=\d))+")
+"""Digits and signs in a row; a full stop with no digit behind it ends a sentence, and the run."""
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _DENIED = re.compile(r"\b(?:not|false|contradict\w*|impossible|incorrect|wrong|fails?)\b|n't", re.IGNORECASE)
 """What follows an equation that was only tried out."""
 _UNSAFE_WORDS = frozenset(
     "of mod modulo sin cos tan cot sec csc arcsin arccos arctan log ln lg exp sqrt root plus minus times by over "
-    "divided multiplied squared cubed per base factorial choose gcd lcm max min than remainder rem with and".split()
+    "divided multiplied squared cubed per base factorial choose gcd lcm max min than remainder rem with".split()
 )
 
 
@@ -64,7 +67,7 @@ def find_equations(text: str) -> list[Equation]:
             values[0] = None
         if not _free_after(text, run.end(), sides[-1]):
             values[-1] = None
-        for (left, a), (right, b) in zip(zip(sides, values), list(zip(sides, values))[1:]):
+        for (left, a), (right, b) in itertools.pairwise(zip(sides, values, strict=True)):
             if a is None or b is None or not (_operates(left) or _operates(right)):
                 continue
             equation = f"{left.strip()} = {right.strip().rstrip('.')}"
@@ -101,6 +104,8 @@ def _free_before(text: str, start: int, side: str) -> bool:
     if word is None or word[1] or not separate:
         return False
     # "Day 3 = 5 + 4" gives a name to a sum
+    if word[2].lower() == "and" and re.match(r"\s*\d+\s*/\s*\d", side):
+        return False  # "1 and 1/4"
     return len(word[2]) > 1 and word[2].lower() not in _UNSAFE_WORDS and _operates(side)
 
 
@@ -126,12 +131,19 @@ def _value(side: str) -> Fraction | None:
     side = side.strip()
     if side.endswith(".") and not side.endswith(".."):
         side = side[:-1]
-    if not side or len(side) > 300 or re.search(r"\d{%d}" % MAX_DIGITS, side) or re.search(r"\d\s+[\d.]|//|\*\s*\*", side):
+    if (
+        not side
+        or len(side) > 300
+        or _LONG_NUMBER.search(side)
+        or re.search(r"\d\s+[\d.]|//|\*\s*\*|(?<![\d.])0\d", side)
+    ):
         return None
-    if re.search(r"(?:^|[-+*/(])\s*-\s*[\d.]+\s*\^", side) or ("/" in side and re.search(r"[\d)]\s*\(|\)\s*\d", side)):
+    if re.search(r"(?:^|[-+*/(])\s*-\s*[\d.]+\s*\^", side) or (
+        "/" in side and re.search(r"[\d)]\s*\(|\)\s*\d", side)
+    ):
         return None  # -2^2 and 6/2(1+2) are read differently by different people
     side = re.sub(r"([\d)])\s*\(", r"\1*(", re.sub(r"\)\s*(\d)", r")*\1", side))
-    side = re.sub(r"(?<![\d.])0+(?=\d)", "", side).replace("^", "**")
+    side = side.replace("^", "**")
     try:
         return _evaluate(ast.parse(side, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
@@ -159,10 +171,10 @@ def _agree(left: str, a: Fraction, right: str, b: Fraction) -> bool:
     if a == b:
         return True
     difference = abs(a - b)
-    for side, other in ((left, right), (right, left)):
+    for side, other, stated, value in ((left, right, a, b), (right, left, b, a)):
         if not _operates(side) and "." in side:  # the result: rounded or cut to its decimals
-            places = len(side.strip().rstrip(".").partition(".")[2])
-            if places and difference <= Fraction(1, 10**places):
+            unit = Fraction(1, 10 ** len(side.strip().rstrip(".").partition(".")[2]))
+            if 2 * difference <= unit or (abs(stated) < abs(value) and difference < unit):
                 return True
         if "." in other and difference <= abs(a) / 200:  # it goes on from rounded numbers
             return True

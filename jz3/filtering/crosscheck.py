@@ -19,7 +19,9 @@ def other_answers(row: Problem) -> list[str]:
     return [a for a in found if isinstance(a, str) and a.strip()] if isinstance(found, list) else []
 
 
-def cross_check(rows: Sequence[Problem], config: FilteringConfig, grader: Grader) -> list[tuple[str, dict[str, str]]]:
+def cross_check(
+    rows: Sequence[Problem], config: FilteringConfig, grader: Grader
+) -> list[tuple[str, dict[str, str]]]:
     """Check the answer of every natural-language row against what else is known of its problem.
 
     Args:
@@ -53,7 +55,9 @@ def cross_check(rows: Sequence[Problem], config: FilteringConfig, grader: Grader
             continue
         agreeing = sum(next(equal) for _ in known)
         if not known:
-            found.append(("no_cross_check" if config.require_cross_check else "", {config.cross_check: "none"}))
+            found.append(
+                ("no_cross_check" if config.require_cross_check else "", {config.cross_check: "none"})
+            )
         elif config.cross_check == "tool":
             found.append(("" if agreeing else "tool_disagrees", {"tool": f"{agreeing}/{len(known)}"}))
         else:  # its own vote counts; a tie is no majority

@@ -109,7 +109,9 @@ class DecontaminationIndex:
             previous = place
             longest = max(longest, (place + size - run_start, places[run_start]))
         span = " ".join(words[longest[1] : longest[1] + longest[0]])
-        return Hit(suite=suite, question=number, phrases=len(places), share=sum(covered) / length, span=span[:300])
+        return Hit(
+            suite=suite, question=number, phrases=len(places), share=sum(covered) / length, span=span[:300]
+        )
 
 
 def _hash(words: list[str], start: int, size: int) -> int:

@@ -4,10 +4,18 @@ import ast
 import contextlib
 import dataclasses
 import re
+import warnings
 from typing import Any
 
 from jz3.filtering.config import FilteringConfig
-from jz3.grading.answer import Grader, answer_like_printed, fenced_blocks, outputs_match, plain_number, tidy_answer
+from jz3.grading.answer import (
+    Grader,
+    answer_like_printed,
+    fenced_blocks,
+    outputs_match,
+    plain_number,
+    tidy_answer,
+)
 from jz3.grading.sandbox import Execution, Sandbox
 from jz3.records import Problem
 
@@ -24,7 +32,9 @@ def program(solution: str) -> tuple[str, list[str]]:
     """
     blocks = fenced_blocks(solution)
     code = [content for kind, content in blocks if kind == "python"]
-    return f"\nprint({MARK!r}, end='')\n".join(code), [content for kind, content in blocks if kind == "output"]
+    return f"\nprint({MARK!r}, end='')\n".join(code), [
+        content for kind, content in blocks if kind == "output"
+    ]
 
 
 def compare(stated: list[str], done: Execution) -> str:
@@ -40,14 +50,18 @@ def compare(stated: list[str], done: Execution) -> str:
 def computes(code: str) -> bool:
     """Tell whether a program does more than print constants (a finding, not a reason to refuse)."""
     try:
-        tree = ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escape sequences in the model's code
+            tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     harmless = {"print", "str", "round", "int", "float"}
     for node in ast.walk(tree):
         if isinstance(node, (ast.For, ast.While, ast.comprehension)):
             return True
-        if isinstance(node, ast.BinOp) and not (isinstance(node.left, ast.Constant) and isinstance(node.left.value, str)):
+        if isinstance(node, ast.BinOp) and not (
+            isinstance(node.left, ast.Constant) and isinstance(node.left.value, str)
+        ):
             return True
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in harmless):
             return True
@@ -93,7 +107,9 @@ class Executor:
             for i, again in zip(left, sandbox.run_many([programs[i][0] for i in left]), strict=True):
                 if compare(programs[i][1], again):
                     reasons[i] = "not_reproducible"
-        agree = answers_printed(self._grader, [(r.answer, d.stdout.replace(MARK, "\n")) for r, d in zip(rows, done, strict=True)])
+        agree = answers_printed(
+            self._grader, [(r.answer, d.stdout.replace(MARK, "\n")) for r, d in zip(rows, done, strict=True)]
+        )
         found = []
         for i, row in enumerate(rows):
             checks = {
@@ -139,7 +155,12 @@ def _candidates(output: str) -> list[str]:
     """Return the texts of the last lines of an output that may be an answer."""
     found: dict[str, None] = {}
     for line in [line.strip() for line in output.splitlines() if line.strip()][-3:]:
-        for text in (line, re.split(r":\s", line)[-1], re.split(r"(?<![<>=!])=(?!=)", line)[-1], re.split(r"\b(?:is|are)\s", line)[-1]):
+        for text in (
+            line,
+            re.split(r":\s", line)[-1],
+            re.split(r"(?<![<>=!])=(?!=)", line)[-1],
+            re.split(r"\b(?:is|are)\s", line)[-1],
+        ):
             text = re.sub(r"\*I\b|(?<=\d)j\b", "i", text.strip().rstrip("."))
             if text and len(text) <= 300:
                 found[text] = None

@@ -18,7 +18,7 @@ from jz3.filtering.config import FilteringConfig
 from jz3.filtering.crosscheck import cross_check
 from jz3.filtering.decontaminate import DecontaminationIndex, build_index
 from jz3.filtering.execute import Executor
-from jz3.filtering.text import TEXT_FILTERS, fields_present, prose
+from jz3.filtering.text import TEXT_FILTERS, fields_present, length, prose
 from jz3.grading.answer import Grader
 from jz3.records import Problem, Reject, Verdict
 from jz3.stage import StageContext
@@ -52,7 +52,9 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
     config = context.recipe.filtering
     judged = [Judged(row) for row in _input(context, config)]
     index = build_index(config, context.rows("targets", "eval.jsonl"))
-    found = context.shards("read", [j.row for j in judged], READ_SHARD, lambda rows: read_rows(rows, config, index), "problems")
+    found = context.shards(
+        "read", [j.row for j in judged], READ_SHARD, lambda rows: read_rows(rows, config, index), "problems"
+    )
     for item, result in zip(judged, found, strict=True):
         item.checks.update(result["checks"])
         item.hits = result["hits"]
@@ -60,12 +62,16 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
     with Grader(level=config.sandbox.level, workers=config.sandbox.workers) as grader:
         with Executor(config, grader) as executor:
             tools = [j for j in judged if not j.reason and j.row.kind == "tool"]
-            done = context.shards("executed", [j.row for j in tools], config.shard_size, executor.run, "tool solutions")
+            done = context.shards(
+                "executed", [j.row for j in tools], config.shard_size, executor.run, "tool solutions"
+            )
         for item, result in zip(tools, done, strict=True):
             item.checks.update(result["checks"])
             item.refuse(result["reason"], result["detail"])
         left = [j for j in judged if not j.reason]
-        for item, (reason, checks) in zip(left, cross_check([j.row for j in left], config, grader), strict=True):
+        for item, (reason, checks) in zip(
+            left, cross_check([j.row for j in left], config, grader), strict=True
+        ):
             item.checks.update(checks)
             item.refuse(reason, ", ".join(checks.values()))
     _refuse_duplicates(judged, config)
@@ -74,20 +80,30 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
 
 def _input(context: StageContext, config: FilteringConfig) -> list[Problem]:
     """Return the teacher's rows, then the synthesiser's."""
-    files = [("distillation", "initial.jsonl"), ("distillation", "boost.jsonl")] if config.include_distillation else []
+    files = (
+        [("distillation", "initial.jsonl"), ("distillation", "boost.jsonl")]
+        if config.include_distillation
+        else []
+    )
     rows: dict[str, Problem] = {}
     for stage, name in [*files, ("synthesis", "problems.jsonl")]:
         for number, value in enumerate(context.rows(stage, name), 1):
             try:
                 row = Problem.from_json(value)
             except ValueError as error:
-                raise Jz3Error(f"{context.path(stage, name)}:{number}: {error}; run the stage {stage!r} again") from error
+                raise Jz3Error(
+                    f"{context.path(stage, name)}:{number}: {error}; run the stage {stage!r} again"
+                ) from error
             if rows.setdefault(row.id, row) != row:
-                raise Jz3Error(f"two different problems have the id {row.id!r}; run the stage {stage!r} again")
+                raise Jz3Error(
+                    f"two different problems have the id {row.id!r}; run the stage {stage!r} again"
+                )
     return list(rows.values())
 
 
-def read_rows(rows: list[Problem], config: FilteringConfig, index: DecontaminationIndex) -> list[dict[str, Any]]:
+def read_rows(
+    rows: list[Problem], config: FilteringConfig, index: DecontaminationIndex
+) -> list[dict[str, Any]]:
     """Apply every filter that only reads; one finding for each row.
 
     Returns:
@@ -97,8 +113,8 @@ def read_rows(rows: list[Problem], config: FilteringConfig, index: Decontaminati
 
 
 def _read(row: Problem, config: FilteringConfig, index: DecontaminationIndex) -> dict[str, Any]:
-    broken = fields_present(row, config)
-    if broken:
+    broken = fields_present(row, config) or length(row, config)
+    if broken:  # the others may fail, or take long, on such a text
         return {"reason": broken, "detail": "", "checks": {"text": broken}, "hits": []}
     refused = [reason for check in TEXT_FILTERS if (reason := check(row, config))]
     checks = {"text": ",".join(refused) or "ok"}
@@ -186,7 +202,9 @@ def _by_origin(judged: list[Judged]) -> dict[str, Any]:
     }
 
 
-def _contamination(judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig) -> dict[str, Any]:
+def _contamination(
+    judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig
+) -> dict[str, Any]:
     """Report for each evaluation set which of its questions were met, refused or only brushed."""
     sets: dict[str, Any] = {}
     for name, questions in sorted(index.questions().items()):
@@ -198,6 +216,13 @@ def _contamination(judged: list[Judged], index: DecontaminationIndex, config: Fi
             "rows": len(over),
             "questions_met": len({h["question"] for _, h in over}),
             "rows_below_share": len(hits) - len(over),
-            "examples": [{"id": row, **{k: v for k, v in h.items() if k != "suite"}} for row, h in over[:MAX_EXAMPLES]],
+            "examples": [
+                {"id": row, **{k: v for k, v in h.items() if k != "suite"}} for row, h in over[:MAX_EXAMPLES]
+            ],
         }
-    return {"ngram": config.ngram, "min_question_share": config.min_question_share, "rows": len(judged), "sets": sets}
+    return {
+        "ngram": config.ngram,
+        "min_question_share": config.min_question_share,
+        "rows": len(judged),
+        "sets": sets,
+    }

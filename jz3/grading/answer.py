@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(python3?|py|output)[ \t]*\r?\n(.*?)(?:^[ \t]*```|```[ \t]*\r?$)", re.DOTALL | re.MULTILINE
+    r"^[ \t]*```[ \t]*(python3?|py|output)[ \t]*\r?\n(.*?)(?:^[ \t]*```|```[ \t]*\r?$)",
+    re.DOTALL | re.MULTILINE,
 )
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
-_SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
+_SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?(?=[ \t*]*(\S[^\n]*))", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
 _PRINTED = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?")
 _TOKEN = re.compile(r"[^\s.,;:!?]+")
@@ -148,7 +149,9 @@ def answer_like_printed(answer: str, output: str) -> bool:
     answer = tidy_answer(answer)
     words = re.fullmatch(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", answer)
     if words or re.fullmatch(r"[A-Za-z][A-Za-z ]+", answer):
-        wanted, printed = (" ".join(_TOKEN.findall(t.casefold())) for t in (words[1] if words else answer, output))
+        wanted, printed = (
+            " ".join(_TOKEN.findall(t.casefold())) for t in (words[1] if words else answer, output)
+        )
         return bool(wanted) and f" {wanted} " in f" {printed} "
     output = _SEPARATOR.sub("", output)
     answer = _SEPARATOR.sub("", answer.replace("{,}", ","))
@@ -202,7 +205,8 @@ def equal(gold, prediction):
     return bool(verify(read(gold), read(prediction), timeout_seconds=None))
 
 for gold, prediction in (("\\frac{1}{2}x+\\sqrt{2}", "0.5x+2^{0.5}"), ("(1,2)", "[1,2)"), ("x=1.5", "3/2"),
-                         ("\\{1,2\\}", "\\{1\\}"), ("2*x", "sqrt(2)"), ("5\\text{ cm}", "50\\%"), ("\\pi r^2", "1,000")):
+                         ("\\{1,2\\}", "\\{1\\}"), ("2*x", "sqrt(2)"), ("5\\text{ cm}", "50\\%"),
+                         ("\\pi r^2", "1,000")):
     equal(gold, prediction)
 sys.modules["jz3_equal"] = type(sys)("jz3_equal")
 sys.modules["jz3_equal"].equal = equal
@@ -274,13 +278,18 @@ class Grader:
             try:
                 self._sandbox.__enter__()
             except Jz3Error as error:
-                raise Jz3Error(f"the grader can't start (is math-verify installed? pip install math-verify): {error}") from error
+                raise Jz3Error(
+                    f"the grader can't start (is math-verify installed? pip install 'jz3[grading]'): {error}"
+                ) from error
             self._open = True
         done = self._sandbox.run_many([SNIPPET] * len(pairs), [json.dumps(p) for p in pairs])
         self.timeouts += sum(d.reason in ("timeout", "memory", "killed") for d in done)
         broken = [d for d in done if d.reason in ("error", "output_limit")]
         if broken and not self.failures:
-            log.warning("Math-Verify failed on an answer, which counts as unequal: %s", broken[0].stderr[-200:].strip())
+            log.warning(
+                "Math-Verify failed on an answer, which counts as unequal: %s",
+                broken[0].stderr[-200:].strip(),
+            )
         self.failures += len(broken)
         return [d.ok and d.stdout.strip() == "1" for d in done]
 
@@ -293,7 +302,11 @@ def tidy_answer(text: str) -> str:
             text = text[len(start) : -len(end)]
     if text.endswith(".") and not text.endswith("\\."):
         text = text[:-1]
-    return text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip() if len(text) <= MAX_CHARS else text
+    return (
+        text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
+        if len(text) <= MAX_CHARS
+        else text
+    )
 
 
 def compare_plainly(gold: str, prediction: str) -> bool | None:

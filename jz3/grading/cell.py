@@ -33,7 +33,16 @@ for name, text in settings.pop("sources").items():
     exec(compile(text, name, "exec"), modules[name].__dict__)
 modules["inner_server"].serve(settings, modules["inner_walls"])
 """
-SYSTEM_LIBRARIES = ("/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache")
+SYSTEM_LIBRARIES = (
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/etc/ld.so.cache",
+)
 
 
 class CellError(Exception):
@@ -77,7 +86,9 @@ def visible_paths(packages: list[str]) -> list[tuple[str, str]]:
     standard += [os.path.realpath(p) for p in standard]
     view: list[tuple[str, str]] = []
     for path in [*SYSTEM_LIBRARIES, *sorted({*standard, *packages})]:
-        if not os.path.exists(path) or any(path == p or (path.startswith(p + "/") and not t) for p, t in view):
+        if not os.path.exists(path) or any(
+            path == p or (path.startswith(p + "/") and not t) for p, t in view
+        ):
             continue
         view.append((path, os.readlink(path) if os.path.islink(path) else ""))
     return view
@@ -125,7 +136,17 @@ def command(level: str, view: list[tuple[str, str]], variables: dict[str, str]) 
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise CellError("bubblewrap is not installed (Debian, Ubuntu: apt-get install bubblewrap)")
-    line = [bwrap, "--unshare-user", "--unshare-all", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"]
+    line = [
+        bwrap,
+        "--unshare-user",
+        "--unshare-all",
+        "--uid",
+        "1000",
+        "--gid",
+        "1000",
+        "--hostname",
+        "sandbox",
+    ]
     line += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"]
     for name, value in variables.items():
         line += ["--setenv", name, value]
@@ -155,7 +176,9 @@ class Cell:
         self._folder = tempfile.mkdtemp(prefix="jz3-empty-")
         self._errors = tempfile.TemporaryFile()
         os.chmod(self._folder, 0o555)
-        sources = {n: Path(__file__).with_name(f"{n}.py").read_text("utf-8") for n in ("inner_walls", "inner_server")}
+        sources = {
+            n: Path(__file__).with_name(f"{n}.py").read_text("utf-8") for n in ("inner_walls", "inner_server")
+        }
         self._process = None
         try:
             self._process = subprocess.Popen(
@@ -168,7 +191,14 @@ class Cell:
                 bufsize=0,
                 start_new_session=True,
             )
-            first = {**settings, "level": level, "view": view, "site": site, "sources": sources, "folder": self._folder}
+            first = {
+                **settings,
+                "level": level,
+                "view": view,
+                "site": site,
+                "sources": sources,
+                "folder": self._folder,
+            }
             self._send(first)
             self.hello = self._receive(START_SECONDS)
         except (OSError, CellError) as error:

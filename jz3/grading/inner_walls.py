@@ -93,7 +93,11 @@ def enter_namespaces(view: list) -> None:
     """
     uid, gid = os.getuid(), os.getgid()
     _call("unshare", CLONE_FLAGS)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{INNER_ID} {uid} 1"), ("gid_map", f"{INNER_ID} {gid} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{INNER_ID} {uid} 1"),
+        ("gid_map", f"{INNER_ID} {gid} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as handle:
             handle.write(text)
     child = os.fork()
@@ -157,7 +161,9 @@ def restrict_files(paths: list) -> int:
     scoped = 3 if version >= 6 else 0
     text = struct.pack("QQQ", rights, network, scoped)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    ruleset = _call("syscall", 444, ctypes.create_string_buffer(text, 24), ctypes.c_size_t(size), ctypes.c_uint(0))
+    ruleset = _call(
+        "syscall", 444, ctypes.create_string_buffer(text, 24), ctypes.c_size_t(size), ctypes.c_uint(0)
+    )
     execute, read_file, read_directory = 1, 4, 8
     for path in paths:
         try:
@@ -316,7 +322,11 @@ def _conditions(name: str, pid: int) -> list:
         "tgkill": (0, (pid,), _EPERM),
         "prctl": (0, (15, 16, 0x53564D41), _EPERM),  # get and set the thread's name, name a mapping
         "fcntl": (1, (0, 1, 2, 3, 4, 1030, 1032), _EPERM),  # duplicate, flags, size of a pipe
-        "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), _ENOTTY),  # terminal?, flags
+        "ioctl": (
+            1,
+            (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+            _ENOTTY,
+        ),  # terminal?, flags
     }[name]
     return _one_of(position, values, error)
 

@@ -2,15 +2,15 @@
 
 Three levels, the strongest that works on the machine is used and written into every row:
 
-| covered | bwrap | namespaces | rlimits |
-|---|---|---|---|
-| files of the user can't be read | view of interpreter, libraries and packages only | the same | Landlock (Linux 5.13), else not |
-| nothing can be written or changed | read-only view, seccomp | the same | seccomp or Landlock, else by file rights |
-| no network | empty network namespace, seccomp | the same | seccomp, else not |
-| no new processes, no programs | seccomp; the process namespace ends with the snippet | the same | seccomp, else killed after |
-| other processes can't be signalled | own process namespace, seccomp | the same | seccomp, else not |
-| environment and descriptors of the caller | cleared, closed | the same | the same |
-| processor time, wall time, memory, output | limits of the kernel, deadlines of two outer processes | the same | the same |
+| covered | by bwrap and namespaces | by rlimits |
+|---|---|---|
+| the user's files can't be read | view of interpreter, libraries, packages only | Landlock (Linux 5.13), else not |
+| nothing is written or changed | read-only view, seccomp | seccomp or Landlock, else file rights |
+| no network | empty network namespace, seccomp | seccomp, else not |
+| no new processes or programs | seccomp; the process namespace is emptied | seccomp, else killed afterwards |
+| others can't be signalled | own process namespace, seccomp | seccomp, else not |
+| environment, descriptors of the caller | cleared, closed | cleared, closed |
+| processor and wall time, memory, output | the kernel's limits, two outer deadlines | the same |
 
 `bwrap` is bubblewrap, `namespaces` the same walls built by jz3 itself, `rlimits` a plain process; as
 root it also becomes the user nobody where the interpreter can be read by nobody. Each level is tried
@@ -107,7 +107,9 @@ class SandboxConfig:
         if self.level != "auto" and self.level not in LEVELS:
             raise ValueError(f"sandbox level {self.level!r} is unknown; choose auto, {', '.join(LEVELS)}")
         if self.minimum_level not in LEVELS:
-            raise ValueError(f"sandbox minimum_level {self.minimum_level!r} is unknown; choose {', '.join(LEVELS)}")
+            raise ValueError(
+                f"sandbox minimum_level {self.minimum_level!r} is unknown; choose {', '.join(LEVELS)}"
+            )
         for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"sandbox {name} must be positive, got {getattr(self, name)!r}")
@@ -237,7 +239,9 @@ class Sandbox:
             "cpu_seconds": config.cpu_seconds,
             "memory": config.memory_mb << 20,
             "output_bytes": config.output_bytes,
-            "preload": [p for p in config.preload if importlib.util.find_spec(p.partition(".")[0]) is not None],
+            "preload": [
+                p for p in config.preload if importlib.util.find_spec(p.partition(".")[0]) is not None
+            ],
             "warm_up": self._warm_up,
             "seed": config.seed,
             **self._features,
@@ -304,7 +308,9 @@ class Sandbox:
     def _tell(self, cell: Cell) -> None:
         if cell.hello["missing"] and "missing" not in _warned:
             _warned.add("missing")
-            log.warning("inside the sandbox these packages can't be imported: %s", "; ".join(cell.hello["missing"]))
+            log.warning(
+                "inside the sandbox these packages can't be imported: %s", "; ".join(cell.hello["missing"])
+            )
         if self.level != "rlimits" or "rlimits" in _warned:
             return
         _warned.add("rlimits")

@@ -134,7 +134,9 @@ def _product_t(p: "torch.Tensor", weight: "torch.Tensor", product: "torch.dtype"
         return p.to(product) @ weight
     out = torch.zeros(len(p), weight.shape[1], dtype=product, device=p.device)
     for begin in range(0, len(weight), VOCABULARY_CHUNK):
-        out.addmm_(p[:, begin : begin + VOCABULARY_CHUNK], weight[begin : begin + VOCABULARY_CHUNK].to(product))
+        out.addmm_(
+            p[:, begin : begin + VOCABULARY_CHUNK], weight[begin : begin + VOCABULARY_CHUNK].to(product)
+        )
     return out
 
 

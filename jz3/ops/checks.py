@@ -31,7 +31,9 @@ def check_tensors(op: str, **arguments: Spec) -> dict[str, int]:
         _check_kind(op, name, value, kind)
         names = axes.split()
         if value.dim() != len(names):
-            raise ValueError(f"{op}: {name} must have the axes [{', '.join(names)}], got {tuple(value.shape)}")
+            raise ValueError(
+                f"{op}: {name} must have the axes [{', '.join(names)}], got {tuple(value.shape)}"
+            )
         for axis, length in zip(names, value.shape, strict=True):
             base = axis.removesuffix("+1")
             size = length - 1 if axis != base else length

@@ -43,7 +43,9 @@ class Codebook:
 
 CODEBOOKS = {
     "int8": Codebook(8, 645 / 2**14, tuple(range(-128, 128))),
-    "4bit": Codebook(4, 705 / 2**15, (-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127)),
+    "4bit": Codebook(
+        4, 705 / 2**15, (-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127)
+    ),
     "2bit": Codebook(2, 1559 / 2**17, (-127, -38, 38, 127)),
     "1bit": Codebook(1, 823 / 2**17, (-127, 127)),
 }
@@ -128,12 +130,19 @@ def encode(values: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", 
     """
     import torch
 
-    check_tensors("encode", values=(values, "N K", "float32"), mean=(mean, "K", "float32"), scale=(scale, "K", "float32"))
+    check_tensors(
+        "encode",
+        values=(values, "N K", "float32"),
+        mean=(mean, "K", "float32"),
+        scale=(scale, "K", "float32"),
+    )
     codebook("encode", kind)
     check_scale("encode", mean, scale)
     if not bool(torch.isfinite(values).all()):
         row, column = (int(x) for x in torch.nonzero(~torch.isfinite(values))[0])
-        raise ValueError(f"encode: values must be finite, got {float(values[row, column])} at [{row}, {column}]")
+        raise ValueError(
+            f"encode: values must be finite, got {float(values[row, column])} at [{row}, {column}]"
+        )
     with torch.no_grad():
         return backend.call("encode", values, mean, scale, kind)
 
@@ -251,8 +260,16 @@ def _decode_example(device: str) -> tuple[Any, ...]:
 
 
 backend.register(
-    backend.Op(name="encode", reference=encode_reference, native={"cpu": _encode_cpu}, example=_example, exact=True)
+    backend.Op(
+        name="encode", reference=encode_reference, native={"cpu": _encode_cpu}, example=_example, exact=True
+    )
 )
 backend.register(
-    backend.Op(name="decode", reference=decode_reference, native={"cpu": _decode_cpu}, example=_decode_example, exact=True)
+    backend.Op(
+        name="decode",
+        reference=decode_reference,
+        native={"cpu": _decode_cpu},
+        example=_decode_example,
+        exact=True,
+    )
 )

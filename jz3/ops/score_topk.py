@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PLANES = 4
 MAX_DIM = 1 << 20
 REFERENCE_ROWS = 4096
+CUDA_ROWS = 1 << 20
+CUDA_MAX_DIM = 1 << 17
+"""Coordinates whose integer sums fit 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +202,13 @@ def score_topk(
         groups = torch.arange(sizes["Q"], device=codes.device)
     groups = groups.long()
     count = int(groups.max()) + 1 if len(groups) else 0
-    members = torch.bincount(groups, minlength=count) if int(groups.min() if count else 0) >= 0 else groups[:0]
+    members = (
+        torch.bincount(groups, minlength=count) if int(groups.min() if count else 0) >= 0 else groups[:0]
+    )
     if count and (len(members) == 0 or int(members.min()) == 0):
-        raise ValueError(f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}")
+        raise ValueError(
+            f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
+        )
     with torch.no_grad():
         exact = queries.double()
         if reduce == "mean" and count != sizes["Q"]:
@@ -263,15 +270,128 @@ def score_topk_cpu(
     return values, found
 
 
+def fragments(planes: "torch.Tensor", bits: int, width: int) -> "torch.Tensor":
+    """Put the queries' planes in the order in which the CUDA kernel's threads meet their coordinates.
+
+    Args:
+        planes: int8 [4, Q, K].
+        bits: of a code, 4 or 8.
+        width: bytes of a row of codes.
+
+    Returns:
+        int32 [ceil(Q / 2), steps, products, 32, 2]: two registers for each thread of a warp.
+    """
+    import torch
+
+    count, dim = planes.shape[1:]
+    per_thread = 16 * 8 // bits
+    steps, pairs = -(-width // 64), -(-count // 2)
+    padded = planes.new_zeros(PLANES, pairs * 2, steps * 4 * per_thread)
+    padded[:, :count, :dim] = planes
+    # plane, pair, query of the pair, step, thread of the quad, product, register, byte
+    axes = padded.view(PLANES, pairs, 2, steps, 4, per_thread // 8, 2, 4)
+    ordered = axes.permute(1, 3, 5, 2, 0, 4, 6, 7).contiguous()
+    return ordered.view(pairs, steps, per_thread // 8, 32, 8).view(torch.int32)
+
+
+def level_words(kind: str) -> list[int]:
+    """Return the 16 levels of a 4-bit kind as four 32-bit words, one level a byte; zeros for 8 bits."""
+    levels = CODEBOOKS[kind].levels if CODEBOOKS[kind].bits == 4 else (0,) * 16
+    data = bytes(level & 0xFF for level in levels)
+    return [int.from_bytes(data[i : i + 4], "little") for i in range(0, 16, 4)]
+
+
+def chunk_topk(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """`top_k` for many columns: only those not below the k-th value are sorted.
+
+    Args:
+        values: [G, n].
+        ids: int64 [n].
+        k: how many.
+
+    Returns:
+        values and ids [G, min(k, n)].
+    """
+    import torch
+
+    if values.shape[1] <= 4 * k or not len(values):
+        return top_k(values, ids.expand(len(values), -1), k)
+    bound = values.topk(k, dim=1).values[:, -1:]
+    best = []
+    for row, above in zip(values, values >= bound, strict=True):
+        best.append(top_k(row[above][None], ids[above][None], k))
+    return torch.cat([v for v, _ in best]), torch.cat([i for _, i in best])
+
+
+def _score_topk_cuda(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+    ids: "torch.Tensor",
+    groups: "torch.Tensor",
+    count: int,
+    k: int,
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Scores by the compiled kernel, a million rows at a time, and the best of them by torch."""
+    import torch
+
+    bits = CODEBOOKS[kind].bits
+    ordered = fragments(planes, bits, codes.shape[1])
+    row_scale, step, bias = row_scale.contiguous(), step.contiguous(), bias.contiguous()
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for begin in range(0, len(codes) if count else 0, CUDA_ROWS):
+        part = codes[begin : begin + CUDA_ROWS]
+        scores = torch.empty(len(step), len(part), device=codes.device)
+        with torch.cuda.device(codes.device):
+            backend.cuda_extension().score_codes(
+                part.data_ptr(),
+                ordered.data_ptr(),
+                step.data_ptr(),
+                bias.data_ptr(),
+                row_scale.data_ptr() + 4 * begin,
+                scores.data_ptr(),
+                len(part),
+                part.shape[1],
+                len(step),
+                bits,
+                level_words(kind),
+                torch.cuda.current_stream().cuda_stream,
+            )
+        if count != len(step):
+            grouped = torch.full((count, len(part)), float("-inf"), device=codes.device)
+            scores = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(part)), scores, "amax")
+        best.append(chunk_topk(scores, ids[begin : begin + CUDA_ROWS], k))
+        best = [merge_topk(best, k)]
+    if best:
+        return best[0]
+    empty = torch.empty(count, min(k, len(codes)), device=codes.device)
+    return empty, empty.long()
+
+
+def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    if chosen != "cuda":
+        return ""
+    codes, kind, planes = arguments[:3]
+    if CODEBOOKS[kind].bits not in (4, 8):
+        return f"{kind} codes (it takes 4bit and int8)"
+    if codes.shape[1] % 16 or not codes.is_contiguous() or codes.data_ptr() % 16:
+        return "rows that aren't contiguous and aligned to 16 bytes"
+    return f"more than {CUDA_MAX_DIM} coordinates" if planes.shape[2] > CUDA_MAX_DIM else ""
+
+
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    codes = torch.from_numpy(rng.integers(0, 256, (50, 19), dtype=np.uint8)).to(device)
+    dim = 38 if device == "cpu" else 64
+    codes = torch.from_numpy(rng.integers(0, 256, (50, dim // 2), dtype=np.uint8)).to(device)
     codes[7] = codes[3]
     queries, mean, scale, row_scale = (
         torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
-        for shape in ((5, 38), (38,), (38,), (50,))
+        for shape in ((5, dim), (dim,), (dim,), (50,))
     )
     row_scale[7] = row_scale[3]
     digits = fold_queries(queries, mean, scale.abs(), CODEBOOKS["4bit"].unit)
@@ -284,8 +404,9 @@ backend.register(
     backend.Op(
         name="score_topk",
         reference=score_topk_reference,
-        native={"cpu": score_topk_cpu},
+        native={"cuda": _score_topk_cuda, "cpu": score_topk_cpu},
         example=_example,
         exact=True,
+        unsupported=_unsupported,
     )
 )

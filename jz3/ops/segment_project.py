@@ -59,7 +59,12 @@ def segment_project(
     import torch
 
     if left is None:
-        check_tensors("segment_project", a=(a, "T P", "float"), g=(g, "T O", "float"), cu_seqlens=(cu_seqlens, "S+1", "int"))
+        check_tensors(
+            "segment_project",
+            a=(a, "T P", "float"),
+            g=(g, "T O", "float"),
+            cu_seqlens=(cu_seqlens, "S+1", "int"),
+        )
     else:
         check_tensors(
             "segment_project",
@@ -92,7 +97,9 @@ def segment_norms(a: "torch.Tensor", g: "torch.Tensor", cu_seqlens: "torch.Tenso
     """
     import torch
 
-    check_tensors("segment_norms", a=(a, "T I", "float"), g=(g, "T O", "float"), cu_seqlens=(cu_seqlens, "S+1", "int"))
+    check_tensors(
+        "segment_norms", a=(a, "T I", "float"), g=(g, "T O", "float"), cu_seqlens=(cu_seqlens, "S+1", "int")
+    )
     check_bounds("segment_norms", cu_seqlens, len(a))
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     bounds = cu_seqlens.tolist()
@@ -114,7 +121,9 @@ def check_bounds(op: str, cu_seqlens: "torch.Tensor", tokens: int) -> None:
         raise ValueError(f"{op}: cu_seqlens must hold at least one bound, got none")
     low, high = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if low < 0 or high > tokens or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
-        raise ValueError(f"{op}: cu_seqlens must not decrease and lie in [0, {tokens}], got {cu_seqlens.tolist()!r:.200}")
+        raise ValueError(
+            f"{op}: cu_seqlens must not decrease and lie in [0, {tokens}], got {cu_seqlens.tolist()!r:.200}"
+        )
 
 
 def _segment_project_triton(

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 REFERENCE_COLUMNS = 32 * BLOCK
 """Columns of Omega that the reference makes at a time."""
 
+CUDA_PIECE = 128 * BLOCK
+CUDA_PARTIAL = 256 << 20
+"""Columns that a CUDA block sums up, and the bytes of partial sums held at a time."""
+
 TILE = 4 << 20
 """Signs that the CPU implementation holds at a time."""
 
@@ -82,6 +86,34 @@ def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "t
     return out.mul_(1 / math.sqrt(k))
 
 
+def _sign_project_cuda(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
+    """The compiled tensor-core kernel; fixed pieces of columns, whose sums are added in order."""
+    import torch
+
+    out = torch.zeros(len(x), k, device=x.device)
+    width = CUDA_PIECE * max(1, CUDA_PARTIAL // max(4 * len(x) * k, 1))
+    for begin in range(0, x.shape[1] if len(x) else 0, width):
+        part = x[:, begin : begin + width]
+        pieces = -(-part.shape[1] // CUDA_PIECE)
+        partial = torch.empty(pieces, len(x), k, device=x.device)
+        with torch.cuda.device(x.device):
+            backend.cuda_extension().sign_project(
+                part.data_ptr(),
+                partial.data_ptr(),
+                len(x),
+                part.shape[1],
+                k,
+                x.stride(0),
+                key,
+                (first_col + begin) // BLOCK,
+                CUDA_PIECE,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        for piece in partial:
+            out += piece
+    return out.mul_(1 / math.sqrt(k))
+
+
 def _sign_project_triton(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
     from jz3.kernels import sign_project as kernels
 
@@ -89,21 +121,27 @@ def _sign_project_triton(x: "torch.Tensor", key: int, k: int, first_col: int) ->
 
 
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
-    return "float64" if str(arguments[0].dtype) == "torch.float64" else ""
+    x = arguments[0]
+    dtype = str(x.dtype).removeprefix("torch.")
+    if chosen == "cuda" and dtype != "bfloat16":
+        return f"{dtype} (it takes bfloat16)"
+    if chosen == "cuda" and (x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16):
+        return "rows that aren't contiguous and aligned to 16 bytes"
+    return dtype if dtype == "float64" else ""
 
 
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
-    x = np.random.default_rng(0).standard_normal((3, 301)).astype(np.float32)
-    return torch.from_numpy(x).to(device), 0x0123456789ABCDEF, 17, BLOCK
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 304)).astype(np.float32)).to(device)
+    return x if device == "cpu" else x.bfloat16(), 0x0123456789ABCDEF, 17, BLOCK
 
 
 backend.register(
     backend.Op(
         name="sign_project",
         reference=sign_project_reference,
-        native={"triton": _sign_project_triton, "cpu": _sign_project_cpu},
+        native={"cuda": _sign_project_cuda, "triton": _sign_project_triton, "cpu": _sign_project_cpu},
         example=_example,
         unsupported=_unsupported,
     )

@@ -94,7 +94,9 @@ def _mix(axes: Any, mix: dict[str, dict[str, int]]) -> None:
     palette = [COLOURS[i % len(COLOURS)] for i in range(len(sources))]
     for i, (source, colour) in enumerate(zip(sources, palette, strict=True)):
         share = np.array([counts.get(source, 0) / max(sum(counts.values()), 1) for counts in mix.values()])
-        axes.barh(list(mix), share, left=left, color=colour, alpha=1.0 if i < len(COLOURS) else 0.5, label=source)
+        axes.barh(
+            list(mix), share, left=left, color=colour, alpha=1.0 if i < len(COLOURS) else 0.5, label=source
+        )
         left += share
     axes.invert_yaxis()
     axes.set_xlabel("share of the chosen texts")

@@ -19,7 +19,9 @@ def gather(ctx: StageContext) -> dict[str, Any]:
         fidelity, negative control, comparison), `index`, `distillation`, `synthesiser`, `synthesis`,
         `filtering`, `training`, `evaluation`, and per stage `seconds` and `peak_memory` (bytes).
     """
-    manifests = {s.name: ctx.manifest(s.name) for s in STAGES if (ctx.run_dir / s.name / "manifest.json").exists()}
+    manifests = {
+        s.name: ctx.manifest(s.name) for s in STAGES if (ctx.run_dir / s.name / "manifest.json").exists()
+    }
     summary = {name: m["summary"] for name, m in manifests.items()}
     influence = summary["influence"]
     labels = [STAND_IN] if ctx.recipe.distillation.teacher.kind == "offline" else []
@@ -39,7 +41,15 @@ def gather(ctx: StageContext) -> dict[str, Any]:
         },
         **{
             name: summary[name]
-            for name in ("index", "distillation", "synthesiser", "synthesis", "filtering", "training", "evaluation")
+            for name in (
+                "index",
+                "distillation",
+                "synthesiser",
+                "synthesis",
+                "filtering",
+                "training",
+                "evaluation",
+            )
         },
         "seconds": {name: m["seconds"] for name, m in manifests.items()},
         "peak_memory": {name: m["peak_memory"] for name, m in manifests.items()},

@@ -13,7 +13,9 @@ def print_results(run_dir: Path) -> None:
 
     results = read_json(run_dir / "results.json")
     console = Console()
-    table = Table(title=f"jz3 {results['recipe']}: {results['model']}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"jz3 {results['recipe']}: {results['model']}", title_justify="left", show_header=False
+    )
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, text in _lines(results):
@@ -45,18 +47,35 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     if control:
         overlap = ", ".join(f"{task} {x:.0%}" for task, x in control["overlap"].items())
         low, high = control["chance_interval"]
-        lines.append(("control", f"overlap with an unrelated target's choice: {overlap} (chance {low:.0%} to {high:.0%})"))
+        lines.append(
+            (
+                "control",
+                f"overlap with an unrelated target's choice: {overlap} (chance {low:.0%} to {high:.0%})",
+            )
+        )
     comparison = selection["comparison"]
     if comparison.get("trained"):
         parts = [f"{name} {x['change']['mean']:+.4f}" for name, x in comparison["trained"].items()]
-        lines.append(("worth", f"change of the target's NLL after {comparison['tokens']} tokens: {', '.join(parts)}"))
+        lines.append(
+            ("worth", f"change of the target's NLL after {comparison['tokens']} tokens: {', '.join(parts)}")
+        )
     for stage, key in (("teacher", "distillation"), ("synthesis", "synthesis")):
-        lines.append((stage, f"asked {r[key]['asked']}, parsed {r[key]['parsed']}{_reasons(r[key]['rejected'])}"))
+        lines.append(
+            (stage, f"asked {r[key]['asked']}, parsed {r[key]['parsed']}{_reasons(r[key]['rejected'])}")
+        )
     lines.append(
-        ("filters", f"{r['filtering']['in']} in, {r['filtering']['kept']} kept{_reasons(r['filtering']['rejected'])}")
+        (
+            "filters",
+            f"{r['filtering']['in']} in, {r['filtering']['kept']} kept{_reasons(r['filtering']['rejected'])}",
+        )
     )
     training = r["training"]
-    lines.append(("training", f"{training['steps']} steps, loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}"))
+    lines.append(
+        (
+            "training",
+            f"{training['steps']} steps, loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}",
+        )
+    )
     base, trained, gain = evaluation["base"], evaluation["trained"], evaluation["nll_difference"]
     lines.append(
         (
@@ -83,4 +102,8 @@ def _reasons(rejected: dict[str, int]) -> str:
     if not rejected:
         return ""
     most = sorted(rejected.items(), key=lambda x: -x[1])
-    return ", rejected: " + ", ".join(f"{n} {reason}" for reason, n in most[:5]) + (" ..." if len(most) > 5 else "")
+    return (
+        ", rejected: "
+        + ", ".join(f"{n} {reason}" for reason, n in most[:5])
+        + (" ..." if len(most) > 5 else "")
+    )

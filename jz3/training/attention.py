@@ -56,7 +56,9 @@ def document_attention(
     bounds = cu_seq_lens_q.tolist()
     spans = list(zip(bounds, bounds[1:], strict=False))
     if sliding_window is not None and max(end - start for start, end in spans) > sliding_window:
-        raise Jz3Error(f"a text is longer than the model's sliding window; set max_length <= {sliding_window}")
+        raise Jz3Error(
+            f"a text is longer than the model's sliding window; set max_length <= {sliding_window}"
+        )
     outputs = [
         scaled_dot_product_attention(
             query[:, :, start:end],

@@ -127,7 +127,9 @@ def split(document: Document, max_length: int) -> list[Document]:
     return pieces
 
 
-def pack(phases: Sequence[Phase], tokenizer: "PreTrainedTokenizerBase", settings: TrainSettings, seed: int) -> Packs:
+def pack(
+    phases: Sequence[Phase], tokenizer: "PreTrainedTokenizerBase", settings: TrainSettings, seed: int
+) -> Packs:
     """Tokenise, shuffle, cut and pack all phases.
 
     Every phase is packed by itself, so that the order of phases is the order of packs. Within a
@@ -180,7 +182,9 @@ def pack(phases: Sequence[Phase], tokenizer: "PreTrainedTokenizerBase", settings
     return result
 
 
-def _fit(documents: list[Document], settings: TrainSettings, dropped: "Counter[str]") -> tuple[list[Document], int]:
+def _fit(
+    documents: list[Document], settings: TrainSettings, dropped: "Counter[str]"
+) -> tuple[list[Document], int]:
     fitting: list[Document] = []
     long = 0
     for document in documents:

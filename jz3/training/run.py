@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, canonical_json, hash_file, hash_text, read_json, read_jsonl, write_json, write_jsonl
+from jz3.files import (
+    atomic_path,
+    canonical_json,
+    hash_file,
+    hash_text,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar
@@ -86,8 +95,14 @@ class Job:
 
     def key(self) -> str:
         """Hash all that the trained weights depend on."""
-        weights = {p.name: hash_file(p) for p in sorted(self.model.iterdir()) if p.suffix in (".safetensors", ".json")}
-        settings = {name: value for name, value in self.table().items() if name not in ("launch", "save_every")}
+        weights = {
+            p.name: hash_file(p)
+            for p in sorted(self.model.iterdir())
+            if p.suffix in (".safetensors", ".json")
+        }
+        settings = {
+            name: value for name, value in self.table().items() if name not in ("launch", "save_every")
+        }
         rows = []
         for phase in self.phases:
             digest = xxhash.xxh3_64()
@@ -180,19 +195,22 @@ def _launch(job: Job) -> TrainSummary:
 
 def run_job(path: Path) -> None:
     """Train what a job file describes; every process that a launcher starts calls this."""
+    from jz3.config import from_table
+
     job = read_json(path)
     phases = [
         Phase(
             name=name,
-            rows=[(row["prompt"], row["completion"]) for row in read_jsonl(path.with_name(f"{number}.jsonl"))],
+            rows=[
+                (row["prompt"], row["completion"]) for row in read_jsonl(path.with_name(f"{number}.jsonl"))
+            ],
         )
         for number, name in enumerate(job["phases"])
     ]
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in job["settings"].items()}
     train(
         Path(job["model"]),
         phases,
-        TrainSettings(**settings),
+        from_table(TrainSettings, job["settings"], str(path)),
         Path(job["out"]),
         seed=job["seed"],
         dtype=job["dtype"],
@@ -230,8 +248,10 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Jz3Error(f"another process trains in {work}; wait for it or stop it") from error
-        yield
-        Path(handle.name).unlink()
+        try:
+            yield
+        finally:
+            Path(handle.name).unlink()
 
 
 @contextlib.contextmanager
@@ -256,7 +276,9 @@ def _prepare(job: Job) -> None:
         raise Jz3Error(f"nothing to train on: {packs.counts}, left out: {packs.dropped}")
     with atomic_path(work / "packs") as part:
         packs.dataset.save_to_disk(part)
-        write_json(part / "packs.json", {"phase": packs.phase, "counts": packs.counts, "dropped": packs.dropped})
+        write_json(
+            part / "packs.json", {"phase": packs.phase, "counts": packs.counts, "dropped": packs.dropped}
+        )
 
 
 def _load_packs(work: Path) -> Packs:

@@ -42,18 +42,26 @@ def run_synthesiser(ctx: StageContext) -> dict[str, Any]:
         pairs = []
         for problem in (Problem.from_json(row) for row in ctx.rows("distillation", name)):
             if problem.prompt_id not in prompts:
-                raise Jz3Error(f"distillation/{name}: problem {problem.id} has an unknown prompt {problem.prompt_id!r}")
+                raise Jz3Error(
+                    f"distillation/{name}: problem {problem.id} has an unknown prompt {problem.prompt_id!r}"
+                )
             pairs.append((prompts[problem.prompt_id], format_reply(problem.problem, problem.solution)))
         return pairs
 
     initial, boost = rows("initial.jsonl"), rows("boost.jsonl")
     if not initial and not boost:
-        raise Jz3Error("the teacher's problems were all rejected; see distillation/rejects.jsonl for the reasons")
+        raise Jz3Error(
+            "the teacher's problems were all rejected; see distillation/rejects.jsonl for the reasons"
+        )
     notes = []
     if not boost:
-        notes.append("no problem from selected texts: the synthesiser is trained on those from random texts alone")
+        notes.append(
+            "no problem from selected texts: the synthesiser is trained on those from random texts alone"
+        )
     if not initial:
-        notes.append("no problem from random texts: the synthesiser is trained on those from selected texts alone")
+        notes.append(
+            "no problem from random texts: the synthesiser is trained on those from selected texts alone"
+        )
     if config.boost == "retrain":
         phases = [Phase(name="initial and boost", rows=initial + boost)]
     else:
@@ -76,7 +84,9 @@ def run_training(ctx: StageContext) -> dict[str, Any]:
     kept = [Problem.from_json(row) for row in ctx.rows("filtering", "kept.jsonl")]
     queries = [Query.from_json(row) for row in ctx.rows("targets", "instruction.jsonl")]
     if not kept and not queries:
-        raise Jz3Error("no synthetic problem was kept and there is no instruction data; see filtering/verdicts.jsonl")
+        raise Jz3Error(
+            "no synthetic problem was kept and there is no instruction data; see filtering/verdicts.jsonl"
+        )
     notes = []
     if not kept:
         notes.append("no synthetic problem was kept: the model is trained on the instruction data alone")

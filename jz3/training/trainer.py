@@ -52,7 +52,12 @@ class PackTrainer(SFTTrainer):
         Trainer._save_checkpoint(self, model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+            folder = Path(str(self.args.output_dir))
+            newest = folder / f"checkpoint-{self.state.global_step}"
+            mark_complete(newest)
+            for older in folder.glob("checkpoint-*"):
+                if older != newest:
+                    shutil.rmtree(older)
 
 
 class Watch(TrainerCallback):
@@ -108,8 +113,6 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 1,
-        # The new checkpoint is marked after the old one would be deleted with a limit of one.
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

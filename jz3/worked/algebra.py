@@ -141,8 +141,8 @@ def polynomial_integrals(seed: int) -> Iterator[Draft]:
     """Definite integrals of polynomials with integer antiderivatives."""
     source = random.Random(seed)
     questions = (
-        "Evaluate the integral of {} from x = 0 to x = {}.",
-        "Compute the definite integral of f(x) = {} over [0, {}].",
+        "Integrate f(x) = {} from 0 to {}.",
+        "Find the integral of {} over [0, {}].",
     )
     while True:
         antiderivative = {p: c for p, c in _draw_polynomial(source, 4).items() if p}
@@ -181,7 +181,7 @@ def coin_flip(seed: int) -> Iterator[Draft]:
             question=phrased(
                 entry,
                 f"What is the probability of {asked} {heads} {noun} in {flips} flips of a fair coin? Give a fraction.",
-                f"A fair coin is flipped {flips} times. As a fraction, how likely are {asked} {heads} {noun}?",
+                f"How likely are {asked} {heads} {noun} in {flips} flips of a fair coin, as a fraction?",
             ),
             answer=str(chance),
             steps=f"Count the outcomes: {named}.{total} {flips} flips have 2^{flips} = {2**flips} outcomes, so the "

@@ -1,0 +1,94 @@
+"""Errors of users are told in one line; recipes are checked to the last key; dry runs cost nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from jz3.cli import main
+from jz3.config import load_recipe, shipped_recipe
+from jz3.estimate import estimate
+from jz3.pipeline import NAMES
+
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "jz3" / "recipes").glob("*.toml"))
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    status = main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in error
+    [line] = [text for text in error.splitlines() if text.startswith("jz3: error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name = 'x'\n[features]\nkk = 3", "did you mean 'k'"),
+        ("name = 'x'\n[feature]\nk = 3", "did you mean 'features'"),
+        ("name = 'x'\n[features]\nk = 'many'", "features: k: must be int, got 'many'"),
+        ("name = 'x'\n[features]\nk = true", "features: k: must be int, got True"),
+        ("name = 'x'\n[corpus]\nsources = [{name = 'a', kind = 'web'}]", "kind must be one of"),
+        ("name = \n", "not valid TOML"),
+        ("seed = 3", "name"),
+    ],
+)
+def test_wrong_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text(text)
+    line = complaint(capsys, "run", recipe, "--out", tmp_path / "run")
+    assert expected in line and "wrong.toml" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_things_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no.toml does not exist" in complaint(capsys, "run", tmp_path / "no.toml")
+    assert "no recipe 'paper'" in complaint(capsys, "run", "paper")
+    assert "is no run" in complaint(capsys, "report", tmp_path)
+    assert "unknown stage 'fly'" in complaint(
+        capsys, "run", "tiny", "--until", "fly", "--out", tmp_path / "r"
+    )
+    assert "tiny" in complaint(capsys, "quickstart", "--preset", "huge")
+
+
+def test_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    line = complaint(
+        capsys, "quickstart", "--preset", "tiny", "--model", tmp_path / "empty", "--out", tmp_path / "run"
+    )
+    assert "holds no config.json" in line
+
+
+def test_folder_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is no folder" in complaint(capsys, "quickstart", "--preset", "tiny", "--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", name, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_estimate_names_every_stage_and_counts_the_papers_calls() -> None:
+    rows = estimate(shipped_recipe("paper-7b"))
+    assert [row.stage for row in rows] == list(NAMES)
+    by_stage = {row.stage: row for row in rows}
+    assert by_stage["distillation"].calls == 9300
+    assert by_stage["training"].tokens == pytest.approx(4.6e9, rel=0.15)
+    assert by_stage["features"].gpu_hours > 1
+
+
+def test_recipe_survives_its_own_file(tmp_path: Path) -> None:
+    import dataclasses
+
+    from jz3.config import Recipe, from_table
+    from jz3.files import read_json, write_json
+
+    recipe = load_recipe(Path(__file__).parents[1] / "jz3" / "recipes" / "quickstart.toml")
+    write_json(tmp_path / "recipe.json", dataclasses.asdict(recipe))
+    assert from_table(Recipe, read_json(tmp_path / "recipe.json"), "file") == recipe

@@ -1,0 +1,196 @@
+"""The CUDA kernels: they build without spills, and their PTX, executed on the CPU, agrees with the references.
+
+Needs nvcc and the package `gpu_without_gpu`; skipped without them. On a machine with a GPU the marked tests run the
+kernels themselves.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accuracy import assert_as_accurate, normal
+
+from jz3 import backend
+from jz3.ops.encode import CODEBOOKS, encode
+from jz3.ops.score_topk import (
+    chunk_topk,
+    fold_queries,
+    fragments,
+    level_words,
+    score_topk,
+    score_topk_reference,
+    top_k,
+)
+from jz3.ops.sign_project import sign_project, sign_project_reference
+from jz3.ops.signs import sign_bits_reference, unpack_signs
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+needs_simulator = pytest.mark.skipif(
+    importlib.util.find_spec("gpu_without_gpu") is None,
+    reason="the package gpu_without_gpu is not importable",
+)
+SCHEDULES = ({"async_mode": "lazy"}, {"order": 1})
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict:
+    from gpu_without_gpu.ptxsim import Module
+    from gpu_without_gpu.toolchain import nvcc_ptx
+
+    flags = ("-I", str(SOURCES))
+    return {
+        (name, arch): Module(nvcc_ptx(SOURCES / "cuda" / f"{name}.cu", arch, flags))
+        for name in ("sign_project", "score_topk")
+        for arch in ("sm_80", "sm_90a")
+    }
+
+
+def struct(*fields: tuple[str, Any, Any]) -> np.ndarray:
+    """Return a C structure as a kernel's parameter."""
+    kinds = np.dtype([(name, kind) for name, kind, _ in fields], align=True)
+    out = np.zeros((), kinds)
+    for name, _, value in fields:
+        out[name] = value
+    return out
+
+
+@needs_nvcc
+@needs_simulator
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("rows", "columns", "k"), [(5, 300, 40), (16, 128, 130), (70, 600, 33)])
+def test_sign_project(modules: dict, arch: str, rows: int, columns: int, k: int) -> None:
+    from gpu_without_gpu.ptxsim import Device, to_bf16
+
+    key, first_block, piece = 0xFEDCBA98F6543210, (1 << 32) - 1, 256
+    wide = normal(0, rows, 616, dtype=torch.bfloat16)
+    x = wide[:, :columns]
+    omega = torch.from_numpy(
+        unpack_signs(sign_bits_reference(key, k, columns, 0, first_block * 128), columns)
+    )
+    plain = (x @ omega.to(x.dtype).T).float() * k**-0.5
+    exact = sign_project_reference(x.double(), key, k, first_block * 128)
+    pieces = -(-columns // piece)
+    height = 16 if rows <= 16 else 64
+    for options in SCHEDULES:
+        device = Device()
+        partial = device.put(np.full((pieces, rows, k), np.nan, np.float32))
+        parameters = struct(
+            ("x", np.uint64, device.put(to_bf16(wide.float().numpy()))),
+            ("partial", np.uint64, partial),
+            ("rows", np.int64, rows),
+            ("columns", np.int64, columns),
+            ("projections", np.int64, k),
+            ("stride", np.int64, 616),
+            ("key", np.uint64, key),
+            ("first_block", np.uint64, first_block),
+            ("piece", np.int64, piece),
+        )
+        kernel = modules["sign_project", arch].kernels[f"jz3_sign_project_{height}"]
+        grid = (-(-k // 128), -(-rows // height), pieces)
+        device.launch(kernel, grid, (128,), [parameters], **options)
+        got = torch.from_numpy(device.get(partial, np.float32, (pieces, rows, k)).copy()).sum(0) * k**-0.5
+        assert_as_accurate(got, plain, exact)
+
+
+@needs_nvcc
+@needs_simulator
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("kind", "dim"), [("4bit", 32), ("4bit", 290), ("int8", 16), ("int8", 200)])
+def test_scores_are_exact(modules: dict, arch: str, kind: str, dim: int) -> None:
+    from gpu_without_gpu.ptxsim import Device
+
+    rows, queries, bits = 150, 3, CODEBOOKS[kind].bits
+    width = -(-dim * bits // 8 // 16) * 16
+    dim = width * 8 // bits
+    mean, scale = normal(1, dim), normal(2, dim).abs()
+    codes = encode(normal(0, rows, dim) * 2, mean, scale, kind)
+    digits = fold_queries(normal(3, queries, dim) * 1e3, mean, scale, CODEBOOKS[kind].unit)
+    row_scale = normal(4, rows)
+    for options in SCHEDULES:
+        device = Device()
+        scores = device.put(np.full((queries, rows), np.nan, np.float32))
+        parameters = struct(
+            ("codes", np.uint64, device.put(codes.numpy())),
+            ("fragments", np.uint64, device.put(fragments(digits.planes, bits, width).numpy())),
+            ("step", np.uint64, device.put(digits.step.numpy())),
+            ("bias", np.uint64, device.put(digits.bias.numpy())),
+            ("row_scale", np.uint64, device.put(row_scale.numpy())),
+            ("scores", np.uint64, scores),
+            ("rows", np.int64, rows),
+            ("row_bytes", np.int64, width),
+            ("queries", np.int64, queries),
+            ("bits", np.int32, bits),
+            ("levels", (np.uint32, 4), level_words(kind)),
+        )
+        kernel = modules["score_topk", arch].kernels[f"jz3_score_{bits}bit"]
+        device.launch(kernel, (-(-rows // 128), 2), (128,), [parameters], **options)
+        got = torch.from_numpy(device.get(scores, np.float32, (queries, rows)).copy())
+        ids, groups = torch.arange(rows), torch.arange(queries)
+        arguments = (
+            codes,
+            kind,
+            digits.planes,
+            digits.step,
+            digits.bias,
+            row_scale,
+            ids,
+            groups,
+            queries,
+            rows,
+        )
+        values, found = score_topk_reference(*arguments)
+        assert torch.equal(got.gather(1, found), values)
+
+
+def test_chunk_topk_is_top_k() -> None:
+    values = torch.from_numpy(np.random.default_rng(0).integers(0, 40, (3, 1000))).float()
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    for k in (1, 17, 300, 1000):
+        for got, expected in zip(
+            chunk_topk(values, ids, k), top_k(values, ids.expand(3, -1), k), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@needs_nvcc
+@needs_simulator
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_registers_and_spills(arch: str, tmp_path: Path) -> None:
+    from gpu_without_gpu import sass_report
+    from gpu_without_gpu.toolchain import nvcc
+
+    for name, op in (("sign_project", "HMMA"), ("score_topk", "IMMA")):
+        cubin = tmp_path / f"{name}.cubin"
+        nvcc(SOURCES / "cuda" / f"{name}.cu", cubin, arch, "cubin", ("-I", str(SOURCES)))
+        for kernel in sass_report.report(cubin, threads=128):
+            assert kernel.spills == 0 and kernel.mma.get(op), kernel
+
+
+@pytest.mark.skipif(backend._load("_cuda")[0] is None, reason="jz3._cuda is not built")
+def test_the_extension_loads_without_a_driver_and_knows_its_devices() -> None:
+    module = backend.cuda_extension()
+    assert module.archs()
+    if set(module.archs()) == {"80", "90a"}:
+        expected = {(8, 0): True, (8, 6): True, (9, 0): True, (7, 5): False, (10, 0): False, (9, 1): False}
+        assert {device: module.runs_on(*device) for device in expected} == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    if backend.cuda_missing():
+        pytest.skip(backend.cuda_missing())
+    x = normal(0, 70, 40_000, dtype=torch.bfloat16).cuda()
+    got = sign_project(x, 300, seed=0, name="m").cpu()
+    expected = sign_project(x.cpu().double(), 300, seed=0, name="m")
+    assert torch.allclose(got.double(), expected, rtol=1e-3, atol=1e-2)
+    mean, scale = normal(1, 2048), normal(2, 2048).abs()
+    codes = encode(normal(0, 5000, 2048), mean, scale, "4bit")
+    queries = normal(3, 5, 2048)
+    on_gpu = score_topk(codes.cuda(), mean.cuda(), scale.cuda(), "4bit", queries.cuda(), 100)
+    for one, other in zip(on_gpu, score_topk(codes, mean, scale, "4bit", queries, 100), strict=True):
+        assert torch.equal(one.cpu(), other)

@@ -1,0 +1,171 @@
+"""The whole loop on the tiny preset: what it leaves, what it refuses, what a kill can't change."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jz3.files import hash_file, read_json, read_jsonl
+from jz3.pipeline import NAMES, STAGES, stages_up_to
+
+VOLATILE = {"manifest.json", "results.json", "report.html", ".lock", "engine.json"}
+"""Hold seconds, memory or versions; everything else must be the same bytes."""
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "jz3", *map(str, arguments)]
+
+
+def finished_files(run: Path) -> dict[str, str]:
+    files = (p for p in run.rglob("*") if p.is_file() and p.name not in VOLATILE)
+    return {str(p.relative_to(run)): hash_file(p) for p in files if p.suffix != ".sqlite"}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    done = subprocess.run(
+        command("quickstart", "--preset", "tiny", "--out", run), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_every_number_is_there(tiny_run: Path) -> None:
+    results = read_json(tiny_run / "results.json")
+    selection = results["selection"]
+    assert set(selection["mix"]) == {"corpus", "influence", "hidden", "bm25", "loss", "random"}
+    assert all(sum(counts.values()) == 12 for name, counts in selection["mix"].items() if name != "corpus")
+    assert selection["fidelity"]["documents"] >= 20 and 0 < selection["fidelity"]["spearman"] <= 1
+    assert set(selection["negative_control"]["overlap"]) == {"word_problems", "number_algebra"}
+    assert set(selection["comparison"]["trained"]) == {"influence", "random"}
+    assert results["distillation"]["asked"] == 14
+    synthesis = results["synthesis"]
+    assert synthesis["asked"] == 6 == synthesis["parsed"] + sum(synthesis["rejected"].values())
+    assert (
+        results["filtering"]["kept"] + sum(results["filtering"]["rejected"].values())
+        == results["filtering"]["in"]
+    )
+    for model in ("base", "trained"):
+        assert results["evaluation"][model]["nl"]["n"] == results["evaluation"][model]["tool"]["n"] == 6
+    assert results["evaluation"]["nll_difference"]["mean"] > 0
+    assert set(results["seconds"]) == set(results["peak_memory"]) == set(NAMES) - {"report"}
+    assert "stand-in" in results["labels"][0]
+
+
+def test_comparison_trains_on_equally_many_tokens(tiny_run: Path) -> None:
+    trained = read_json(tiny_run / "results.json")["selection"]["comparison"]["trained"]
+    assert trained["influence"]["tokens"] == pytest.approx(trained["random"]["tokens"], rel=0.35)
+
+
+def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:
+    page = (tiny_run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "not GPT-4" in page
+
+
+def test_selected_texts_explain_themselves(tiny_run: Path) -> None:
+    docs = {row["id"]: row for row in read_jsonl(tiny_run / "corpus" / "docs.jsonl")}
+    chosen = list(read_jsonl(tiny_run / "selection" / "selected.jsonl"))
+    why = list(read_jsonl(tiny_run / "selection" / "why.jsonl"))
+    assert [row["id"] for row in chosen] == [row["id"] for row in why]
+    assert all(docs[row["id"]] == row for row in chosen)
+    totals = [sum(row["scores"].values()) for row in why]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_running_again_does_nothing(tiny_run: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file() and p.name != ".lock"}
+    done = subprocess.run(
+        command("quickstart", "--preset", "tiny", "--out", tiny_run),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.count("done before") == len(STAGES)
+    assert before == {
+        p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_other_settings_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "jz3" / "recipes" / "tiny.toml"
+    recipe = tmp_path / "other.toml"
+    recipe.write_text(shipped.read_text().replace("k = 256", "k = 128"))
+    done = subprocess.run(command("run", recipe, "--out", tiny_run), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "features.k: 256 -> 128" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_query_finds_a_text(tiny_run: Path) -> None:
+    [text] = [row["text"] for row in list(read_jsonl(tiny_run / "corpus" / "docs.jsonl"))[:1]]
+    done = subprocess.run(
+        command("query", tiny_run, "--text", text, "--k", "3"), capture_output=True, text=True, check=True
+    )
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("1. cosine") and hash_of(tiny_run, 0) in first
+    empty = subprocess.run(command("query", tiny_run, "--text", " "), capture_output=True, text=True)
+    assert empty.returncode == 2 and "empty" in empty.stderr
+
+
+def hash_of(run: Path, row: int) -> str:
+    return list(read_jsonl(run / "corpus" / "docs.jsonl"))[row]["id"]
+
+
+def test_kept_tool_rows_print_what_they_state(tiny_run: Path) -> None:
+    """An independent look: plain subprocesses, no code of jz3 (the rows are the offline teacher's)."""
+    rows = [row for row in read_jsonl(tiny_run / "filtering" / "kept.jsonl") if row["kind"] == "tool"]
+    assert rows
+    for row in rows:
+        program, output = row["solution"].split("```python\n")[1].split("\n```", 1)
+        stated = output.split("```output\n")[1].split("\n```")[0]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=20, check=True
+        )
+        assert done.stdout.strip() == stated.strip()
+
+
+@pytest.mark.slow
+def test_killed_anywhere_ends_the_same(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    seconds = sum(read_json(tiny_run / name / "manifest.json")["seconds"] for name in NAMES)
+    choice = random.Random(0)
+    kills = 0
+    for _ in range(12):
+        process = subprocess.Popen(
+            command("quickstart", "--preset", "tiny", "--out", run),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=3 + choice.uniform(0, seconds / 4))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.2)
+        else:
+            break
+    subprocess.run(command("quickstart", "--preset", "tiny", "--out", run), capture_output=True, check=True)
+    assert kills >= 3
+    assert finished_files(run) == finished_files(tiny_run)
+    same, other = read_json(run / "results.json"), read_json(tiny_run / "results.json")
+    for results in (same, other):
+        del results["seconds"], results["peak_memory"]
+    assert json.dumps(same, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def test_stage_order_respects_needs() -> None:
+    seen: set[str] = set()
+    for stage in STAGES:
+        assert set(stage.needs) <= seen
+        seen.add(stage.name)
+    assert [s.name for s in stages_up_to("index")] == ["corpus", "targets", "features", "index"]
