@@ -53,8 +53,6 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         is_cuda = ext.name == "jz3._cuda"
-        if is_cuda and CUDA_MODE == "0":
-            return self.note(ext, "jz3._cuda was left out: JZ3_BUILD_CUDA=0")
         try:
             import pybind11
 
@@ -63,7 +61,7 @@ class BuildExtensions(build_ext):
                 self.add_device_code(ext)
             super().build_extension(ext)
         except Exception as error:  # an extension is optional whatever its compiler dies of; the user is told
-            reason = " ".join(str(error).split())[:400]
+            reason = short_reason(error)
             if is_cuda and CUDA_MODE == "1":
                 raise SystemExit(f"JZ3_BUILD_CUDA=1, but jz3._cuda can't be built: {reason}") from error
             self.note(ext, f"{ext.name} was not built: {reason}")
@@ -96,6 +94,15 @@ class BuildExtensions(build_ext):
         self.failed.append(ext)
         self.notes.append(text)
         print(f"jz3: WARNING: {text}", file=sys.stderr, flush=True)
+
+
+def short_reason(error: Exception) -> str:
+    """Return an error in one line; a failed command's only by its program."""
+    text = " ".join(str(error).split())
+    failed = re.match(r"Command '\['([^']+)'.*returned non-zero exit status (\d+)", text)
+    if failed:
+        text = f"{failed[1]} returned {failed[2]} (what it said: pip install -v)"
+    return text[:600]
 
 
 def cuda_root(nvcc: str) -> tuple[Path, Path]:

@@ -144,7 +144,7 @@ def _forced_choice(name: str, device: str, wanted: str) -> tuple[str, str]:
 
 def _best_choice(name: str, device: str) -> tuple[str, str]:
     passed_over = []
-    for backend in BACKENDS[:-1]:
+    for backend in ("cpu",) if device == "cpu" else ("cuda", "triton"):
         reason = _obstacle(name, backend, device, wanted=False)
         if not reason:
             return backend, "; ".join(["agrees with the reference", *passed_over])
@@ -165,7 +165,7 @@ def _find_obstacle(name: str, backend: str, device: str, wanted: bool) -> str:
     if backend == "reference":
         return ""
     if backend not in op.native:
-        return "not implemented there"
+        return "it has no implementation"
     interpreted = backend == "triton" and wanted and os.environ.get("TRITON_INTERPRET") == "1"
     if device != ("cpu" if backend == "cpu" else "cuda") and not interpreted:
         return f"the tensors are on {device}"
@@ -226,7 +226,8 @@ def _load(module: str) -> tuple[Any, str]:
     except ImportError as error:
         what = "not built" if isinstance(error, ModuleNotFoundError) else f"built, but not loadable: {error}"
         note = Path(__file__).with_name("build_note.txt")
-        why = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+        lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+        why = next((line.partition(": ")[2] for line in lines if line.startswith(f"jz3.{module} ")), "")
         return None, f"jz3.{module} is {what}" + (f" ({why})" if why else "")
 
 

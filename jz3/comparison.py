@@ -11,7 +11,7 @@ from jz3.evaluation import mean_nll
 from jz3.evaluation.intervals import mean
 from jz3.files import read_json, write_json
 from jz3.influence import read_scores
-from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query
 from jz3.selection import chosen_rows
 from jz3.stage import StageContext
@@ -78,6 +78,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 def _score(ctx: StageContext, name: str, folder: Path, queries: list[Query]) -> list[float]:
     path = ctx.out / name / "nll.json"
     if not path.exists():
-        model, tokenizer = load_model(folder, ctx.recipe.model.dtype), load_tokenizer(folder)
+        model: Any = load_model(folder, ctx.recipe.model.dtype)
+        model, tokenizer = model.to(best_device()), load_tokenizer(folder)
         write_json(path, mean_nll(model, tokenizer, queries))
     return read_json(path)

@@ -164,7 +164,8 @@ def layer_shape(layer: "torch.nn.Module") -> tuple[int, int]:
     """Return (output features O, input features I) of a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
-    rows, columns = layer.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    weight: Any = layer.weight
+    rows, columns = weight.shape
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
@@ -233,7 +234,7 @@ class GradientPass:
         scale = torch.ones(len(rows), dtype=wide, device=device)
         if self.reduction == "mean":
             scale /= counts[rows]
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         loss, grad = ce_hidden_grad(
             hidden.detach()[rows, columns], head.weight.detach(), ids[rows, columns + 1], scale
         )

@@ -1,7 +1,7 @@
 """A FAISS index over the features: which texts help THIS problem?"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +11,10 @@ from jz3.features.stage import load_projection
 from jz3.files import atomic_path
 from jz3.gradients import linear_layers, tokenize_query, tokenize_text
 from jz3.influence import load_features
-from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc
 from jz3.stage import StageContext
 from jz3.templates import prompt_for
-
-if TYPE_CHECKING:
-    import faiss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +98,8 @@ def query_run(ctx: StageContext, text: str, solution: str, k: int) -> list[Match
         tokens = tokenize_query(tokenizer, "query", prompt_for(text, "cot"), solution, config.query_tokens)
     else:
         tokens = tokenize_text(tokenizer, "query", text, config.query_tokens)
-    model = load_model(folder, ctx.recipe.model.dtype)
+    model: Any = load_model(folder, ctx.recipe.model.dtype)
+    model = model.to(best_device())
     found = extract(model, linear_layers(model), [tokens], projection, reduction=config.reduction)
     index = faiss.read_index(str(path))
     _set_probes(index, ctx.recipe.index.probes)
@@ -115,7 +113,7 @@ def query_run(ctx: StageContext, text: str, solution: str, k: int) -> list[Match
     ]
 
 
-def _set_probes(index: "faiss.Index", probes: int) -> None:
+def _set_probes(index: Any, probes: int) -> None:
     if hasattr(index, "nprobe"):
         index.nprobe = probes
 

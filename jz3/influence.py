@@ -163,7 +163,7 @@ def bm25_scores(texts: Sequence[str], queries: Sequence[Query]) -> np.ndarray:
     index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
     total = np.zeros(len(texts))
     for query in queries:
-        words = bm25s.tokenize(
+        words: Any = bm25s.tokenize(
             f"{query.problem} {query.completion}", stopwords="en", return_ids=False, show_progress=False
         )[0]
         known = [w for w in words if w in index.vocab_dict]

@@ -112,6 +112,13 @@ def load_model(folder: Path, dtype: str = "bfloat16") -> "PreTrainedModel":
     return model.eval()
 
 
+def best_device() -> str:
+    """Return `cuda` where a GPU is, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _prepared(name: str, build: Any) -> Path:
     folder = cache_folder() / name
     if not (folder / "config.json").is_file():
@@ -164,7 +171,7 @@ def _convert_gguf(folder: Path, part: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf").save_pretrained(part)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file="model.gguf",
         quantization_config=GgufConfig(dequantize=True),
@@ -194,6 +201,7 @@ def _build_tiny(part: Path) -> None:
     end = "<|endoftext|>"
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end)
     fast.save_pretrained(part)
+    ends: Any = fast.eos_token_id
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
@@ -203,9 +211,9 @@ def _build_tiny(part: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        eos_token_id=fast.eos_token_id,
-        bos_token_id=fast.bos_token_id,
-        pad_token_id=fast.pad_token_id,
+        eos_token_id=ends,
+        bos_token_id=ends,
+        pad_token_id=ends,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(part)

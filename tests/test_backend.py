@@ -93,7 +93,7 @@ def test_malformed_forcing_is_an_error(value: str, monkeypatch: pytest.MonkeyPat
 def test_a_forced_back_end_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JZ3_BACKEND", "cuda")
     with pytest.raises(
-        Jz3Error, match="JZ3_BACKEND forces cuda for sketch on cpu, which can't run: not implemented"
+        Jz3Error, match="JZ3_BACKEND forces cuda for sketch on cpu, which can't run: it has no implementation"
     ):
         sketch(torch.ones(1, 3), "m", 2, seed=0)
     monkeypatch.setenv("JZ3_BACKEND", "sketch=cpu")

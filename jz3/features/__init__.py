@@ -21,6 +21,9 @@ class FeaturesConfig:
     """adapted: documents in the fit's sample."""
     fit_queries: int = 200
     """adapted: queries in the fit's sample (of the role `fit`)."""
+    fit_batch_tokens: int = 1024
+    """adapted: padded tokens per pass of the fit, which holds a batch's layer inputs and output
+    gradients: 0.6 MB a token for SmolLM2-135M, 5 MB for 7B."""
     sketch_left: int = 512
     """sketch: sign projections of the output gradient, per layer."""
     sketch_right: int = 32

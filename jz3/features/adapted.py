@@ -228,9 +228,7 @@ def fit_adapted(
             advance(len(batch.positions))
 
     # e_q * e_d, or the square of the only energy there is.
-    total = {
-        n: math.prod([e[n] for e in energies], start=energies[0][n] if len(groups) == 1 else 1) for n in kept
-    }
+    total = {n: energies[0][n] * energies[-1][n] for n in kept}
     flat = torch.cat([total[n].flatten() for n in kept])
     top = torch.topk(flat, min(k, len(flat))).indices.sort().values
     bounds = np.cumsum([0] + [total[n].numel() for n in kept])
@@ -274,7 +272,7 @@ class _RangeFinder:
         self.sketch: dict[tuple[str, str], torch.Tensor] = {}
         self.energy: dict[tuple[int, str], float] = {}
         for name, layer in layers.items():
-            device = layer.weight.device  # pyright: ignore[reportAttributeAccessIssue]
+            device: Any = layer.weight.device
             for side, size in zip(("left", "right"), layer_shape(layer), strict=True):
                 columns = min(rank + OVERSAMPLING, size)
                 generator = torch.Generator().manual_seed(seed_for(seed, "range finder", name, side) >> 1)

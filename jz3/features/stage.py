@@ -15,7 +15,7 @@ from jz3.features.extract import Extracted, Projection, extract, model_hash, ope
 from jz3.features.sketch import Sketch
 from jz3.files import atomic_path, hash_file, write_jsonl
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
-from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext
@@ -39,7 +39,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     rejects: list[Reject] = []
     documents = tokenize_documents(ctx, tokenizer, rejects)
     queries = tokenize_queries(ctx, tokenizer, rejects)
-    model = load_model(folder, ctx.recipe.model.dtype)
+    model: Any = load_model(folder, ctx.recipe.model.dtype)
+    model = model.to(best_device())
     layers = linear_layers(model)
     name = model_hash(folder)
 
@@ -200,7 +201,7 @@ def _projection(
             k=config.k,
             rank=config.rank,
             max_layers=config.layers,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.fit_batch_tokens,
             reduction=config.reduction,
             seed=ctx.seed,
             advance=advance,

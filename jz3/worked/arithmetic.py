@@ -155,7 +155,7 @@ def count_primes(seed: int) -> Iterator[Draft]:
                 f"Count the primes p with {start} <= p <= {end}.",
             ),
             answer=str(len(primes)),
-            steps=f"The primes from {start} to {end} are {', '.join(map(str, primes))}. They are {len(primes)} in all.",
+            steps=f"The primes from {start} to {end} are {', '.join(map(str, primes))}. That makes {len(primes)}.",
             program=f"primes = [n for n in range({start}, {end + 1}) if all(n % d for d in range(2, n))]\n"
             "print(len(primes))",
         )

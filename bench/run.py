@@ -1,0 +1,118 @@
+"""Time the ops against plain torch: `python bench/run.py [op ...] [--device cpu|cuda] [--json FILE]`.
+
+Every file beside this one is an op: `cases(device)` yields dictionaries with `name`, `rows`, `dim`, `dtype`,
+`run` and `plain` (functions without arguments), `bytes` and `flops` (the least that has to be moved and done).
+A speed-up is printed only if the two results agree.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from jz3 import backend
+
+HERE = Path(__file__).resolve().parent
+OPS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "run")
+
+
+def load(op: str) -> ModuleType:
+    """Import an op's file by its path: `bench` is no package."""
+    spec = importlib.util.spec_from_file_location(f"jz3_bench_{op}", HERE / f"{op}.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"no file {op}.py in {HERE}; there are: {', '.join(OPS)}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def seconds(function: Callable[[], Any], device: str, budget: float) -> list[float]:
+    """Return the sorted times of some calls, after one to warm up."""
+    function()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < budget and len(times) < 100):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two results are the same up to rounding."""
+    if isinstance(one, tuple):
+        return all(agree(a, b) for a, b in zip(one, other, strict=True))
+    one, other = torch.as_tensor(one).double(), torch.as_tensor(other).double()
+    scale = float(other.abs().max()) if other.numel() else 1.0
+    return one.shape == other.shape and float((one - other).abs().max()) <= 2e-2 * scale
+
+
+def measure(op: str, case: dict[str, Any], device: str, budget: float) -> dict[str, Any]:
+    """Time one case and its plain version."""
+    ours, plain = seconds(case["run"], device, budget), seconds(case["plain"], device, budget)
+    middle = statistics.median(ours)
+    return {
+        "op": op,
+        "backend": backend.choose(case.get("op", op), device)[0],
+        **{key: case[key] for key in ("name", "rows", "dim", "dtype")},
+        "ms": middle * 1e3,
+        "ms_p20": ours[len(ours) // 5] * 1e3,
+        "ms_p80": ours[len(ours) * 4 // 5] * 1e3,
+        "gflops": case["flops"] / middle / 1e9,
+        "gbytes": case["bytes"] / middle / 1e9,
+        "vs_torch": statistics.median(plain) / middle if agree(case["run"](), case["plain"]()) else None,
+    }
+
+
+def machine(device: str) -> str:
+    """Return the line that every table begins with."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    features = backend.extension().cpu_features() if not backend.extension_missing() else "not compiled"
+    return f"{name}, {torch.get_num_threads()} threads, {features}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Parse the arguments, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "ops", nargs="*", default=OPS, metavar="op", help=f"of {', '.join(OPS)}; all by default"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    print(machine(arguments.device))
+    print(
+        f"{'op':16}{'case':26}{'backend':>10}{'ms p50 (p20-p80)':>26}{'GFLOP/s':>10}{'GB/s':>8}{'vs torch':>10}"
+    )
+    rows = []
+    for op in arguments.ops:
+        for case in load(op).cases(arguments.device):
+            row = measure(op, case, arguments.device, arguments.seconds)
+            rows.append(row)
+            spread = f"{row['ms']:.2f} ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})"
+            gain = "wrong" if row["vs_torch"] is None else f"{row['vs_torch']:.2f}x"
+            print(
+                f"{op:16}{row['name']:26}{row['backend']:>10}{spread:>26}{row['gflops']:>10.1f}"
+                f"{row['gbytes']:>8.1f}{gain:>10}"
+            )
+    if arguments.json:
+        result = {"machine": machine(arguments.device), "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
