@@ -92,7 +92,7 @@ def from_table(cls: type[Any], table: dict[str, Any], where: str) -> Any:
     values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -260,3 +260,13 @@ def test_real_sets(tmp_path: Path, shared_data: Path) -> None:
         if q.task == "gsm8k":
             assert q.completion.endswith(f"The answer is \\boxed{{{q.answer}}}.")
             assert float(q.answer) is not None
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tiny"])
+def test_shipped_recipes_keep_the_corpus_families_apart(name: str) -> None:
+    from jz3.config import shipped_recipe
+
+    recipe = shipped_recipe(name)
+    corpus = {family for source in recipe.corpus.sources for family in source.families}
+    asked = {f for source in (*recipe.targets.tasks, *recipe.targets.instruction) for f in source.families}
+    assert corpus and asked and not corpus & asked

@@ -64,15 +64,27 @@ void dot_scalar(const uint8_t* bytes, int64_t stride, const int8_t* const planes
     }
 }
 
-// codes of one row -> bytes: table[index], columns in order
-void unpack_scalar(const uint8_t* codes, const uint8_t* table, int bits, int64_t row_bytes, uint8_t* bytes) {
-  if (bits == 8) {
-    std::memcpy(bytes, codes, size_t(row_bytes));
-    return;
+// What a byte of codes unpacks to: level + 128 of each of its codes, in order.
+struct Table {
+  uint8_t level[256];     // of a code
+  uint8_t bytes[256][8];  // of a byte of codes
+
+  Table(const int8_t* levels, int bits) {
+    for (int i = 0; i < (1 << bits); ++i) level[i] = uint8_t(int(levels[i]) + 128);
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0; i < 8 / bits; ++i) bytes[byte][i] = level[(byte >> (i * bits)) & ((1 << bits) - 1)];
   }
-  const int per_byte = 8 / bits, mask = (1 << bits) - 1;
-  for (int64_t b = 0; b < row_bytes; ++b)
-    for (int i = 0; i < per_byte; ++i) bytes[b * per_byte + i] = table[(codes[b] >> (i * bits)) & mask];
+};
+
+using Unpack = void (*)(const uint8_t* codes, const Table& table, int64_t row_bytes, uint8_t* bytes);
+
+template <int BITS>
+void unpack_table(const uint8_t* codes, const Table& table, int64_t row_bytes, uint8_t* bytes) {
+  for (int64_t b = 0; b < row_bytes; ++b) std::memcpy(bytes + b * (8 / BITS), table.bytes[codes[b]], 8 / BITS);
+}
+
+void unpack_copy(const uint8_t* codes, const Table&, int64_t row_bytes, uint8_t* bytes) {
+  std::memcpy(bytes, codes, size_t(row_bytes));
 }
 
 #ifdef JZ3_X86
@@ -106,10 +118,10 @@ __attribute__((target("avx2"))) void dot_avx2(const uint8_t* bytes, int64_t stri
     for (int plane = 0; plane < PLANES; ++plane) sums[row][plane] += sum_lanes(total[row][plane]);
 }
 
-__attribute__((target("avx2"))) void unpack_4bit_avx2(const uint8_t* codes, const uint8_t* table, int bits,
+__attribute__((target("avx2"))) void unpack_4bit_avx2(const uint8_t* codes, const Table& table,
                                                       int64_t row_bytes, uint8_t* bytes) {
   const __m256i levels =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.level)));
   const __m256i mask = _mm256_set1_epi8(15);
   int64_t b = 0;
   for (; b + 16 <= row_bytes; b += 16) {
@@ -118,7 +130,7 @@ __attribute__((target("avx2"))) void unpack_4bit_avx2(const uint8_t* codes, cons
     const __m256i index = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), mask);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + 2 * b), _mm256_shuffle_epi8(levels, index));
   }
-  unpack_scalar(codes + b, table, bits, row_bytes - b, bytes + 2 * b);
+  unpack_table<4>(codes + b, table, row_bytes - b, bytes + 2 * b);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512vnni(
@@ -141,18 +153,19 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512v
 }
 #endif
 
-struct Kernels {
-  Dot dot;
-  void (*unpack)(const uint8_t*, const uint8_t*, int, int64_t, uint8_t*);
-};
-
-Kernels kernels(Isa isa, int bits) {
+Dot choose_dot(Isa isa) {
 #ifdef JZ3_X86
-  const auto unpack = bits == 4 ? unpack_4bit_avx2 : unpack_scalar;
-  if (isa == Isa::avx512vnni) return {dot_avx512vnni, unpack};
-  if (isa == Isa::avx2) return {dot_avx2, unpack};
+  if (isa == Isa::avx512vnni) return dot_avx512vnni;
+  if (isa == Isa::avx2) return dot_avx2;
 #endif
-  return {dot_scalar, unpack_scalar};
+  return dot_scalar;
+}
+
+Unpack choose_unpack(Isa isa, int bits) {
+#ifdef JZ3_X86
+  if (bits == 4 && isa != Isa::scalar) return unpack_4bit_avx2;
+#endif
+  return bits == 8 ? unpack_copy : bits == 4 ? unpack_table<4> : bits == 2 ? unpack_table<2> : unpack_table<1>;
 }
 
 // The queries' planes with rows padded with zeros to whole vectors, and what level + 128 adds to a sum.
@@ -174,16 +187,20 @@ struct Queries {
   }
 };
 
-void scan(const ScoreArguments& a, const Queries& queries, const uint8_t* table, int64_t first, int64_t last,
+void scan(const ScoreArguments& a, const Queries& queries, const Table& table, int64_t first, int64_t last,
           std::vector<Best>& best) {
-  const Kernels use = kernels(choose_isa(a.isa), a.bits);
+  const Isa isa = choose_isa(a.isa);
+  const Dot dot = choose_dot(isa);
+  const Unpack unpack = choose_unpack(isa, a.bits);
   const int64_t columns = queries.columns;
   std::vector<uint8_t> bytes(size_t(ROWS * columns), 0);
   std::vector<float> highest(size_t(ROWS * a.count));
   for (int64_t begin = first; begin < last; begin += ROWS) {
     const int64_t rows = std::min(ROWS, last - begin);
-    for (int64_t row = 0; row < rows; ++row)
-      use.unpack(a.codes + (begin + row) * a.row_bytes, table, a.bits, a.row_bytes, bytes.data() + row * columns);
+    const bool in_place = a.bits == 8 && a.row_bytes == columns && rows == ROWS;
+    const uint8_t* unpacked = in_place ? a.codes + begin * columns : bytes.data();
+    for (int64_t row = 0; row < rows && !in_place; ++row)
+      unpack(a.codes + (begin + row) * a.row_bytes, table, a.row_bytes, bytes.data() + row * columns);
     std::fill(highest.begin(), highest.end(), -std::numeric_limits<float>::infinity());
     for (int64_t q = 0; q < a.queries; ++q) {
       int64_t sums[ROWS][PLANES] = {};
@@ -191,13 +208,13 @@ void scan(const ScoreArguments& a, const Queries& queries, const uint8_t* table,
         const int8_t* planes[PLANES];
         for (int64_t plane = 0; plane < PLANES; ++plane)
           planes[plane] = queries.planes.data() + (q * PLANES + plane) * columns + c;
-        use.dot(bytes.data() + c, columns, planes, std::min(BLOCK, columns - c), sums);
+        dot(unpacked + c, columns, planes, std::min(BLOCK, columns - c), sums);
       }
       const int64_t* excess = queries.excess.data() + q * PLANES;
       for (int64_t row = 0; row < rows; ++row) {
-        int64_t dot = 0;
-        for (int64_t plane = 0; plane < PLANES; ++plane) dot = dot * 128 + (sums[row][plane] - excess[plane]);
-        const double score = double(a.row_scale[begin + row]) * (double(dot) * a.step[q] + a.bias[q]);
+        int64_t whole = 0;
+        for (int64_t plane = 0; plane < PLANES; ++plane) whole = whole * 128 + (sums[row][plane] - excess[plane]);
+        const double score = double(a.row_scale[begin + row]) * (double(whole) * a.step[q] + a.bias[q]);
         float& top = highest[row * a.count + a.groups[q]];
         top = std::max(top, float(score));
       }
@@ -223,8 +240,7 @@ Isa choose_isa(int asked) {
 
 void score_topk(const ScoreArguments& a, int threads) {
   const Queries queries(a);
-  uint8_t table[256];
-  for (int i = 0; i < (1 << a.bits); ++i) table[i] = uint8_t(int(a.levels[i]) + 128);
+  const Table table(a.levels, a.bits);
   std::vector<std::vector<Best>> best(size_t(std::max(threads, 1)));
   parallel(a.rows, queries.columns * (PLANES * a.queries + 2) / 32, threads,
            [&](int64_t part, int64_t first, int64_t last) {

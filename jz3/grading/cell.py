@@ -173,9 +173,10 @@ class Cell:
         view = visible_paths(paths)
         variables = environment(seed)
         self._wall_seconds: float = settings["wall_seconds"]
-        self._folder = tempfile.mkdtemp(prefix="jz3-empty-")
         self._errors = tempfile.TemporaryFile()
-        os.chmod(self._folder, 0o555)
+        self._folder = tempfile.mkdtemp(prefix="jz3-empty-") if level == "rlimits" else ""
+        if self._folder:  # the others work in the root of their own view
+            os.chmod(self._folder, 0o555)
         sources = {
             n: Path(__file__).with_name(f"{n}.py").read_text("utf-8") for n in ("inner_walls", "inner_server")
         }
@@ -229,7 +230,8 @@ class Cell:
                 process.wait()
             process.stdout.close()
         self._errors.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()

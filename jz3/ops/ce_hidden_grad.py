@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 """The target of a token without loss, as in torch and transformers."""
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Largest size of the logits held at a time."""
 
 
@@ -84,7 +84,7 @@ def ce_hidden_grad(
 def ce_hidden_grad_chunked(
     h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor"
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """`ce_hidden_grad` over chunks of the tokens that have a target; at most 64 MB of logits.
+    """`ce_hidden_grad` over chunks of the tokens that have a target; at most 32 MB of logits.
 
     On a CPU, products of half-precision inputs are taken in float32, as no hardware there would round
     only the result; on a GPU the tensor cores do.
@@ -99,12 +99,13 @@ def ce_hidden_grad_chunked(
     for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
         target = y[index].long()[:, None]
         logits = _product(h[index], weight, product, dtype)
-        total = torch.logsumexp(logits, 1)
-        loss[index] = total - logits.gather(1, target)[:, 0]
-        p = logits.sub_(total[:, None]).exp_()
-        p.scatter_add_(1, target, torch.full_like(p[:, :1], -1))
-        p.mul_(weights[index].to(dtype)[:, None])
-        grad[index] = _product_t(p, weight, product).to(h.dtype)
+        logits.sub_(logits.amax(1, keepdim=True))
+        own = logits.gather(1, target)
+        total = logits.exp_().sum(1, keepdim=True)
+        loss[index] = (total.log() - own)[:, 0]
+        difference = logits.scatter_add_(1, target, -total)
+        factor = weights[index].to(dtype)[:, None] / total
+        grad[index] = (_product_t(difference, weight, product).to(dtype) * factor).to(h.dtype)
     return loss, grad
 
 

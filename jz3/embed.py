@@ -1,0 +1,181 @@
+"""The core in three calls, for pipelines of one's own: featurize, influence_scores, select."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jz3 import selection
+from jz3.features import adapted, sketch
+from jz3.features.extract import Extracted, Projection, extract
+from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.seeding import rng
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pair = tuple[str, str]
+"""A query: what the model is given, and the completion whose loss counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Features fitted to queries and to a sample of the documents; see jz3.features.adapted."""
+
+    queries: Sequence[Pair] = ()
+    """Of the tasks that the features are for; may be empty."""
+    documents: int = 400
+    """How many of the documents the fit's sample holds."""
+    k: int = 2048
+    rank: int = 128
+    layers: int = 96
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Features that need no sample of anything; see jz3.features.sketch."""
+
+    k: int = 8192
+    left: int = 512
+    right: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of documents, and what encodes further queries in the same way."""
+
+    model: "PreTrainedModel" = field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
+    projection: Projection = field(repr=False)
+    max_tokens: int
+    reduction: str
+    values: np.ndarray = field(repr=False)
+    """[N, K] float32: projected gradients, each divided by the norm of the whole gradient."""
+    norm: np.ndarray = field(repr=False)
+    """[N] float32."""
+    loss: np.ndarray = field(repr=False)
+    """[N] float32, cross-entropy per text."""
+
+    def encode(self, queries: Sequence[Pair]) -> np.ndarray:
+        """Return the features [Q, K] float32 of queries."""
+        tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
+        found = extract(self.model, linear_layers(self.model), tokens, self.projection, reduction=self.reduction)
+        return found.values.numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Influence of N documents on each task."""
+
+    values: np.ndarray
+    """[N, tasks] float32, mean cosine with the task's queries."""
+    tasks: tuple[str, ...]
+
+
+def featurize(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    docs: Sequence[str],
+    kind: Adapted | Sketch | None = None,
+    *,
+    max_tokens: int = 512,
+    batch_tokens: int = 4096,
+    reduction: str = "mean",
+) -> Features:
+    """Compute gradient features of texts.
+
+    phi_i = the kind's K numbers of G_i / ||G_i||, so that phi_i . phi_q is about cos(G_i, G_q).
+
+    Args:
+        model: a Hugging Face causal language model; it is frozen and put into evaluation mode.
+        tokenizer: its tokenizer.
+        docs: N texts of at least two tokens; longer ones than `max_tokens` are cut at the end.
+        kind: Adapted (the default, fitted to the documents alone) or Sketch.
+        max_tokens: tokens of a text or query.
+        batch_tokens: padded tokens per pass.
+        reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
+
+    Returns:
+        The features, in the texts' order.
+
+    Raises:
+        ValueError: there is no text, one is too short, or its gradient is not finite.
+    """
+    kind = kind or Adapted()
+    if not docs:
+        raise ValueError("docs is empty")
+    model.eval()
+    layers = linear_layers(model)
+    texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
+    projection: Projection
+    if isinstance(kind, Sketch):
+        projection = sketch.Sketch.of("", layers, kind.k, kind.left, kind.right, kind.seed)
+    else:
+        order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
+        projection = adapted.fit_adapted(
+            model,
+            "",
+            layers,
+            _query_tokens(tokenizer, kind.queries, max_tokens),
+            [texts[i] for i in order],
+            k=kind.k,
+            rank=kind.rank,
+            max_layers=kind.layers,
+            reduction=reduction,
+            seed=kind.seed,
+        )
+    found: Extracted = extract(
+        model, layers, texts, projection, batch_tokens=batch_tokens, reduction=reduction
+    )
+    norm = found.norm.numpy()
+    if not (np.isfinite(norm) & (norm > 0)).all():
+        bad = int(np.flatnonzero(~(np.isfinite(norm) & (norm > 0)))[0])
+        raise ValueError(f"the gradient of text {bad} is {norm[bad]}; leave it out: {docs[bad][:60]!r}")
+    return Features(
+        model, tokenizer, projection, max_tokens, reduction, found.values.numpy(), norm, found.loss.numpy()
+    )
+
+
+def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) -> Scores:
+    """Score documents for tasks: mean over a task's queries of the cosine of gradients.
+
+    Args:
+        features: of the documents.
+        tasks: per task its queries.
+
+    Returns:
+        The scores, tasks in the mapping's order.
+
+    Raises:
+        ValueError: there is no task, or one without a query.
+
+    Source: LESS (arXiv 2402.04333), equation 5, one checkpoint.
+    """
+    if not tasks or not all(tasks.values()):
+        raise ValueError(f"every task needs at least one query, got {({n: len(q) for n, q in tasks.items()})!r}")
+    columns = [features.values @ features.encode(queries).mean(0) for queries in tasks.values()]
+    return Scores(np.stack(columns, 1), tuple(tasks))
+
+
+def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
+    """Choose the k best documents.
+
+    Args:
+        scores: from `influence_scores`.
+        k: how many.
+        combine: `mean`, `max` or `quota`, see jz3.selection.
+
+    Returns:
+        Row numbers, best first; equal scores in the documents' order.
+    """
+    ids = [f"{i:016x}" for i in range(len(scores.values))]
+    return selection.select(scores.values, ids, k, combine)
+
+
+def _query_tokens(
+    tokenizer: "PreTrainedTokenizerBase", queries: Sequence[Pair], max_tokens: int
+) -> list[Tokens]:
+    return [tokenize_query(tokenizer, str(i), *pair, max_tokens) for i, pair in enumerate(queries)]
