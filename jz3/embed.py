@@ -62,7 +62,9 @@ class Features:
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries."""
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
-        found = extract(self.model, linear_layers(self.model), tokens, self.projection, reduction=self.reduction)
+        found = extract(
+            self.model, linear_layers(self.model), tokens, self.projection, reduction=self.reduction
+        )
         return found.values.numpy()
 
 
@@ -155,7 +157,9 @@ def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) ->
     Source: LESS (arXiv 2402.04333), equation 5, one checkpoint.
     """
     if not tasks or not all(tasks.values()):
-        raise ValueError(f"every task needs at least one query, got {({n: len(q) for n, q in tasks.items()})!r}")
+        raise ValueError(
+            f"every task needs at least one query, got { ({n: len(q) for n, q in tasks.items()})!r}"
+        )
     columns = [features.values @ features.encode(queries).mean(0) for queries in tasks.values()]
     return Scores(np.stack(columns, 1), tuple(tasks))
 

@@ -81,7 +81,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "documents": len(docs),
         "tasks": tasks,
         "fidelity": fidelity(ctx, loaded, queries),
-        "negative_control": negative_control(columns, tasks, k, "control" in groups),
+        "negative_control": negative_control(columns, tasks, k, [d.source for d in docs]),
     }
 
 
@@ -233,26 +233,46 @@ def fidelity(ctx: StageContext, loaded: LoadedFeatures, queries: dict[str, Query
 
 
 def negative_control(
-    columns: dict[str, np.ndarray], tasks: list[str], k: int, present: bool
+    columns: dict[str, np.ndarray], tasks: list[str], k: int, sources: Sequence[str]
 ) -> dict[str, Any]:
     """Overlap of each task's top k with the top k of an unrelated target; chance is k / N.
 
-    The interval is of the hypergeometric distribution (mean +- 1.96 standard deviations): where two
-    unrelated choices of k among N would fall.
+    An overlap above chance would mean that scores depend on the text alone (its length, its loss), not
+    on the target. Targets that draw on different sources share less than chance; `within_sources`
+    therefore gives the overlap of the top share k / N of every source, which doesn't see that.
+
+    Args:
+        columns: scores per text; without `influence:control` there is nothing to compare.
+        tasks: the tasks' names.
+        k: how many texts are chosen.
+        sources: each text's source.
+
+    Returns:
+        `overlap` and `within_sources` per task, `chance` and `chance_interval` (hypergeometric, mean
+        +- 1.96 standard deviations: where two unrelated choices of k among N fall).
     """
-    if not present:
+    if "influence:control" not in columns:
         return {}
     control = columns["influence:control"]
     n = len(control)
     chance = k / n
     spread = 1.96 * float(np.sqrt(chance * (1 - chance) * (n - k) / max(n - 1, 1) / k))
     best = set(np.argsort(-control, kind="stable")[:k].tolist())
-    overlap = {}
+    overlap, within = {}, {}
+    groups = [np.flatnonzero(np.array(sources) == s) for s in sorted(set(sources))]
     for task in tasks:
-        mine = set(np.argsort(-columns[f"influence:{task}"], kind="stable")[:k].tolist())
+        scores = columns[f"influence:{task}"]
+        mine = set(np.argsort(-scores, kind="stable")[:k].tolist())
         overlap[task] = len(best & mine) / k
+        shared = chosen = 0
+        for rows in groups:
+            size = max(1, round(len(rows) * chance))
+            tops = [set(np.argsort(-x[rows], kind="stable")[:size].tolist()) for x in (scores, control)]
+            shared, chosen = shared + len(tops[0] & tops[1]), chosen + size
+        within[task] = shared / chosen
     return {
         "overlap": overlap,
+        "within_sources": within,
         "chance": chance,
         "chance_interval": [max(0.0, chance - spread), min(1.0, chance + spread)],
     }

@@ -16,7 +16,7 @@ import jz3
 from jz3.config import Recipe
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, read_json, write_json
-from jz3.stage import Stage, StageContext, peak_memory, reset_peak_memory
+from jz3.stage import Stage, StageContext, peak_memory, release_memory, reset_peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ def stage_key(stage: Stage, recipe: Recipe) -> str:
 
 def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
     ctx.out.mkdir(parents=True, exist_ok=True)
+    release_memory()
     reset_peak_memory()
     start = time.monotonic()
     try:

@@ -65,13 +65,32 @@ def test_negative_control_knows_chance() -> None:
     inside = 0
     for _ in range(200):
         columns = {"influence:a": generator.random(400), "influence:control": generator.random(400)}
-        found = negative_control(columns, ["a"], 60, True)
+        found = negative_control(columns, ["a"], 60, ["s"] * 400)
         low, high = found["chance_interval"]
         assert found["chance"] == 0.15 and low < 0.15 < high
         inside += low <= found["overlap"]["a"] <= high
     assert 180 <= inside <= 199
-    same = negative_control({"influence:a": columns["influence:a"], "influence:control": columns["influence:a"]}, ["a"], 60, True)
-    assert same["overlap"]["a"] == 1.0
+    same = negative_control(
+        {"influence:a": columns["influence:a"], "influence:control": columns["influence:a"]},
+        ["a"],
+        60,
+        ["s"] * 400,
+    )
+    assert same["overlap"]["a"] == same["within_sources"]["a"] == 1.0
+
+
+def test_negative_control_within_sources() -> None:
+    generator = np.random.default_rng(1)
+    sources = ["a"] * 200 + ["b"] * 200
+    shift = np.repeat([10.0, 0.0], 200)
+    columns = {
+        "influence:t": generator.random(400) + shift,
+        "influence:control": generator.random(400) - shift,
+    }
+    found = negative_control(columns, ["t"], 60, sources)
+    assert found["overlap"]["t"] == 0
+    low, high = found["chance_interval"]
+    assert low <= found["within_sources"]["t"] <= high
 
 
 def test_bm25_prefers_shared_words() -> None:

@@ -82,9 +82,14 @@ def exact_cosines(
     for batch, _ in run_pass(model, layers, sink, make_batches(queries, batch_tokens), reduction):
         order += batch.positions
     back = torch.tensor(order).argsort()
-    matrices = {n: torch.cat([f for f, _ in parts])[back] for n, parts in sink.gradients.items()}
-    norms = sum(torch.cat([s for _, s in parts])[back] for parts in sink.gradients.values()).sqrt()  # pyright: ignore
-    del sink
+    matrices: dict[str, Any] = {}
+    square: Any = 0.0
+    for name in list(sink.gradients):
+        # Popped one by one: all of them twice would not fit a small machine.
+        parts = sink.gradients.pop(name)
+        matrices[name] = torch.cat([full for full, _ in parts])[back]
+        square = square + torch.cat([s for _, s in parts])[back]
+    norms = square.sqrt()
     rows = []
     order = []
     collector = _DocumentSink(matrices)

@@ -18,7 +18,7 @@ from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
-from jz3.stage import StageContext
+from jz3.stage import StageContext, release_memory
 from jz3.store import CODES, Coding, StoreInfo, has_shard, open_store, write_shard
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ def _projection(
             advance=advance,
         )
     fit.save(path)
+    del fit
+    release_memory()
     return load_projection(ctx.out, name)
 
 
@@ -224,15 +226,16 @@ def _write_exact(
         return {"documents": 0, "queries": 0}
     path = ctx.out / "exact.safetensors"
     if not path.exists():
+        release_memory()
         with ctx.progress(len(documents), "exact gradients") as advance:
             cosines = exact_cosines(
                 model,
                 layers,
                 documents,
                 queries,
+                batch_tokens=config.batch_tokens,
                 reduction=config.reduction,
                 advance=advance,
-                batch_tokens=1024,
             )
         tensors = {
             "cosine": cosines.float().contiguous(),

@@ -86,8 +86,9 @@ def ce_hidden_grad_chunked(
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """`ce_hidden_grad` over chunks of the tokens that have a target; at most 32 MB of logits.
 
-    On a CPU, products of half-precision inputs are taken in float32, as no hardware there would round
-    only the result; on a GPU the tensor cores do.
+    Products of half-precision inputs are taken in that precision where the hardware accumulates them in
+    float32 and rounds only the result (tensor cores; CPUs with bfloat16 instructions, where it is 2.5
+    times as fast), else in float32.
     """
     import torch
 
@@ -95,7 +96,7 @@ def ce_hidden_grad_chunked(
     loss = torch.zeros(len(h), dtype=dtype, device=h.device)
     grad = torch.zeros_like(h, memory_format=torch.contiguous_format)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * max(len(weight), 1)))
-    product = dtype if h.device.type == "cpu" else h.dtype
+    product = h.dtype if h.device.type != "cpu" or _has_instructions(h.dtype) else dtype
     for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
         target = y[index].long()[:, None]
         logits = _product(h[index], weight, product, dtype)
@@ -110,6 +111,13 @@ def ce_hidden_grad_chunked(
 
 
 VOCABULARY_CHUNK = 8192
+
+
+def _has_instructions(dtype: "torch.dtype") -> bool:
+    """Tell whether this CPU multiplies matrices of `dtype` without going through float32."""
+    import torch
+
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _product(
