@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from jz3.kernels import cdiv
+
 CHUNK = 256
 
 
@@ -129,7 +131,7 @@ def segment_project(
         return out
     partial = torch.empty(len(chunks), outputs, columns, dtype=torch.float32, device=a.device)
     blocks = {"HAS_LEFT": left is not None, **tiles(outputs, columns, a.dtype)}
-    grid = (len(chunks), triton.cdiv(outputs, blocks["BQ"]), triton.cdiv(columns, blocks["BI"]))
+    grid = (len(chunks), cdiv(outputs, blocks["BQ"]), cdiv(columns, blocks["BI"]))
     segment_project_kernel[grid](
         a,
         g,
@@ -147,5 +149,5 @@ def segment_project(
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)
     constants: dict[str, Any] = {"B": 1024}
-    segment_sum_kernel[(len(first) - 1, triton.cdiv(n, 1024))](partial, first_chunk, out, n, **constants)
+    segment_sum_kernel[(len(first) - 1, cdiv(n, 1024))](partial, first_chunk, out, n, **constants)
     return out

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from jz3.kernels import cdiv
+
 BLOCK = 128
 PIECE = 128 * BLOCK
 BITS_BYTES = 32 << 20
@@ -28,7 +30,8 @@ def sign_bits_kernel(p_bits, key_low, key_high, first_block, blocks, k, B: tl.co
     block = first_block.to(tl.int64) + at
     seed = (key_high.to(tl.uint64) << 32) | (key_low.to(tl.uint64) & 0xFFFFFFFF)
     zero = at * 0
-    w0, w1, w2, w3 = tl.philox(seed, block.to(tl.int32), (block >> 32).to(tl.int32), zero + row, zero)
+    low, high = block.to(tl.int32), (block >> 32).to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + row, zero)  # pyright: ignore[reportGeneralTypeIssues]
     p = p_bits + (row.to(tl.int64) * blocks + at) * 4
     tl.store(p, w0.to(tl.int32, bitcast=True), mask=at < blocks)
     tl.store(p + 1, w1.to(tl.int32, bitcast=True), mask=at < blocks)
@@ -82,7 +85,7 @@ def sign_bits(key: int, rows: int, blocks: int, first_block: int, device: torch.
     """Make packed signs on a device: int32 [rows, 4 * blocks], as `jz3.ops.signs` defines them."""
     bits = torch.empty(rows, 4 * blocks, dtype=torch.int32, device=device)
     constants: dict[str, Any] = {"B": 128}
-    sign_bits_kernel[(rows, triton.cdiv(blocks, 128))](
+    sign_bits_kernel[(rows, cdiv(blocks, 128))](
         bits, _signed(key & 0xFFFFFFFF), _signed(key >> 32), first_block, blocks, rows, **constants
     )
     return bits
@@ -98,11 +101,11 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
     width = max(1, BITS_BYTES * 8 // (k * PIECE)) * PIECE
     for begin in range(0, columns if rows else 0, width):
         part = x[:, begin : begin + width]
-        blocks = triton.cdiv(part.shape[1], BLOCK)
+        blocks = cdiv(part.shape[1], BLOCK)
         bits = sign_bits(key, k, blocks, (first_col + begin) // BLOCK, x.device)
-        pieces = triton.cdiv(part.shape[1], PIECE)
+        pieces = cdiv(part.shape[1], PIECE)
         partial = torch.empty(pieces, rows, k, dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(rows, blocking["BM"]), triton.cdiv(k, blocking["BN"]), pieces)
+        grid = (cdiv(rows, blocking["BM"]), cdiv(k, blocking["BN"]), pieces)
         sign_project_kernel[grid](
             part,
             bits,

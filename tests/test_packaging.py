@@ -59,7 +59,15 @@ def installed(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+NO_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+"""
+"""An editable installation beside the archive would lend it its own modules."""
+
+
 def run(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    code = NO_EDITABLE + code
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", **variables}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder.parent, env=environment, capture_output=True, text=True

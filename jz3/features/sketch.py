@@ -2,8 +2,8 @@
 
 Needs no sample of anything. Per layer P = L^T G R with L [O, p_o] and R [I, p_i] of random signs
 (divided by sqrt(p_o p_i)), and every entry of P is added with a hashed sign into one of K buckets,
-so that E<phi_i, phi_q> = <G_i, G_q>. Source: the tall shape is the better one at equal K, see
-`bench/fidelity.py`.
+so that E<phi_i, phi_q> = <G_i, G_q>. Tall shapes (p_o much larger than p_i) are better at equal K: the
+inputs are dominated by their mean, the information is on the output side.
 """
 
 import json

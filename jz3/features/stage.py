@@ -88,6 +88,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
                 coding,
             )
             _write_extracted(side, [t.id for t in part], found, with_values=False)
+            del found
+            release_memory()
     for side in sorted((ctx.out / "documents").glob("*.safetensors")):
         ids, arrays = read_extracted(side)
         for i, ok in zip(ids, np.isfinite(arrays["norm"]) & (arrays["norm"] > 0), strict=True):

@@ -117,7 +117,7 @@ def _has_instructions(dtype: "torch.dtype") -> bool:
     """Tell whether this CPU multiplies matrices of `dtype` without going through float32."""
     import torch
 
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _product(
