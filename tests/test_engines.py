@@ -52,7 +52,7 @@ def test_greedy_equals_generate_of_transformers(engine: Any, tiny_model: Path) -
     for request, generation in zip(asked, given, strict=True):
         ids = tokenizer(request.prompt, return_tensors="pt").input_ids
         with torch.no_grad():
-            reference = model.generate(
+            reference = model.generate(  # pyright: ignore[reportCallIssue]
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
             )
         assert generation.text == tokenizer.decode(reference[0, ids.shape[1] :])

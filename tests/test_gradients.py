@@ -17,7 +17,12 @@ from jz3.gradients import (
     tokenize_text,
 )
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
 MODELS = {
     "llama": transformers.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
     "mistral": transformers.MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),

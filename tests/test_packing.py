@@ -69,7 +69,7 @@ def test_an_end_token_of_the_tokenizer_itself_does_not_end_the_prompt(tokenizer)
             return {"input_ids": [[*i, self.eos_token_id] for i in ids]}
 
     expected, _ = encode([("A prompt\n", "A completion")], tokenizer)
-    got, _ = encode([("A prompt\n", "A completion")], EndingTokenizer())
+    got, _ = encode([("A prompt\n", "A completion")], EndingTokenizer())  # pyright: ignore[reportArgumentType]
     assert got[0].ids.tolist() == expected[0].ids.tolist() and got[0].target == expected[0].target
 
 

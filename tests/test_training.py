@@ -195,8 +195,10 @@ def test_the_end_is_learned_and_the_model_is_whole(tiny_model, tmp_path):
     train(tiny_model, [Phase(name="a", rows=same)], settings, tmp_path / "model")
     model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
     prompt = tokenizer("Say it: ", return_tensors="pt")
-    out = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert tokenizer.decode(out) == "apples." + tokenizer.eos_token
+    out = model.generate(  # pyright: ignore[reportCallIssue]
+        **prompt, max_new_tokens=20, do_sample=False
+    )[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(out) == f"apples.{tokenizer.eos_token}"
     assert model.dtype == torch.bfloat16
     before, after = (read_json(folder / "config.json") for folder in (tiny_model, tmp_path / "model"))
     assert after == before | {"dtype": "bfloat16"}

@@ -42,7 +42,7 @@ class Deduplicator:
     def __post_init__(self) -> None:
         if self.config.enabled:
             try:
-                from rensa import RMinHashDeduplicator
+                from rensa import RMinHashDeduplicator  # pyright: ignore[reportAttributeAccessIssue]
             except ImportError as error:
                 raise Jz3Error(
                     "near-duplicate removal needs the package rensa: pip install rensa, "
@@ -67,7 +67,7 @@ class Deduplicator:
         if digest in self._exact:
             return "duplicate", self._exact[digest]
         if self._near is not None:
-            from rensa import RMinHash
+            from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
             signature = RMinHash(self.config.permutations, self.config.seed)
             signature.update(shingles(plain, self.config.ngram))

@@ -32,12 +32,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     """Tokenise a prompt as a text's beginning: start token if the tokenizer sets one, no end token; never empty."""
-    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    ids: list[int] = list(tokenizer(prompt, verbose=False).input_ids)  # pyright: ignore[reportAssignmentType, reportArgumentType]
     end = tokenizer.eos_token_id
     if len(ids) > 1 and ids[-1] == end and not prompt.endswith(str(tokenizer.eos_token)):
         ids.pop()
     if not ids:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
+        start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
         if start is None:
             raise ValueError("an empty prompt can't be continued: the tokenizer has no start or end token")
         ids = [start]

@@ -60,6 +60,7 @@ class TransformersEngine:
         """Collect every token that ends a text; nothing else of a generation_config is obeyed."""
         ends: set[int] = set()
         configs = (self._model.config.get_text_config(), getattr(self._model, "generation_config", None))
+        value: Any
         for value in (self._tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
             ends.update([value] if isinstance(value, int) else value or [])
         return frozenset(ends)

@@ -332,10 +332,12 @@ def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSum
             checkpoint = newest_complete(checkpoints)
         # Under autocast the adapters' products run in bfloat16 like the rest; PEFT would cast the
         # activations to the adapters' float32 first.
-        with disable_input_dtype_casting(trainer.model, active=frozen_in_bfloat16):
+        trained: Any = trainer.model
+        with disable_input_dtype_casting(trained, active=frozen_in_bfloat16):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.is_fsdp_enabled:
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+            plugin: Any = trainer.accelerator.state.fsdp_plugin
+            plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(job.work / "trained"))
     rows = _log_rows(trainer.state.log_history, packs, step_tokens, size)
     return TrainSummary(
@@ -349,7 +351,7 @@ def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSum
             for name, count in packs.counts.items()
         },
         dropped=packs.dropped,
-        trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        trained_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         device=config.device.type,
         processes=processes,
         attention=attention,

@@ -1,5 +1,6 @@
 """TRL's trainer with the loss computed where labels are, and checkpoints that are whole or ignored."""
 
+import dataclasses
 import logging
 import math
 import shutil
@@ -105,7 +106,7 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         num_train_epochs=1,
         per_device_train_batch_size=settings.packs_at_once,
         gradient_accumulation_steps=accumulation,
-        activation_checkpointing=settings.gradient_checkpointing,
+        **_checkpointing(settings.gradient_checkpointing),
         train_sampling_strategy="sequential",
         packing=True,
         packing_strategy="bfd",
@@ -119,6 +120,12 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """Return the setting that recomputes activations under its name here: it changed in transformers 5.21."""
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": on}
 
 
 def schedule(settings: TrainSettings, steps: int) -> dict[str, Any]:
