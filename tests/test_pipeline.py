@@ -1,5 +1,7 @@
 """The whole loop on the tiny preset: what it leaves, what it refuses, what a kill can't change."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -11,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from jz3.config import shipped_recipe
+from jz3.errors import Jz3Error
 from jz3.files import hash_file, read_json, read_jsonl
-from jz3.pipeline import NAMES, STAGES, stages_up_to
+from jz3.pipeline import NAMES, STAGES, run_pipeline, stages_up_to
+from jz3.stage import Stage, StageContext
 
 VOLATILE = {"manifest.json", "results.json", "report.html", ".lock", "engine.json"}
 """Hold seconds, memory or versions; everything else must be the same bytes."""
@@ -169,3 +174,20 @@ def test_stage_order_respects_needs() -> None:
         assert set(stage.needs) <= seen
         seen.add(stage.name)
     assert [s.name for s in stages_up_to("index")] == ["corpus", "targets", "features", "index"]
+
+
+def full_disk(ctx: StageContext) -> dict[str, object]:
+    raise OSError(errno.ENOSPC, "No space left on device", str(ctx.out / "docs.jsonl"))
+
+
+def test_full_disk_and_second_process_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Stage(name="corpus", target="test_pipeline:full_disk", sections=("corpus",))
+    monkeypatch.setattr("jz3.pipeline.STAGES", (broken,))
+    recipe = shipped_recipe("tiny")
+    with pytest.raises(Jz3Error, match="disk of .* is full; free some space and run again"):
+        run_pipeline(recipe, tmp_path, "corpus")
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    with open(tmp_path / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(Jz3Error, match="another process is running"):
+            run_pipeline(recipe, tmp_path, "corpus")
