@@ -50,8 +50,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
         texts = [docs[scores["id"][r]].text for r in rows[: int(np.searchsorted(total, config.tokens)) + 1]]
         after = ctx.out / method / "nll.json"
         summary = ctx.out / method / "training.json"
+        folder = ctx.out / method / "model"
         if not after.exists():
-            folder = ctx.out / method / "model"
             done = train(
                 base,
                 [Phase(name="texts", rows=[("", text) for text in texts])],
@@ -63,7 +63,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
             )
             write_json(summary, {"tokens": done.tokens, "steps": done.steps, "texts": len(texts)})
             _score(ctx, method, folder, queries)
-            shutil.rmtree(folder)
+        # Outside the condition: a kill may have come between the scores and the clean-up.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name("model.work.lock").unlink(missing_ok=True)
         values = read_json(after)
         change = [a - b for a, b in zip(values, before, strict=True) if a == a and b == b]
         trained[method] = {"nll": float(np.nanmean(values)), "change": mean(change), **read_json(summary)}
