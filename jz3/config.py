@@ -5,7 +5,7 @@ import difflib
 import sys
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jz3.features import FeaturesConfig
 from jz3.filtering.config import FilteringConfig
 from jz3.index import IndexConfig
 from jz3.influence import InfluenceConfig
+from jz3.machine import best_dtype
 from jz3.models import ModelConfig
 from jz3.selection import SelectionConfig
 from jz3.synthesis import SynthesisConfig
@@ -67,6 +68,22 @@ def load_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
     return from_table(Recipe, table, str(path))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Return the recipe with every `auto` replaced by what it stands for on this machine.
+
+    It is done before a run is made, so that its folder names what was used and refuses a machine where
+    the same recipe means something else.
+    """
+    changes: dict[str, Any] = {
+        "comparison": replace(recipe.comparison, train=recipe.comparison.train.settled()),
+        "synthesiser": recipe.synthesiser.settled(),
+        "training": recipe.training.settled(),
+    }
+    if recipe.model.dtype == "auto":
+        changes["model"] = replace(recipe.model, dtype=best_dtype())
+    return replace(recipe, **changes)
 
 
 def shipped_recipe(name: str) -> Recipe:

@@ -30,7 +30,7 @@ PACKAGES = {
 }
 """Distribution -> how to get it."""
 
-DISTRIBUTIONS = {"faiss": ("faiss-cpu", "faiss-gpu-cu12", "faiss-gpu")}
+DISTRIBUTIONS = {"faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")}
 NEEDED = ("torch", "transformers")
 
 VARIABLES = ("JZ3_BACKEND", "JZ3_BUILD_CUDA", "JZ3_CUDA_ARCHS", "JZ3_CACHE")

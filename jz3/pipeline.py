@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jz3
-from jz3.config import Recipe
+from jz3.config import Recipe, settled
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, read_json, write_json
 from jz3.stage import Stage, StageContext, peak_memory, release_memory, reset_peak_memory
@@ -107,6 +107,7 @@ def run_pipeline(
         Jz3Error: the folder is another recipe's (the difference is shown), another process runs in
             it, or the disk is full.
     """
+    recipe = settled(recipe)
     with _locked(run_dir):
         _claim(recipe, run_dir)
         for stage in stages_up_to(last):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3 import backend
+from jz3.machine import fast_bfloat16_cpu
 from jz3.ops.checks import check_tensors
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def ce_hidden_grad_chunked(
     """`ce_hidden_grad` over chunks of the tokens that have a target; at most 32 MB of logits.
 
     Products of half-precision inputs are taken in that precision where the hardware accumulates them in
-    float32 and rounds only the result (tensor cores; CPUs with bfloat16 instructions, where it is 2.5
-    times as fast), else in float32.
+    float32 and rounds only the result (tensor cores; CPUs where bfloat16 is the faster, see
+    jz3.machine), else in float32.
     """
     import torch
 
@@ -114,10 +115,10 @@ VOCABULARY_CHUNK = 8192
 
 
 def _has_instructions(dtype: "torch.dtype") -> bool:
-    """Tell whether this CPU multiplies matrices of `dtype` without going through float32."""
+    """Tell whether this CPU multiplies matrices of `dtype` faster than through float32."""
     import torch
 
-    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.bfloat16 and fast_bfloat16_cpu()
 
 
 def _product(

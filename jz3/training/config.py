@@ -1,9 +1,15 @@
 """Settings of the two training stages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jz3.machine import fast_bfloat16
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 METHODS = ("full", "lora")
-PRECISIONS = ("mixed", "float32")
+PRECISIONS = ("auto", "mixed", "float32")
 SCHEDULES = ("wsd", "cosine", "constant")
 DECAYS = ("linear", "cosine", "1-sqrt")
 OVERLONG = ("split", "reject")
@@ -22,10 +28,11 @@ class TrainSettings:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get adapters, or `all-linear` (all but the output layer)."""
-    precision: str = "mixed"
+    precision: str = "auto"
     """`mixed`: matrix products in bfloat16, trained weights and optimiser in float32 (a step of a
     small learning rate is smaller than bfloat16's spacing and would be lost); frozen weights stay in
-    bfloat16. `float32`: everything in float32."""
+    bfloat16. `float32`: everything in float32. `auto`: `mixed` where bfloat16 is the faster, settled
+    when a run is made."""
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -88,6 +95,12 @@ class TrainSettings:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+
+    def settled(self) -> "Self":
+        """Return the settings with `auto` replaced by the precision that this machine is faster in."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="mixed" if fast_bfloat16() else "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

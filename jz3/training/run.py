@@ -155,6 +155,7 @@ def train(
     """
     if len({phase.name for phase in phases}) < len(phases):
         raise ValueError("phases must have different names")
+    settings = settings.settled()
     job = Job(model=model, phases=tuple(phases), settings=settings, out=out, seed=seed, dtype=dtype)
     if (out / SUMMARY).is_file():
         stored = read_json(out / SUMMARY)
