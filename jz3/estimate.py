@@ -81,6 +81,10 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
         return StageEstimate(stage, items, tokens, spent, bytes=size, usd=spent * a.usd_per_gpu_hour)
 
     features, teacher = recipe.features, recipe.distillation
+    compared = recipe.comparison
+    trainings = (
+        len(compared.methods) * compared.seeds * (len(recipe.targets.tasks) if compared.per_task else 1)
+    )
     corpus_tokens = float(texts) * min(a.corpus_tokens, recipe.corpus.max_tokens)
     queries = sum(t.fit + t.unseen for t in recipe.targets.tasks)
     calls = teacher.initial + teacher.boost
@@ -119,8 +123,8 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
         StageEstimate("selection", f"{recipe.selection.k:,} chosen"),
         gpu(
             "comparison",
-            f"{len(recipe.comparison.methods) if recipe.comparison.tokens else 0} trainings",
-            float(recipe.comparison.tokens) * len(recipe.comparison.methods),
+            f"{trainings * (1 + len(compared.more_tokens)) if compared.tokens else 0} trainings",
+            float(compared.tokens + sum(compared.more_tokens)) * trainings,
             6 * n,
             a.training_utilisation,
         ),

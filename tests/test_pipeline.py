@@ -49,7 +49,7 @@ def test_every_number_is_there(tiny_run: Path) -> None:
     assert all(sum(counts.values()) == 12 for name, counts in selection["mix"].items() if name != "corpus")
     assert selection["fidelity"]["documents"] >= 20 and 0 < selection["fidelity"]["spearman"] <= 1
     assert set(selection["negative_control"]["overlap"]) == {"word_problems", "number_algebra"}
-    assert set(selection["comparison"]["trained"]) == {"influence", "random"}
+    assert [row["chooser"] for row in selection["comparison"]["table"]] == ["influence", "random"]
     assert results["distillation"]["asked"] == 14
     synthesis = results["synthesis"]
     assert synthesis["asked"] == 6 == synthesis["parsed"] + sum(synthesis["rejected"].values())
@@ -65,8 +65,8 @@ def test_every_number_is_there(tiny_run: Path) -> None:
 
 
 def test_comparison_trains_on_equally_many_tokens(tiny_run: Path) -> None:
-    trained = read_json(tiny_run / "results.json")["selection"]["comparison"]["trained"]
-    assert trained["influence"]["tokens"] == pytest.approx(trained["random"]["tokens"], rel=0.35)
+    rows = read_json(tiny_run / "results.json")["selection"]["comparison"]["table"]
+    assert rows[0]["trained_tokens"] == pytest.approx(rows[1]["trained_tokens"], rel=0.35)
 
 
 def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:

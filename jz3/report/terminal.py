@@ -54,11 +54,11 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     comparison = selection["comparison"]
-    if comparison.get("trained"):
-        parts = [f"{name} {x['change']['mean']:+.4f}" for name, x in comparison["trained"].items()]
-        lines.append(
-            ("worth", f"change of the target's NLL after {comparison['tokens']} tokens: {', '.join(parts)}")
-        )
+    rows = [row for row in comparison["table"] if row["budget"] == comparison["tokens"]]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        parts = [f"{row['chooser']} {row['change']['mean']:+.4f}" for row in rows if row["task"] == task]
+        what = f"change of {task or 'the targets'}' NLL after {comparison['tokens']} tokens"
+        lines.append(("worth", f"{what}: {', '.join(parts)}"))
     for stage, key in (("teacher", "distillation"), ("synthesis", "synthesis")):
         lines.append(
             (stage, f"asked {r[key]['asked']}, parsed {r[key]['parsed']}{_reasons(r[key]['rejected'])}")

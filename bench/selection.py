@@ -1,0 +1,167 @@
+"""Does the choice pay? `python bench/selection.py --data DIR [--targets gsm8k,math,asdiv] [--seeds N] [--json FILE]`.
+
+For every chooser: take its best texts of one pool, train the same model on equally many tokens, measure the
+change of the held-out problems' mean negative log-likelihood. The pool is made of the released training samples
+of JiuZhang3.0 and of docstrings; targets are GSM8K (training split), MATH and ASDiv (split by hash). Resumable:
+run the same command again. The defaults are one target, one seed and five choosers.
+
+DIR holds `eval/*.jsonl`, `targets/gsm8k_train.jsonl` and `samples/*_sampled.jsonl` with the fields of the originals.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jz3.comparison import ComparisonConfig
+from jz3.comparison.table import plot, text_table
+from jz3.config import Recipe
+from jz3.corpus.config import CorpusConfig, SourceConfig
+from jz3.features import FeaturesConfig
+from jz3.influence import InfluenceConfig
+from jz3.models import ModelConfig
+from jz3.pipeline import run_pipeline
+from jz3.selection import SelectionConfig
+from jz3.stage import StageContext
+from jz3.targets import ControlConfig, TargetsConfig, TaskConfig
+from jz3.training import TrainSettings
+
+FIVE = "influence,matching,hidden,bm25,random"
+
+
+def tasks(data: Path, names: list[str], fit: int, problems: int) -> tuple[TaskConfig, ...]:
+    """Return the targets by name; nothing that is measured is among what chooses."""
+    common: dict[str, Any] = {"fit": fit, "unseen": 8, "eval": problems}
+    known = {
+        "gsm8k": TaskConfig(
+            name="gsm8k",
+            path=str(data / "targets" / "gsm8k_train.jsonl"),
+            eval_path=str(data / "eval" / "gsm8k.jsonl"),
+            **common,
+        ),
+        "math": TaskConfig(
+            name="math",
+            path=str(data / "eval" / "math-oai.jsonl"),
+            problem_field="problem",
+            solution_field="solution",
+            answer_field="answer",
+            **{**common, "eval": min(problems, 100)},
+        ),
+        "asdiv": TaskConfig(
+            name="asdiv",
+            path=str(data / "eval" / "asdiv.jsonl"),
+            problem_field="body+question",
+            solution_field="formula",
+            answer_field="answer",
+            **common,
+        ),
+    }
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"unknown target {name!r}; known: {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def sources(data: Path, size: int, fine_tuning: bool) -> tuple[SourceConfig, ...]:
+    """Return the pool's sources in the proportions 5 : 3 : 3 : 5 : 4 (the third can be left out)."""
+    part = size // 20
+    pool = [
+        SourceConfig(
+            name=name,
+            kind="jsonl",
+            paths=(str(data / "samples" / f"{file}_sampled.jsonl"),),
+            text_field="input+output",
+            generated=True,
+            limit=share * part,
+        )
+        for name, file, share in (
+            ("cot", "cot_pretrain", 5),
+            ("tool", "tool_pretrain", 3),
+            ("finetune", "finetune", 3),
+        )
+        if fine_tuning or name != "finetune"
+    ]
+    docstrings = (("sympy", 2), ("scipy", 2), ("networkx", 1), ("stdlib", 4))
+    return (*pool, *(SourceConfig(name=n, kind="docstrings", limit=share * part) for n, share in docstrings))
+
+
+def recipe(arguments: argparse.Namespace) -> Recipe:
+    """Return the recipe whose comparison stage is the experiment."""
+    data = arguments.data
+    names = arguments.targets.split(",")
+    return Recipe(
+        name="selection",
+        seed=arguments.seed,
+        model=ModelConfig(name=arguments.model),
+        corpus=CorpusConfig(
+            sources=sources(data, arguments.pool, not arguments.no_finetune),
+            max_tokens=arguments.max_tokens,
+            min_tokens=24,
+            pieces_per_document=1,
+        ),
+        targets=TargetsConfig(
+            tasks=tasks(data, names, arguments.queries, arguments.problems), control=ControlConfig(count=24)
+        ),
+        features=FeaturesConfig(
+            fit_documents=160, exact_documents=0, batch_tokens=1024, fit_batch_tokens=768, query_tokens=256
+        ),
+        influence=InfluenceConfig(),
+        selection=SelectionConfig(k=arguments.pool // 10),
+        comparison=ComparisonConfig(
+            tokens=arguments.tokens,
+            more_tokens=tuple(int(x) for x in arguments.more_tokens.split(",") if x),
+            methods=tuple(arguments.choosers.split(",")),
+            per_task=True,
+            seeds=arguments.seeds,
+            workers=arguments.workers,
+            train=TrainSettings(
+                precision="float32",
+                learning_rate=2e-5,
+                epochs=2,
+                schedule="constant",
+                warmup=0.0,
+                max_length=512,
+                batch_packs=1,
+                save_every=0,
+            ),
+        ),
+    )
+
+
+def main() -> None:
+    """Parse the arguments, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/selection"))
+    parser.add_argument("--model", default=ModelConfig().name)
+    parser.add_argument("--targets", default="gsm8k")
+    parser.add_argument("--choosers", default=FIVE)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice")
+    parser.add_argument("--seed", type=int, default=0, help="of everything else")
+    parser.add_argument("--pool", type=int, default=1200, help="texts, about")
+    parser.add_argument("--no-finetune", action="store_true", help="the pool without the fine-tuning rows")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of a text")
+    parser.add_argument("--tokens", type=int, default=8_000, help="that each model is trained on, twice")
+    parser.add_argument("--more-tokens", default="", help="further budgets, e.g. 2000,32000")
+    parser.add_argument("--queries", type=int, default=40, help="solutions of each target that choose")
+    parser.add_argument("--problems", type=int, default=150, help="test problems of each target")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    wanted = recipe(arguments)
+    run_pipeline(wanted, arguments.out, "comparison", say=lambda line: print(line, file=sys.stderr))
+    ctx = StageContext(recipe=wanted, run_dir=arguments.out, name="comparison")
+    manifest = ctx.manifest("comparison")
+    print(text_table(manifest["summary"]))
+    if arguments.json:
+        cost = {stage: ctx.manifest(stage)["seconds"] for stage in ("features", "influence")}
+        result = {**manifest["summary"], "machine": manifest["machine"], "seconds": cost}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(manifest["summary"], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

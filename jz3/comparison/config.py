@@ -1,0 +1,45 @@
+"""Settings of the comparison stage."""
+
+from dataclasses import dataclass, field
+
+from jz3.training.config import TrainSettings
+
+SETS = ("matching", "coverage", "diverse")
+"""Choosers of sets, see jz3.comparison.sets."""
+DERIVED = ("dot", "mix")
+"""`dot`: influence times the gradient's norm; `mix`: mean of the ranks by influence and by hidden states."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonConfig:
+    """Trainings on equally many tokens of each chooser's texts, judged by the targets' problems."""
+
+    tokens: int = 0
+    """Tokens of text that each model is trained on (in every epoch); 0: no comparison."""
+    more_tokens: tuple[int, ...] = ()
+    """Further budgets, each compared like `tokens`."""
+    methods: tuple[str, ...] = ("influence", "random")
+    """Choosers: columns of the influence stage's table (`influence`, `hidden`, `bm25`, `loss`, `random`), `dot`
+    (influence times the gradient's norm), `mix` (ranks of influence and hidden states), and the choosers of
+    sets `matching`, `coverage`, `diverse`."""
+    per_task: bool = False
+    """Choose for each task by itself and judge by that task, instead of for all together."""
+    seeds: int = 1
+    """Trainings of each choice, with other orders of the texts; `random` also draws anew."""
+    problems: int = 0
+    """How many evaluation problems are scored per task; 0: all."""
+    candidates: int = 20_000
+    """Texts of highest influence that the choosers of sets choose from."""
+    workers: int = 1
+    """Trainings at a time, in processes of their own."""
+    train: TrainSettings = field(default_factory=lambda: TrainSettings(schedule="constant", warmup=0.1))
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "workers", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"comparison: {name} must be at least 1, got {getattr(self, name)}")
+        for budget in (self.tokens, *self.more_tokens):
+            if budget < 0:
+                raise ValueError(f"comparison: tokens must not be negative, got {budget}")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"comparison: a method is named twice in {', '.join(self.methods)}")

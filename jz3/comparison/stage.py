@@ -1,0 +1,232 @@
+"""The `comparison` stage: the base model trained on equally many tokens of each chooser's texts."""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jz3.comparison.choosers import Pool, load_pool
+from jz3.evaluation import mean_nll
+from jz3.evaluation.intervals import mean
+from jz3.files import canonical_json, hash_text, read_json, write_json, write_jsonl
+from jz3.filtering.decontaminate import DecontaminationIndex
+from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+from jz3.records import Doc, Query, Reject
+from jz3.seeding import seed_for
+from jz3.stage import StageContext
+from jz3.training import Phase, TrainSettings, train
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chooser's texts for one task (or for all), budget and seed."""
+
+    chooser: str
+    task: str
+    """Empty: chosen for all tasks together."""
+    tokens: int
+    seed: int
+    ids: tuple[str, ...]
+    seconds: float
+    """What choosing took, given scores and features."""
+
+    @property
+    def run(self) -> str:
+        """Name of its training, which equal choices share."""
+        return hash_text(canonical_json([self.ids, self.tokens, self.seed]))
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a process needs to train and score one model."""
+
+    base: Path
+    texts: tuple[str, ...]
+    settings: TrainSettings
+    folder: Path
+    seed: int
+    dtype: str
+    queries: dict[str, list[Query]]
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Train the base model on each chooser's texts and score the evaluation problems before and after.
+
+    Texts that hold an evaluation problem, or a long phrase of one, are left out before anything is
+    chosen and kept in rejects.jsonl.
+    """
+    config = ctx.recipe.comparison
+    if not config.tokens:
+        return {"tokens": 0, "table": []}
+    queries: dict[str, list[Query]] = {}
+    for row in ctx.rows("targets", "eval.jsonl"):
+        query = Query.from_json(row)
+        mine = queries.setdefault(query.task, [])
+        if not config.problems or len(mine) < config.problems:
+            mine.append(query)
+    docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
+    refused = _contaminated(docs, queries)
+    write_jsonl(ctx.out / "rejects.jsonl", (reject.to_json() for reject in refused))
+    pool = load_pool(ctx, {reject.id for reject in refused})
+    choices = [
+        _choose(ctx, pool, chooser, task, tokens, seed)
+        for tokens in (config.tokens, *config.more_tokens)
+        for task in (pool.tasks if config.per_task else ("",))
+        for chooser in config.methods
+        for seed in range(config.seeds)
+    ]
+    base = resolve_model(ctx.recipe.model)
+    before = _scored(ctx.out / "base.json", base, ctx.recipe.model.dtype, queries)
+    trainings = {
+        choice.run: Training(
+            base,
+            tuple(docs[i].text for i in choice.ids),
+            replace(config.train, max_tokens=choice.tokens * config.train.epochs),
+            ctx.out / "runs" / choice.run,
+            seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
+            ctx.recipe.model.dtype,
+            queries,
+        )
+        for choice in choices
+    }
+    _train_all(ctx, list(trainings.values()), config.workers)
+    after = {name: read_json(training.folder / "result.json") for name, training in trainings.items()}
+    return {
+        "tokens": config.tokens,
+        "problems": sum(map(len, queries.values())),
+        "contaminated": len(refused),
+        "base": {task: float(np.nanmean(values)) for task, values in before.items()},
+        "table": _table(pool, choices, before, after),
+    }
+
+
+def _contaminated(docs: dict[str, Doc], queries: dict[str, list[Query]]) -> list[Reject]:
+    index = DecontaminationIndex()
+    for task, rows in queries.items():
+        for query in rows:
+            index.add(task, query.problem)
+    refused = []
+    for doc in docs.values():
+        if hits := index.find(doc.text):
+            detail = f"{hits[0].suite} problem {hits[0].question}: {hits[0].span}"
+            refused.append(Reject(id=doc.id, stage="comparison", reason="holds_test_problem", detail=detail))
+    return refused
+
+
+def _choose(ctx: StageContext, pool: Pool, chooser: str, task: str, tokens: int, seed: int) -> Choice:
+    start = time.perf_counter()
+    rows = pool.order(ctx, chooser, task, seed, tokens)
+    ids = tuple(pool.scores["id"][row] for row in rows)
+    return Choice(chooser, task, tokens, seed, ids, time.perf_counter() - start)
+
+
+def _train_all(ctx: StageContext, trainings: Sequence[Training], workers: int) -> None:
+    missing = [t for t in trainings if not (t.folder / "result.json").exists()]
+    with ctx.progress(len(trainings), "trainings") as advance:
+        advance(len(trainings) - len(missing))
+        if workers == 1:
+            for training in missing:
+                train_and_score(training)
+                advance(1)
+            return
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_share_cores, initargs=(workers,)
+        ) as pool:
+            for future in as_completed([pool.submit(train_and_score, training) for training in missing]):
+                future.result()
+                advance(1)
+
+
+def _share_cores(workers: int) -> None:
+    import os
+
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def train_and_score(training: Training) -> None:
+    """Train one model, score the problems, keep result.json and delete the model."""
+    start = time.monotonic()
+    model = training.folder / "model"
+    done = train(
+        training.base,
+        [Phase(name="texts", rows=[("", text) for text in training.texts])],
+        training.settings,
+        model,
+        seed=training.seed,
+        dtype=training.dtype,
+    )
+    nll = _scored(training.folder / "nll.json", model, training.dtype, training.queries)
+    result = {"nll": nll, "tokens": done.tokens, "steps": done.steps, "seconds": time.monotonic() - start}
+    write_json(training.folder / "result.json", result)
+    for rest in training.folder.iterdir():
+        if rest.name != "result.json":
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
+def _scored(path: Path, folder: Path, dtype: str, queries: dict[str, list[Query]]) -> dict[str, list[float]]:
+    if not path.exists():
+        model: Any = load_model(folder, dtype)
+        model, tokenizer = model.to(best_device()), load_tokenizer(folder)
+        write_json(path, {task: mean_nll(model, tokenizer, rows) for task, rows in queries.items()})
+    return read_json(path)
+
+
+def _table(
+    pool: Pool, choices: Sequence[Choice], before: dict[str, list[float]], after: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a row per budget, task (empty: all together) and chooser; intervals over problems, paired.
+
+    A problem's change is the mean over the seeds of its NLL after training less that before.
+    """
+    groups: dict[tuple[int, str, str], list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault((choice.tokens, choice.task, choice.chooser), []).append(choice)
+    source = dict(zip(pool.scores["id"], pool.scores["source"], strict=True))
+    sizes = dict(zip(pool.scores["id"], pool.scores["tokens"], strict=True))
+    changes = {}
+    for key, members in groups.items():
+        new = np.stack([_of_task(after[choice.run]["nll"], key[1]) for choice in members])
+        changes[key] = new - _of_task(before, key[1])
+    rows = []
+    for key, members in groups.items():
+        tokens, task, chooser = key
+        mine, random = changes[key], changes.get((tokens, task, "random"))
+        influence = groups.get((tokens, task, "influence"))
+        best = set(influence[0].ids) if influence else set()
+        ids = members[0].ids
+        rows.append(
+            {
+                "budget": tokens,
+                "task": task,
+                "chooser": chooser,
+                "change": mean(_finite(mine.mean(0))),
+                "change_per_seed": [float(np.nanmean(row)) for row in mine],
+                "against_random": None if random is None else mean(_finite(mine.mean(0) - random.mean(0))),
+                "nll": float(np.nanmean(mine.mean(0) + _of_task(before, task))),
+                "texts": len(ids),
+                "trained_tokens": after[members[0].run]["tokens"],
+                "mean_tokens": float(np.mean([sizes[i] for i in ids])) if ids else 0.0,
+                "overlap_with_influence": len(best & set(ids)) / max(len(ids), 1),
+                "mix": dict(sorted(Counter(source[i] for i in ids).items())),
+                "choosing_seconds": members[0].seconds,
+                "training_seconds": float(np.mean([after[c.run]["seconds"] for c in members])),
+            }
+        )
+    return rows
+
+
+def _of_task(values: dict[str, list[float]], task: str) -> np.ndarray:
+    return np.concatenate([values[name] for name in ([task] if task else values)])
+
+
+def _finite(values: np.ndarray) -> list[float]:
+    return values[np.isfinite(values)].tolist()

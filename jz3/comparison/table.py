@@ -1,0 +1,66 @@
+"""The comparison's table as text, Markdown and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+
+def text_table(summary: dict[str, Any]) -> str:
+    """Return the comparison's table in Markdown, the best chooser of each target and budget first.
+
+    Args:
+        summary: of the comparison stage.
+    """
+    lines = [
+        "| target | tokens | chooser | change of NLL (95%) | against random (95%) | texts | in influence's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _ranked(summary):
+        against = row["against_random"]
+        lines.append(
+            f"| {row['task'] or 'all'} | {row['budget']:,} | {row['chooser']} | {_interval(row['change'])} "
+            f"| {_interval(against) if against and row['chooser'] != 'random' else ''} | {row['texts']} "
+            f"| {row['overlap_with_influence']:.0%} |"
+        )
+    seeds = len(summary["table"][0]["change_per_seed"]) if summary["table"] else 0
+    base = ", ".join(f"{task} {value:.4f}" for task, value in summary.get("base", {}).items())
+    lines.append(
+        f"\n{seeds} training(s) a row; NLL before: {base}; {summary.get('contaminated', 0)} texts with a test "
+        "problem left out; intervals over problems, paired."
+    )
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw each chooser's change with its interval, a panel per target, at the first budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in _ranked(summary) if row["budget"] == summary["tokens"]]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        mine = [row for row in rows if row["task"] == task][::-1]
+        means = [-row["change"]["mean"] for row in mine]
+        half = [row["change"]["high"] - row["change"]["mean"] for row in mine]
+        colours = ["#999999" if row["chooser"] == "random" else "#2b6cb0" for row in mine]
+        axis.barh([row["chooser"] for row in mine], means, xerr=half, color=colours)
+        axis.set_title(task or "all targets")
+        axis.set_xlabel("NLL gained (nats per token)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _ranked(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    order = list(dict.fromkeys((row["budget"], row["task"]) for row in summary["table"]))
+    return sorted(
+        summary["table"], key=lambda row: (order.index((row["budget"], row["task"])), row["change"]["mean"])
+    )
+
+
+def _interval(x: dict[str, Any]) -> str:
+    if x["low"] is None:
+        return f"{x['mean']:+.4f}"
+    return f"{x['mean']:+.4f} ({x['low']:+.4f} to {x['high']:+.4f})"

@@ -1,0 +1,129 @@
+"""Choosers of sets, and the trainings that judge them."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jz3.comparison import ComparisonConfig
+from jz3.comparison.sets import coverage, diverse, matching
+from jz3.config import Recipe, shipped_recipe
+from jz3.files import read_jsonl, write_jsonl
+from jz3.pipeline import run_pipeline
+from jz3.stage import StageContext
+
+
+def unit(*rows: list[float]) -> np.ndarray:
+    x = np.array(rows, np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_matching_is_greedy_in_the_cosine_of_the_sum() -> None:
+    rng = np.random.default_rng(0)
+    features, queries = rng.standard_normal((40, 12)).astype(np.float32), rng.standard_normal((5, 12))
+    target, chosen = queries.mean(0), []
+    for row in itertools.islice(matching(features, queries), 15):
+
+        def cosine(i: int) -> float:
+            total = features[[*chosen, i]].astype(np.float64).sum(0)
+            return float(total @ target / np.linalg.norm(total))
+
+        assert cosine(row) == pytest.approx(max(cosine(i) for i in range(40) if i not in chosen), abs=1e-5)
+        chosen.append(row)
+
+
+@pytest.mark.parametrize("chooser", [matching, diverse])
+def test_copies_of_the_best_come_late(chooser) -> None:
+    features = unit([1, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0.001], [0.8, -0.7, 0.1], [0.1, 0, 1])
+    order = list(chooser(features, unit([1, 0, 0])))
+    assert order[:2] == [0, 3] and sorted(order) == [0, 1, 2, 3, 4]
+
+
+def test_coverage_serves_every_query() -> None:
+    features = unit([1, 0.1], [1, 0.2], [1, 0.3], [0.3, 0.9])
+    order = list(coverage(features, unit([1, 0], [0, 1])))
+    assert 3 in order[:2]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison") / "run"
+    recipe = shipped_recipe("tiny")
+    run_pipeline(dataclasses.replace(recipe, comparison=ComparisonConfig()), folder, last="influence")
+    return folder
+
+
+def compared(folder: Path, **changes: Any) -> tuple[Recipe, dict]:
+    from jz3.comparison import run
+    from jz3.config import settled
+
+    recipe = settled(shipped_recipe("tiny"))
+    config = dataclasses.replace(recipe.comparison, **changes)
+    recipe = dataclasses.replace(recipe, comparison=config)
+    ctx = StageContext(recipe=recipe, run_dir=folder, name="comparison")
+    ctx.out.mkdir(exist_ok=True)
+    return recipe, run(ctx)
+
+
+def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"methods": ("influence", "matching", "random"), "per_task": True, "workers": 2}
+    _, summary = compared(run_folder, **wanted)
+    rows = summary["table"]
+    assert [(r["task"], r["chooser"]) for r in rows] == list(
+        itertools.product(("word_problems", "number_algebra"), wanted["methods"])
+    )
+    assert all(np.isfinite(r["change"]["mean"]) and r["trained_tokens"] > 300 for r in rows)
+    assert rows[0]["overlap_with_influence"] == 1.0 and rows[2]["against_random"]["mean"] == 0.0
+    assert not list(run_folder.glob("comparison/runs/*/model*"))
+
+    monkeypatch.setattr("jz3.comparison.stage.train", None)
+    again = compared(run_folder, **wanted)[1]["table"]
+    assert [r["change"] for r in again] == [r["change"] for r in rows]
+
+
+@pytest.mark.parametrize("chooser", ["dot", "mix", "coverage", "diverse", "bm25", "hidden", "loss"])
+def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
+    from jz3.comparison.choosers import load_pool
+
+    recipe = shipped_recipe("tiny")
+    ctx = StageContext(recipe=recipe, run_dir=run_folder, name="comparison")
+    pool = load_pool(ctx, set())
+    rows = pool.order(ctx, chooser, "", 0, 500)
+    sizes = [int(pool.scores["tokens"][row]) for row in rows]
+    assert len(set(rows)) == len(rows) and sum(sizes) >= 500 > sum(sizes[:-1])
+
+
+def test_random_draws_anew_for_every_seed(run_folder: Path) -> None:
+    from jz3.comparison.choosers import load_pool
+
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
+    pool = load_pool(ctx, set())
+    draws = [pool.order(ctx, "random", "", seed, 500) for seed in (0, 1, 2)]
+    assert draws[0] != draws[1] != draws[2] != draws[0]
+
+
+def test_a_text_that_holds_a_test_problem_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("comparison"))
+    problem = next(iter(read_jsonl(folder / "targets" / "eval.jsonl")))["problem"]
+    docs = list(read_jsonl(folder / "corpus" / "docs.jsonl"))
+    docs[3]["text"] = f"An exercise. {problem} Solve it."
+    write_jsonl(folder / "corpus" / "docs.jsonl", docs)
+    _, summary = compared(folder, methods=("random",), workers=1)
+    assert summary["contaminated"] == 1
+    reject = next(iter(read_jsonl(folder / "comparison" / "rejects.jsonl")))
+    assert reject["id"] == docs[3]["id"] and reject["reason"] == "holds_test_problem"
+
+
+def test_bad_settings_are_named() -> None:
+    changes: tuple[dict[str, Any], ...] = ({"seeds": 0}, {"tokens": -1}, {"methods": ("random", "random")})
+    for change in changes:
+        with pytest.raises(ValueError, match="comparison"):
+            ComparisonConfig(**change)
