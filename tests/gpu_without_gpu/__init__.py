@@ -1,0 +1,1 @@
+"""Verify and assess CUDA and Triton kernels on a machine without a GPU."""
