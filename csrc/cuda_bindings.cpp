@@ -53,6 +53,35 @@ PYBIND11_MODULE(_cuda, m) {
                                           stride, key, first_block, piece},
                                          at<CUstream_st>(stream)));
         });
+  m.def(
+      "segment_project",
+      [](uintptr_t a, uintptr_t g, uintptr_t left, uintptr_t out, uintptr_t partial, uintptr_t slots,
+         uintptr_t pieces, uintptr_t tiles, uintptr_t groups, int64_t width, int64_t outputs, int64_t columns,
+         int64_t stride_a, int64_t stride_g, int64_t stride_left, float scale, int kind, bool bf16, int64_t blocks,
+         int64_t tokens, bool sm90, uintptr_t stream) {
+        const jz3::SegmentProject p{
+            at<const uint16_t>(a),     at<const uint16_t>(g),    at<const void>(left),   at<float>(out),
+            at<float>(partial),        at<const int32_t>(slots), at<const int4>(pieces), at<const int32_t>(tiles),
+            at<const int32_t>(groups), width,                    outputs,                columns,
+            stride_a,                  stride_g,                 stride_left,            scale};
+        check(sm90 ? jz3::launch_segment_project_sm90(p, tokens, bf16, blocks, at<CUstream_st>(stream))
+                   : jz3::launch_segment_project(p, kind, bf16, blocks, at<CUstream_st>(stream)));
+      },
+      py::kw_only(), py::arg("a"), py::arg("g"), py::arg("left"), py::arg("out"), py::arg("partial"),
+      py::arg("slots"), py::arg("pieces"), py::arg("tiles"), py::arg("groups"), py::arg("width"),
+      py::arg("outputs"), py::arg("columns"), py::arg("stride_a"), py::arg("stride_g"), py::arg("stride_left"),
+      py::arg("scale"), py::arg("kind"), py::arg("bf16"), py::arg("blocks"), py::arg("tokens"), py::arg("sm90"),
+      py::arg("stream"));
+  m.def(
+      "segment_sum",
+      [](uintptr_t partial, uintptr_t out, uintptr_t first, uintptr_t documents, int64_t size, int64_t count,
+         uintptr_t stream) {
+        check(jz3::launch_segment_sum(
+            {at<const float>(partial), at<float>(out), at<const int64_t>(first), at<const int64_t>(documents), size},
+            count, at<CUstream_st>(stream)));
+      },
+      py::kw_only(), py::arg("partial"), py::arg("out"), py::arg("first"), py::arg("documents"), py::arg("size"),
+      py::arg("count"), py::arg("stream"));
   m.def("score_codes",
         [](uintptr_t codes, uintptr_t fragments, uintptr_t step, uintptr_t bias, uintptr_t row_scale,
            uintptr_t scores, int64_t rows, int64_t row_bytes, int64_t queries, int bits,

@@ -1,10 +1,13 @@
 """Projected gradients per document: against autograd, float64 and packing."""
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 
+from jz3.ops.segment_plan import plan_segments
 from jz3.ops.segment_project import segment_norms, segment_project, segment_project_reference
+from jz3.ops.signs import sign_bits, signs
 
 RAGGED = [0, 5, 5, 6, 40, 67]
 
@@ -65,10 +68,73 @@ def test_norms_are_those_of_the_gradients() -> None:
         assert torch.allclose(segment_norms(a, g, bounds).double(), full.square().sum((1, 2)), rtol=1e-4)
 
 
+def test_tokens_may_belong_to_documents_in_any_order() -> None:
+    a, g, left = normal(0, 9, 4), normal(1, 9, 6), normal(2, 6, 3)
+    owner = torch.tensor([3, 0, -1, 3, 1, 0, 3, -1, 0])
+    got = segment_project(a, g, left, owner, documents=5)
+    for i in range(5):
+        mine = owner == i
+        assert torch.allclose(got[i], left.T @ (g[mine].T @ a[mine]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(segment_project(a, g, left, owner.int(), documents=5), got)
+    nobody = torch.full((9,), -1)
+    assert not segment_project(a, g, left, nobody, documents=2).any()
+    assert segment_project(a, g, left, nobody, documents=0).shape == (0, 3, 4)
+
+
+def test_packed_signs_stand_for_a_dense_matrix() -> None:
+    a, g, bounds = normal(0, 30, 4), normal(1, 30, 50), torch.tensor([0, 12, 30])
+    for outputs in (1, 32, 140):
+        bits = sign_bits(3, "m", 50, outputs)
+        dense = signs(3, "m", 50, outputs, dtype=torch.float32) / outputs**0.5
+        got = segment_project(a, g, bits, bounds, outputs=outputs)
+        assert torch.allclose(got, segment_project(a, g, dense, bounds), rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_the_blocks() -> None:
+    a, g, left, bounds = normal(0, 30, 4), normal(1, 30, 6), normal(2, 6, 3), torch.tensor([0, 12, 12, 30])
+    blocks, norms = segment_project(a, g, left, bounds, norms=True)
+    assert torch.equal(blocks, segment_project(a, g, left, bounds))
+    assert norms.shape == (3,) and torch.allclose(norms, blocks.square().sum((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_plan_covers_every_document_once_and_in_order(tiles: int, tile: int) -> None:
+    lengths = np.concatenate([np.random.default_rng(0).integers(0, 700, 40), [1] * 30, [0, 256, 128, 16]])
+    bounds = 3 + np.concatenate([[0], lengths.cumsum()])
+    plan = plan_segments(bounds, tiles * tile, tile)
+    written: dict[int, list[int]] = {}
+    for first, last in zip(plan.groups, plan.groups[1:], strict=False):
+        sums: list[int] = []
+        for number in range(first, last):
+            for begin, end, target, complete in plan.pieces[plan.tiles[number] : plan.tiles[number + 1]]:
+                assert 0 <= begin < end <= tile and begin % 16 == end % 16 == 0
+                slots = plan.slots[number * tile + begin : number * tile + end]
+                sums += slots[slots >= 0].tolist()
+                if complete:
+                    assert target not in written
+                    written[target], sums = sums, []
+        assert not sums
+    for i, document in enumerate(plan.documents):
+        parts = [written.pop(~k) for k in range(plan.partials[i], plan.partials[i + 1])]
+        written[document] = sum(parts, [])
+    assert written == {i: list(range(bounds[i], bounds[i + 1])) for i in range(len(lengths))}
+
+
+def test_a_plan_depends_on_nothing_but_the_document() -> None:
+    """The slots of a document's pieces, counted from their own beginning, are the same beside any other."""
+    alone = plan_segments(np.array([0, 300]), 128, 128)
+    beside = plan_segments(np.array([0, 40, 340, 350]), 128, 128)
+    mine = beside.pieces[1:4]
+    assert (mine[:, 1] - mine[:, 0]).tolist() == (alone.pieces[:, 1] - alone.pieces[:, 0]).tolist()
+    assert beside.documents.tolist() == [1] and alone.partials.tolist() == beside.partials.tolist()
+
+
 def test_nothing_tracks_gradients_and_no_documents_is_fine() -> None:
     a, g = normal(0, 5, 3).requires_grad_(), normal(1, 5, 2)
     assert not segment_project(a, g, None, torch.tensor([0, 5])).requires_grad
     assert segment_project(a, g, None, torch.tensor([0])).shape == (0, 2, 3)
+    assert not segment_project(a[:0], g[:0], None, torch.tensor([0, 0])).any()
 
 
 @pytest.mark.parametrize(
@@ -84,13 +150,25 @@ def test_nothing_tracks_gradients_and_no_documents_is_fine() -> None:
         ({"g": torch.ones(5, 2, dtype=torch.int64)}, TypeError, "g must hold float, got int64"),
         ({"left": normal(0, 3, 2)}, ValueError, "left must have the axes"),
         (
-            {"cu_seqlens": torch.tensor([0, 6])},
+            {"segments": torch.tensor([0, 6])},
             ValueError,
-            r"cu_seqlens must not decrease and lie in \[0, 5\]",
+            r"segments must not decrease and lie in \[0, 5\]",
         ),
-        ({"cu_seqlens": torch.tensor([0, 4, 3])}, ValueError, "must not decrease"),
-        ({"cu_seqlens": torch.tensor([-1, 3])}, ValueError, "must not decrease"),
-        ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ValueError, "cu_seqlens"),
+        ({"segments": torch.tensor([0, 4, 3])}, ValueError, "must not decrease"),
+        ({"segments": torch.tensor([-1, 3])}, ValueError, "must not decrease"),
+        ({"segments": torch.tensor([], dtype=torch.int64)}, ValueError, "segments must have the axes"),
+        ({"segments": torch.tensor([0.0, 5.0])}, TypeError, "segments must hold int, got float32"),
+        ({"documents": 2}, ValueError, r"segments must have the axes \[T\] with T = 5"),
+        ({"segments": torch.full((5,), 2), "documents": 2}, ValueError, r"segments must lie in \[-1, 1\]"),
+        ({"segments": torch.full((5,), -2), "documents": 2}, ValueError, r"segments must lie in \[-1, 1\]"),
+        ({"documents": 2.0}, TypeError, "documents must be an int"),
+        ({"outputs": 2}, ValueError, "outputs is for packed signs"),
+        ({"left": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, "outputs must be given"),
+        (
+            {"left": torch.zeros(2, 4, dtype=torch.int32), "outputs": 129},
+            ValueError,
+            r"outputs must be in \[1, 128\], got 129",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
@@ -98,7 +176,7 @@ def test_wrong_arguments_are_named(change: dict, error: type[Exception], message
         "a": normal(0, 5, 3),
         "g": normal(1, 5, 2),
         "left": normal(2, 2, 2),
-        "cu_seqlens": torch.tensor([0, 5]),
+        "segments": torch.tensor([0, 5]),
     }
     with pytest.raises(error, match=message):
         segment_project(**{**good, **change})

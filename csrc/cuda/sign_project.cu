@@ -1,106 +1,121 @@
 // out[s][r] = sum_c x[s][c] * sign(r, c) on the tensor cores (mma.sync m16n8k16, bfloat16 in, float32 sums).
 //
-// The signs live in registers only. A product's columns may be taken in any order, so they are ordered for the
-// generator: of 128 columns, thread t of a quad takes 32t .. 32t+31, whose signs for one projection are word t
-// of one Philox call. Each thread makes one call (projection 8t + g of 32) and the quad exchanges words: 128
-// columns x 32 projections cost one call and three shuffles a thread. Bits i and i + 16 of a word are moved to
-// the sign bits of two packed ones by one shift and one three-input logic operation.
+// A block has up to 128 rows and 256 projections and walks over its piece of the columns, 128 at a time: cp.async
+// brings the next rows to shared memory (unit u of 16 bytes of row r lies at u ^ (r mod 8)) while the tensor cores
+// work on these. A projection's 128 signs are one Philox call, made once for all rows. Their bits are put in the
+// order in which threads need them: thread t of a quad has columns 8u + 2t, 8u + 2t + 1 of the 16 units u, in one
+// word, the two of a unit 16 bits apart, so that one shift and one three-input logic operation make them two signed
+// ones.
 //
-// A warp has 16 * MT rows and 32 projections, a block four warps (128 projections), a grid layer one piece of the
-// columns; the pieces' sums are added outside, in order. Rows come straight from memory: the four warps share
-// them in the L1 cache.
+// A grid layer is one piece of the columns; the pieces' sums are added outside, in order.
 //
-// bytes: 2 S P per 128 projections      flops: 2 S P k      generator: P k / 128 calls per 16 * MT rows
+// bytes: 2 S P per 256 projections      flops: 2 S P k      generator: P k / 128 calls per 128 rows
 #include "common/philox.h"
-#include "cuda/launch.h"
+#include "cuda/segment_project.h"
 
 namespace jz3 {
 namespace {
 
-constexpr int WARPS = 4, NT = 4, BLOCK = 128;
-constexpr uint32_t ONES = 0x3F803F80u;  // two bfloat16 ones
+constexpr int BLOCK = 128, PROJECTIONS = 256, NT = 8;  // columns, projections of a block, projections / 8 of a warp
+constexpr int WARPS_N = PROJECTIONS / (8 * NT);
 
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// bytes of a stage: rows of 128 columns, four words of signs for each projection
+template <int ROWS>
+constexpr int SIGNS_AT = ROWS * BLOCK * 2;
+template <int ROWS>
+constexpr int STAGE_BYTES = SIGNS_AT<ROWS> + PROJECTIONS * 16;
+
+// swaps the bits `mask << shift` of a with the bits `mask` of b
+__device__ __forceinline__ void exchange(uint32_t& a, uint32_t& b, int shift, uint32_t mask) {
+  const uint32_t differ = ((a >> shift) ^ b) & mask;
+  b ^= differ;
+  a ^= differ << shift;
 }
 
-// eight values of a row from `column`, zeros beyond `columns`
-__device__ __forceinline__ uint4 load8(const uint16_t* row, int64_t column, int64_t columns) {
-  if (row == nullptr || column >= columns) return make_uint4(0, 0, 0, 0);
-  if (column + 8 <= columns) return *reinterpret_cast<const uint4*>(row + column);
-  uint32_t word[4] = {0, 0, 0, 0};
+// Bit 8b + 2t + e of word w (column 32w + 8b + 2t + e) comes to word t, bit (b >> 1) + 2w + 8 (b & 1) + 16e.
+__device__ __forceinline__ uint4 by_thread(Words x) {
+  exchange(x.word[0], x.word[1], 2, 0x33333333u);
+  exchange(x.word[2], x.word[3], 2, 0x33333333u);
+  exchange(x.word[0], x.word[2], 4, 0x0F0F0F0Fu);
+  exchange(x.word[1], x.word[3], 4, 0x0F0F0F0Fu);
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (column + i < columns) word[i / 2] |= uint32_t(row[column + i]) << (16 * (i % 2));
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
-
-__device__ __forceinline__ uint32_t pick(const Words& w, int i) {
-  const uint32_t low = i & 1 ? w.word[1] : w.word[0], high = i & 1 ? w.word[3] : w.word[2];
-  return i & 2 ? high : low;
-}
-
-// word t of the calls of all threads of the quad: bits[j] is that of thread j
-__device__ __forceinline__ void exchange(const Words& own, int t, uint32_t (&bits)[NT]) {
-  uint32_t got[NT];  // got[d] comes from thread t ^ d
-  got[0] = pick(own, t);
-#pragma unroll
-  for (int d = 1; d < 4; ++d) got[d] = __shfl_xor_sync(0xffffffffu, pick(own, t ^ d), d);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int d = j ^ t;
-    const uint32_t low = d & 1 ? got[1] : got[0], high = d & 1 ? got[3] : got[2];
-    bits[j] = d & 2 ? high : low;
+  for (int t = 0; t < 4; ++t) {
+    const uint32_t differ = ((x.word[t] >> 15) ^ x.word[t]) & 0x0000AAAAu;
+    x.word[t] ^= differ ^ (differ << 15);
   }
+  return make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
 }
 
-template <int MT>
+// MT * 16 rows a warp, WARPS_M warps of rows
+template <int MT, int WARPS_M>
 __device__ __forceinline__ void project(const SignProject& p) {
+  constexpr int THREADS = 32 * WARPS_M * WARPS_N, ROWS = 16 * MT * WARPS_M, STAGE = STAGE_BYTES<ROWS>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int64_t first_row = int64_t(blockIdx.y) * 16 * MT;
-  const int64_t first_projection = (int64_t(blockIdx.x) * WARPS + warp) * 8 * NT;
+  const int warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
+  const int64_t first_row = int64_t(blockIdx.y) * ROWS, first_projection = int64_t(blockIdx.x) * PROJECTIONS;
   const int64_t begin = int64_t(blockIdx.z) * p.piece;
-  const int64_t end = begin + p.piece < p.columns ? begin + p.piece : p.columns;
-  const uint16_t* row[MT][2];
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t r = first_row + m * 16 + h * 8 + g;
-      row[m][h] = r < p.rows ? p.x + r * p.stride : nullptr;
+  const int width = int(begin + p.piece < p.columns ? p.piece : p.columns - begin);  // of this piece
+  const int height = int(first_row + ROWS < p.rows ? ROWS : p.rows - first_row);  // of this block
+  const int blocks = (width + BLOCK - 1) / BLOCK;
+
+  const uint16_t* x_block = p.x + first_row * p.stride + begin;
+  auto load = [&](int block) {
+    const int unit = threadIdx.x & 15, column = block * BLOCK + unit * 8;
+    const int bytes = column >= width ? 0 : column + 8 <= width ? 16 : 2 * (width - column);
+#pragma unroll 2  // more would take registers for addresses
+    for (int row = threadIdx.x >> 4; row < ROWS; row += THREADS / 16) {
+      const int take = row < height ? bytes : 0;
+      cp_async16(base + (block & 1) * STAGE + row * 256 + ((unit ^ (row & 7)) << 4),
+                 take ? x_block + row * p.stride + column : p.x, take);
     }
+    cp_async_commit();
+  };
+  auto generate = [&](int block) {
+    const uint64_t column_block = p.first_block + uint64_t(begin) / BLOCK + block;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < PROJECTIONS; i += THREADS)
+      *reinterpret_cast<uint4*>(shared + (block & 1) * STAGE + SIGNS_AT<ROWS> + i * 16) =
+          by_thread(philox(p.key, column_block, uint64_t(first_projection + i)));
+  };
+
   float acc[MT][NT][4] = {};
-  for (int64_t column = begin; column < end; column += BLOCK) {
-    const Words own = philox(p.key, p.first_block + uint64_t(column) / BLOCK, uint64_t(first_projection + t * 8 + g));
+  load(0);
+  generate(0);
+  for (int block = 0; block < blocks; ++block) {
+    cp_async_wait<0>();
+    __syncthreads();
+    if (block + 1 < blocks) {
+      load(block + 1);
+      generate(block + 1);
+    }
+    const uint32_t rows = base + (block & 1) * STAGE;
+    const uint8_t* signs = shared + (block & 1) * STAGE + SIGNS_AT<ROWS>;
     uint32_t bits[NT];
-    exchange(own, t, bits);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = column + 32 * t + 8 * half;
+    for (int n = 0; n < NT; ++n)
+      bits[n] = *reinterpret_cast<const uint32_t*>(signs + (warp_n * 8 * NT + n * 8 + g) * 16 + t * 4);
+#pragma unroll 1  // 64 columns at a time: unrolled further it would take too many registers
+    for (uint32_t half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        uint32_t low[2][4], high[2][4];
+      for (int s = 0; s < 4; ++s) {  // of 16 columns
+        uint32_t x[MT][4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint4 x = load8(row[m][h], at, p.columns), y = load8(row[m][h], at + 16, p.columns);
-          low[h][0] = x.x, low[h][1] = x.y, low[h][2] = x.z, low[h][3] = x.w;
-          high[h][0] = y.x, high[h][1] = y.y, high[h][2] = y.z, high[h][3] = y.w;
+        for (int m = 0; m < MT; ++m) {
+          const uint32_t row = (warp_m * MT + m) * 16 + (lane & 15), at = 2 * s + (lane >> 4);
+          ldmatrix(x[m], rows + half * 128 + row * 256 + ((at ^ (row & 7)) << 4));
         }
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const uint32_t a[4] = {
-              __byte_perm(low[0][s], high[0][s], 0x5410), __byte_perm(low[1][s], high[1][s], 0x5410),
-              __byte_perm(low[0][s], high[0][s], 0x7632), __byte_perm(low[1][s], high[1][s], 0x7632)};
-          const int shift = 15 - 8 * half - 2 * s;
+        for (int n = 0; n < NT; ++n) {
+          const uint32_t y0 = ((bits[n] << (15 - s)) & 0x80008000u) ^ Bf16::ONES;
+          const uint32_t y1 = ((bits[n] << (7 - s)) & 0x80008000u) ^ Bf16::ONES;
 #pragma unroll
-          for (int n = 0; n < NT; ++n)
-            mma(acc[m][n], a, ((bits[n] << shift) & 0x80008000u) ^ ONES,
-                ((bits[n] << (shift - 1)) & 0x80008000u) ^ ONES);
+          for (int m = 0; m < MT; ++m) Bf16::mma(acc[m][n], x[m], y0, y1);
         }
       }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) bits[n] >>= 4;
     }
   }
   float* out = p.partial + int64_t(blockIdx.z) * p.rows * p.projections;
@@ -110,23 +125,27 @@ __device__ __forceinline__ void project(const SignProject& p) {
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t r = first_row + m * 16 + (i >> 1) * 8 + g;
-        const int64_t c = first_projection + n * 8 + t * 2 + (i & 1);
+        const int64_t r = first_row + (warp_m * MT + m) * 16 + (i >> 1) * 8 + g;
+        const int64_t c = first_projection + (warp_n * NT + n) * 8 + t * 2 + (i & 1);
         if (r < p.rows && c < p.projections) out[r * p.projections + c] = acc[m][n][i];
       }
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) jz3_sign_project_16(SignProject p) { project<1>(p); }
-extern "C" __global__ void __launch_bounds__(32 * WARPS) jz3_sign_project_64(SignProject p) { project<4>(p); }
+extern "C" __global__ void __launch_bounds__(128) jz3_sign_project_16(SignProject p) { project<1, 1>(p); }
+extern "C" __global__ void __launch_bounds__(128) jz3_sign_project_64(SignProject p) { project<4, 1>(p); }
+extern "C" __global__ void __launch_bounds__(256) jz3_sign_project_128(SignProject p) { project<4, 2>(p); }
 
 cudaError_t launch_sign_project(const SignProject& p, cudaStream_t stream) {
-  const bool small = p.rows <= 16;
-  const int64_t height = small ? 16 : 64;
-  const dim3 grid(unsigned((p.projections + 8 * NT * WARPS - 1) / (8 * NT * WARPS)),
+  const int height = p.rows <= 16 ? 16 : p.rows <= 64 ? 64 : 128;
+  const auto kernel = height == 16 ? jz3_sign_project_16 : height == 64 ? jz3_sign_project_64 : jz3_sign_project_128;
+  const int bytes = 2 * (height == 16 ? STAGE_BYTES<16> : height == 64 ? STAGE_BYTES<64> : STAGE_BYTES<128>);
+  const dim3 grid(unsigned((p.projections + PROJECTIONS - 1) / PROJECTIONS),
                   unsigned((p.rows + height - 1) / height), unsigned((p.columns + p.piece - 1) / p.piece));
-  (small ? jz3_sign_project_16 : jz3_sign_project_64)<<<grid, 32 * WARPS, 0, stream>>>(p);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, height == 128 ? 256 : 128, size_t(bytes), stream>>>(p);
   return cudaGetLastError();
 }
 

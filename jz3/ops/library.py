@@ -3,7 +3,7 @@
 They are opaque to torch.compile, and outside of it the same as the functions of `jz3.ops`, checks included.
 
     import jz3.ops.library
-    torch.ops.jz3.segment_project(a, g, left, cu_seqlens)
+    torch.ops.jz3.segment_project(a, g, left, segments)
 """
 
 import torch
@@ -34,16 +34,29 @@ def _(seed: int, name: str, rows: int, cols: int, first_row: int, first_col: int
 
 @torch.library.custom_op("jz3::segment_project", mutates_args=())
 def segment_project_op(
-    a: torch.Tensor, g: torch.Tensor, left: torch.Tensor | None, cu_seqlens: torch.Tensor
+    a: torch.Tensor,
+    g: torch.Tensor,
+    left: torch.Tensor | None,
+    segments: torch.Tensor,
+    documents: int | None = None,
+    outputs: int | None = None,
 ) -> torch.Tensor:
-    """`jz3.ops.segment_project.segment_project`."""
-    return segment_project(a, g, left, cu_seqlens)
+    """`jz3.ops.segment_project.segment_project` without norms."""
+    return segment_project(a, g, left, segments, documents=documents, outputs=outputs)
 
 
 @segment_project_op.register_fake
-def _(a: torch.Tensor, g: torch.Tensor, left: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    outputs = g.shape[1] if left is None else left.shape[1]
-    return a.new_empty(cu_seqlens.shape[0] - 1, outputs, a.shape[1], dtype=_result_dtype(a))
+def _(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    left: torch.Tensor | None,
+    segments: torch.Tensor,
+    documents: int | None = None,
+    outputs: int | None = None,
+) -> torch.Tensor:
+    count = segments.shape[0] - 1 if documents is None else documents
+    width = outputs if outputs is not None else g.shape[1] if left is None else left.shape[1]
+    return a.new_empty(count, width, a.shape[1], dtype=_result_dtype(a))
 
 
 @torch.library.custom_op("jz3::sketch", mutates_args=())

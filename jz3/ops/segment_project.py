@@ -1,81 +1,166 @@
 """All documents' projected gradients of one linear module, in one pass over its output gradient.
 
-Document i owns the tokens cu_seqlens[i] .. cu_seqlens[i + 1] of a packed batch. With a_t R already
-projected and L = `left`,
+Document i owns some tokens of a packed batch. With a_t R already projected and L = `left`,
 
-    out[i] = sum_{t in i} (L^T g_t) (a_t R)^T        [p_o, p_i]
+    out[i] = sum_{t in i} (L^T g_t) (a_t R)^T        [Q, P]
 
 which is L^T G_i R for the document's gradient G_i = sum_t g_t a_t^T, without ever forming G_i.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
+import math
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from jz3 import backend
-from jz3.ops.checks import check_tensors
+from jz3.ops.checks import check_int, check_tensors
+from jz3.ops.segment_plan import Plan, piece_limit, plan_segments
+from jz3.ops.signs import unpack_signs
 
 if TYPE_CHECKING:
     import torch
 
+DENSE, SIGNS, IDENTITY = range(3)
+"""Kinds of L, as csrc/cuda/launch.h numbers them."""
+
+SLOTS, SLOTS_SM90 = 128, 256
+"""Slots of a tile of the CUDA kernels."""
+
+SMALL = 64
+"""Up to so many outputs and columns the sm_90 kernel would leave half of its work unused."""
+
 
 def segment_project_reference(
-    a: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor | None", cu_seqlens: "torch.Tensor"
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    bounds: "torch.Tensor",
+    tokens: "torch.Tensor | None" = None,
+    outputs: int | None = None,
 ) -> "torch.Tensor":
-    """The definition of `segment_project` in plain torch; float64 inputs give float64."""
+    """The definition of `segment_project` in plain torch, and the signature of every back end.
+
+    Args:
+        a, g, left, outputs: as for `segment_project`.
+        bounds: int [S + 1]; document i has the positions bounds[i] .. bounds[i + 1].
+        tokens: int64, position -> token; None where they are the same.
+
+    Returns:
+        float32 [S, Q, P]; float64 inputs give float64.
+    """
     import torch
 
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    rows = g.to(dtype) if left is None else g.to(dtype) @ left.to(dtype)
+    if tokens is not None:
+        a, g = a[tokens], g[tokens]
+    rows = g.to(dtype)
+    if left is not None:
+        rows = rows @ (left.to(dtype) if outputs is None else unpack_left(left, outputs, dtype))
+    if outputs is not None:
+        rows *= 1 / math.sqrt(outputs)
     a = a.to(dtype)
-    bounds = cu_seqlens.tolist()
-    out = torch.empty(len(bounds) - 1, rows.shape[1], a.shape[1], dtype=dtype, device=a.device)
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    edges = bounds.tolist()
+    out = torch.empty(len(edges) - 1, rows.shape[1], a.shape[1], dtype=dtype, device=a.device)
+    for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
         torch.matmul(rows[begin:end].T, a[begin:end], out=out[i])
     return out
 
 
+@overload
 def segment_project(
-    a: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor | None", cu_seqlens: "torch.Tensor"
-) -> "torch.Tensor":
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    segments: "torch.Tensor",
+    *,
+    documents: int | None = ...,
+    outputs: int | None = ...,
+    norms: Literal[False] = ...,
+) -> "torch.Tensor": ...
+
+
+@overload
+def segment_project(
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    segments: "torch.Tensor",
+    *,
+    documents: int | None = ...,
+    outputs: int | None = ...,
+    norms: Literal[True],
+) -> "tuple[torch.Tensor, torch.Tensor]": ...
+
+
+def segment_project(
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    segments: "torch.Tensor",
+    *,
+    documents: int | None = None,
+    outputs: int | None = None,
+    norms: bool = False,
+) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
     """Project every document's gradient of a linear module: out[i] = sum_{t in i} (L^T g_t) a_t^T.
 
     Args:
-        a: the module's input, already projected (a R): [T, p_i].
+        a: the module's input, already projected (a R): [T, P].
         g: the gradient of the loss with respect to the module's output: [T, O].
-        left: L: [O, p_o]; None is the identity, which gives exact gradients for unprojected `a`.
-        cu_seqlens: where the documents begin, and T at the end: int [S + 1], not decreasing. Tokens
-            before the first bound or after the last belong to no document.
+        left: L: [O, Q]; or its signs packed as `jz3.ops.signs.sign_bits` packs them, int32 [O, words],
+            for entries of +-1 / sqrt(Q); None is the identity, which gives exact gradients for
+            unprojected `a`.
+        segments: which document a token belongs to; on the device of `a` or, which spares waiting for
+            the device, on the CPU. Without `documents` the bounds of packed documents: int [S + 1], not
+            decreasing; tokens before the first bound or after the last belong to none. With `documents`
+            the document of every token in any order: int [T], -1 for none.
+        documents: S, if `segments` is a map from tokens to documents.
+        outputs: Q, if `left` is packed signs.
+        norms: return the blocks' squared Frobenius norms too.
 
     Returns:
-        float32 [S, p_o, p_i] (float64 if `a` is); zeros for documents without tokens.
+        float32 [S, Q, P] (float64 if `a` is), zeros for documents without tokens; with `norms` also
+        [S] of the same dtype.
 
     Raises:
         TypeError: an argument is no tensor or of the wrong kind.
-        ValueError: shapes or devices don't agree, or `cu_seqlens` is no list of bounds.
+        ValueError: shapes or devices don't agree, `segments` isn't what it should be, or `documents` or
+            `outputs` is missing, superfluous or out of range.
 
     Source: the per-document gradient of LoGra (arXiv 2405.13954, eq. 5) for ragged packed batches.
     """
     import torch
 
-    if left is None:
-        check_tensors(
-            "segment_project",
-            a=(a, "T P", "float"),
-            g=(g, "T O", "float"),
-            cu_seqlens=(cu_seqlens, "S+1", "int"),
-        )
+    packed = left is not None and getattr(left, "dtype", None) == torch.int32
+    specs: dict[str, Any] = {"a": (a, "T P", "float"), "g": (g, "T O", "float")}
+    if left is not None:
+        specs["left"] = (left, "O words" if packed else "O Q", "int32" if packed else "float")
+    sizes = check_tensors("segment_project", **specs)
+    if packed:
+        if outputs is None:
+            raise ValueError("segment_project: outputs must be given where left is packed signs, got None")
+        check_int("segment_project", "outputs", outputs, 1, 32 * sizes["words"])
+    elif outputs is not None:
+        raise ValueError(f"segment_project: outputs is for packed signs (int32 left) alone, got {outputs!r}")
+    width = outputs if outputs is not None else sizes["O" if left is None else "Q"]
+    tokens = None
+    if documents is None:
+        check_tensors("segment_project", segments=(segments, "S+1", "int"))
+        bounds = segments.cpu().long()
+        check_bounds("segment_project", bounds, sizes["T"], "segments")
     else:
-        check_tensors(
-            "segment_project",
-            a=(a, "T P", "float"),
-            g=(g, "T O", "float"),
-            left=(left, "O Q", "float"),
-            cu_seqlens=(cu_seqlens, "S+1", "int"),
-        )
-    check_bounds("segment_project", cu_seqlens, len(a))
+        check_int("segment_project", "documents", documents, 0, (1 << 31) - 1)
+        bounds, tokens = _sort_tokens(segments, documents, sizes["T"])
     with torch.no_grad():
-        return backend.call("segment_project", a, g, left, cu_seqlens)
+        count = len(bounds) - 1
+        if int(bounds[-1]) > int(bounds[0]) and sizes["O"] * width * sizes["P"]:
+            tokens = None if tokens is None else tokens.to(a.device)
+            blocks = backend.call("segment_project", a, g, left, bounds, tokens, outputs)
+        else:
+            dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+            blocks = torch.zeros(count, width, sizes["P"], dtype=dtype, device=a.device)
+        return (blocks, torch.linalg.vector_norm(blocks.flatten(1), dim=1).square()) if norms else blocks
 
 
 def segment_norms(a: "torch.Tensor", g: "torch.Tensor", cu_seqlens: "torch.Tensor") -> "torch.Tensor":
@@ -115,46 +200,200 @@ def segment_norms(a: "torch.Tensor", g: "torch.Tensor", cu_seqlens: "torch.Tenso
     return out.clamp_(min=0)
 
 
-def check_bounds(op: str, cu_seqlens: "torch.Tensor", tokens: int) -> None:
-    """Refuse `cu_seqlens` that isn't a non-decreasing list of bounds within [0, tokens]."""
-    if cu_seqlens.numel() == 0:
-        raise ValueError(f"{op}: cu_seqlens must hold at least one bound, got none")
-    low, high = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if low < 0 or high > tokens or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+def check_bounds(op: str, bounds: "torch.Tensor", tokens: int, name: str = "cu_seqlens") -> None:
+    """Refuse `bounds` that isn't a non-decreasing list of bounds within [0, tokens]."""
+    if bounds.numel() == 0:
+        raise ValueError(f"{op}: {name} must hold at least one bound, got none")
+    low, high = int(bounds[0]), int(bounds[-1])
+    if low < 0 or high > tokens or bool((bounds[1:] < bounds[:-1]).any()):
         raise ValueError(
-            f"{op}: cu_seqlens must not decrease and lie in [0, {tokens}], got {cu_seqlens.tolist()!r:.200}"
+            f"{op}: {name} must not decrease and lie in [0, {tokens}], got {bounds.tolist()!r:.200}"
         )
 
 
+def unpack_left(left: "torch.Tensor", outputs: int, dtype: "torch.dtype") -> "torch.Tensor":
+    """Return packed signs as +1 and -1: [O, Q] of a dtype, on their device."""
+    import torch
+
+    signs = unpack_signs(left.cpu().numpy().view(np.uint32), outputs)
+    return torch.from_numpy(signs).to(left.device, dtype)
+
+
+def _sort_tokens(
+    segments: "torch.Tensor", documents: int, tokens: int
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Turn a map from tokens to documents into bounds (on the CPU) and the tokens in their order.
+
+    The sort is stable, so that a document's tokens keep their order. Those of no document come first.
+    """
+    import torch
+
+    check_tensors("segment_project", segments=(segments, "T", "int"))
+    if len(segments) != tokens:
+        raise ValueError(
+            f"segment_project: segments must have the axes [T] with T = {tokens} (from a), "
+            f"got {tuple(segments.shape)}"
+        )
+    segments = segments.cpu()
+    counts = torch.bincount((segments + 1).clamp(min=0), minlength=documents + 1)
+    if len(counts) > documents + 1 or (tokens and int(segments.min()) < -1):
+        raise ValueError(
+            f"segment_project: segments must lie in [-1, {documents - 1}], got values in "
+            f"[{int(segments.min())}, {int(segments.max())}]"
+        )
+    return counts.cumsum(0), torch.argsort(segments, stable=True)
+
+
 def _segment_project_triton(
-    a: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor | None", cu_seqlens: "torch.Tensor"
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    bounds: "torch.Tensor",
+    tokens: "torch.Tensor | None",
+    outputs: int | None,
 ) -> "torch.Tensor":
+    """The Triton kernel takes packed documents and a dense L: tokens are gathered, signs unpacked before."""
     from jz3.kernels import segment_project as kernels
 
-    return kernels.segment_project(a, g, left, cu_seqlens)
+    if tokens is not None:
+        a, g = a[tokens], g[tokens]
+    if left is None or outputs is None:
+        return kernels.segment_project(a, g, left, bounds)
+    blocks = kernels.segment_project(a, g, unpack_left(left, outputs, a.dtype), bounds)
+    return blocks.mul_(1 / math.sqrt(outputs))
+
+
+def _segment_project_cuda(
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor | None",
+    bounds: "torch.Tensor",
+    tokens: "torch.Tensor | None",
+    outputs: int | None,
+) -> "torch.Tensor":
+    """The compiled kernels: TMA and wgmma on sm_90, cp.async and mma.sync elsewhere and for signs and maps."""
+    import torch
+
+    module, width, columns = backend.cuda_extension(), g.shape[1], a.shape[1]
+    if left is None:
+        kind, matrix, rows = IDENTITY, g, width
+    elif outputs is None:
+        kind, matrix, rows = DENSE, _aligned(left.T), left.shape[1]
+    else:
+        kind, matrix, rows = SIGNS, _aligned(left), outputs
+    hopper = torch.cuda.get_device_capability(a.device) == (9, 0) and "90a" in module.archs()
+    hopper = hopper and kind == DENSE and tokens is None and max(rows, columns) > SMALL
+    tile = SLOTS_SM90 if hopper else SLOTS
+    limit = piece_limit(width, rows, columns, tile)
+    plan, (slots, *tables) = _plan_on(bounds.numpy().tobytes(), limit, tile, a.device)
+    if tokens is not None:
+        slots = torch.where(slots < 0, -1, tokens[slots.clamp(min=0)]).int()
+    pieces, tiles, groups, first, documents = tables
+    out = torch.empty(len(bounds) - 1, rows, columns, device=a.device)
+    partial = torch.empty(int(plan.partials[-1]), rows, columns, device=a.device)
+    a = _aligned(a)
+    with torch.cuda.device(a.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        module.segment_project(
+            a=a.data_ptr(),
+            g=g.data_ptr(),
+            left=matrix.data_ptr(),
+            out=out.data_ptr(),
+            partial=partial.data_ptr(),
+            slots=slots.data_ptr(),
+            pieces=pieces.data_ptr(),
+            tiles=tiles.data_ptr(),
+            groups=groups.data_ptr(),
+            width=width,
+            outputs=rows,
+            columns=columns,
+            stride_a=a.stride(0),
+            stride_g=g.stride(0),
+            stride_left=matrix.stride(0),
+            scale=1 / math.sqrt(rows) if kind == SIGNS else 1.0,
+            kind=kind,
+            bf16=g.dtype == torch.bfloat16,
+            blocks=len(plan.groups) - 1,
+            tokens=len(g),
+            sm90=hopper,
+            stream=stream,
+        )
+        if len(plan.documents):
+            module.segment_sum(
+                partial=partial.data_ptr(),
+                out=out.data_ptr(),
+                first=first.data_ptr(),
+                documents=documents.data_ptr(),
+                size=rows * columns,
+                count=len(plan.documents),
+                stream=stream,
+            )
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def _plan_on(
+    bounds: bytes, limit: int, tile: int, device: "torch.device"
+) -> "tuple[Plan, tuple[torch.Tensor, ...]]":
+    """Plan once for all modules of a batch."""
+    import torch
+
+    plan = plan_segments(np.frombuffer(bounds, np.int64), limit, tile)
+    tables = (plan.slots, plan.pieces, plan.tiles, plan.groups, plan.partials, plan.documents)
+    return plan, tuple(torch.from_numpy(table).to(device) for table in tables)
+
+
+def _is_aligned(x: "torch.Tensor") -> bool:
+    unit = 16 // x.element_size()
+    stride = x.stride(0)
+    return x.stride(1) == 1 and stride >= x.shape[1] and stride % unit == 0 and x.data_ptr() % 16 == 0
+
+
+def _aligned(x: "torch.Tensor") -> "torch.Tensor":
+    """Return a matrix whose rows begin at multiples of 16 bytes, a copy where it isn't one.
+
+    For a and L alone, which are small beside g.
+    """
+    if _is_aligned(x):
+        return x
+    unit = 16 // x.element_size()
+    out = x.new_zeros(x.shape[0], -(-x.shape[1] // unit) * unit)[:, : x.shape[1]]
+    return out.copy_(x)
 
 
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
-    dtypes = {str(x.dtype).removeprefix("torch.") for x in arguments[:3] if x is not None}
+    a, g, left, _, _, outputs = arguments
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in (a, g, None if outputs else left) if x is not None}
     if "float64" in dtypes:
         return "float64"
-    return f"mixed dtypes ({', '.join(sorted(dtypes))})" if len(dtypes) > 1 else ""
+    if len(dtypes) > 1:
+        return f"mixed dtypes ({', '.join(sorted(dtypes))})"
+    if chosen != "cuda":
+        return ""
+    if "float32" in dtypes:
+        return "float32 (it takes bfloat16 and float16)"
+    if not _is_aligned(g):
+        return "rows of g that aren't contiguous and aligned to 16 bytes"
+    return "2^31 tokens or more" if len(g) >= 1 << 31 else ""
 
 
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    a, g, left = (rng.standard_normal(shape).astype(np.float32) for shape in ((21, 5), (21, 13), (13, 7)))
-    bounds = torch.tensor([0, 3, 3, 20], device=device)
-    return *(torch.from_numpy(x).to(device) for x in (a, g, left)), bounds
+    # Small integers: every sum is exact in every dtype, so that the check bites at any error. More than SMALL
+    # outputs and several tiles: a device's best kernel is the one that is checked.
+    a, g, left = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((300, 8), (300, 16), (16, 72)))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    bounds = torch.tensor([0, 3, 3, 290])
+    return *(torch.from_numpy(x).to(device, dtype) for x in (a, g, left)), bounds, None, None
 
 
 backend.register(
     backend.Op(
         name="segment_project",
         reference=segment_project_reference,
-        native={"triton": _segment_project_triton},
+        native={"cuda": _segment_project_cuda, "triton": _segment_project_triton},
         example=_example,
         unsupported=_unsupported,
     )

@@ -1,0 +1,86 @@
+// What the kernels of segment_project share: number formats and the tensor-core instructions of sm_80.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace jz3 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void cp_async16(uint32_t to, const void* from, int bytes) {  // zeros beyond `bytes`
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+
+__device__ __forceinline__ float* block_of(const SegmentProject& p, int where) {
+  const int64_t size = p.outputs * p.columns;
+  return where >= 0 ? p.out + where * size : p.partial + int64_t(~where) * size;
+}
+
+// two sums that lie side by side go out and are cleared
+__device__ __forceinline__ void store_pair(const SegmentProject& p, float* block, int64_t row, int64_t column,
+                                           float* sums) {
+  float* at = block + row * p.columns + column;
+  if (row < p.outputs && column < p.columns) {
+    if (p.columns % 2 == 0) {
+      *reinterpret_cast<float2*>(at) = make_float2(sums[0], sums[1]);
+    } else {
+      at[0] = sums[0];
+      if (column + 1 < p.columns) at[1] = sums[1];
+    }
+  }
+  sums[0] = sums[1] = 0;
+}
+
+struct Bf16 {
+  static constexpr uint32_t ONES = 0x3F803F80u;  // two ones
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct Fp16 {
+  static constexpr uint32_t ONES = 0x3C003C00u;
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+}  // namespace jz3
