@@ -1,12 +1,28 @@
-"""The streaming scan over codes against a product with decoded float32 rows and torch.topk."""
+"""The streaming scan over codes against its bound and its peers: `python bench/score_topk.py [--json FILE]`.
 
-from collections.abc import Iterator
+The bound is the larger of reading the codes once at the speed of a plain read of them, and of one product of int8
+per code and query (2 N K Q operations) at the speed of a loop in registers; both are measured in this process, as
+are the peers: torch's bfloat16 product with topk, and faiss.IndexFlatIP, both on the decoded vectors (decoding is
+not counted). Times are the least of several runs.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from jz3.ops.encode import CODEBOOKS, decode, row_bytes
+from jz3 import backend
+from jz3.ops.encode import CODEBOOKS, decode, encode, row_bytes
 from jz3.ops.score_topk import score_topk
+
+KINDS = ("int8", "4bit")
+FEW = (1, 2, 4, 8)
+BLOCK = 8192
 
 
 def cases(device: str) -> Iterator[dict[str, Any]]:
@@ -34,3 +50,137 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
                 "bytes": codes.numel(),
                 "flops": 2 * rows * dim * count,
             }
+
+
+def least(function: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of the fastest of some calls, after one to warm up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peaks(codes: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Return int8 operations per second in registers and bytes per second of reading `codes`."""
+    module, threads = backend.extension(), backend.threads()
+    operations = max(module.peak_int8(-1, threads, 0.2) for _ in range(repeats))
+    seconds = least(lambda: module.read_all(codes.data_ptr(), codes.numel(), threads), repeats)
+    return operations, codes.numel() / seconds
+
+
+def peak_memory(function: Callable[[], Any]) -> float:
+    """Return by how many bytes a call raises the process's resident memory at most (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = Path("/proc/self/status").read_text()
+    function()
+    after = Path("/proc/self/status").read_text()
+    held, most = (
+        int(text.split(field)[1].split()[0]) for text, field in ((before, "VmRSS:"), (after, "VmHWM:"))
+    )
+    return (most - held) * 1024
+
+
+def recall(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the mean share of the expected ids that were found."""
+    hits = sum(len(set(f) & set(e)) for f, e in zip(found.tolist(), expected.tolist(), strict=True))
+    return hits / expected.numel()
+
+
+def flat_seconds(vectors: torch.Tensor, queries: torch.Tensor, k: int, repeats: int) -> float | None:
+    """Return the seconds of a search by faiss.IndexFlatIP, or None where faiss isn't installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    faiss.omp_set_num_threads(backend.threads())
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    for begin in range(0, len(vectors), BLOCK):
+        index.add(vectors[begin : begin + BLOCK].numpy())  # pyright: ignore[reportCallIssue]
+    return least(lambda: index.search(queries.numpy(), k), repeats)  # pyright: ignore[reportCallIssue]
+
+
+def measure(kind: str, rows: int, dim: int, count: int, k: int, repeats: int) -> dict[str, Any]:
+    """Time one kind of codes against its bound and its peers."""
+    mean, scale = torch.zeros(dim), torch.ones(dim)
+    codes = torch.empty(rows, row_bytes(kind, dim), dtype=torch.uint8)
+    for begin in range(0, rows, BLOCK):
+        block = codes[begin : begin + BLOCK]
+        block.copy_(encode(torch.randn(len(block), dim), mean, scale, kind))
+    queries = torch.randn(count, dim)
+
+    def scan(some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return score_topk(codes, mean, scale, kind, some, k)
+
+    operations, reading = peaks(codes, repeats)
+    ours = least(lambda: scan(queries), repeats)
+    few = {q: least(lambda q=q: scan(queries[:q]), repeats) for q in FEW}
+    memory = peak_memory(lambda: scan(queries))
+    again = peaks(codes, repeats)
+    operations, reading = max(operations, again[0]), max(reading, again[1])
+    vectors = decode(codes, mean, scale, kind)
+    expected = (queries @ vectors.T).topk(k).indices
+    flat = flat_seconds(vectors, queries, k, repeats)
+    narrow, few_bits = vectors.bfloat16(), queries.bfloat16()
+    del vectors
+    torch_seconds = least(lambda: (few_bits @ narrow.T).topk(k), repeats)
+    bound = max(codes.numel() / reading, 2 * rows * dim * count / operations)
+    return {
+        "seconds": ours,
+        "seconds_of_few": few,
+        "seconds_torch_bf16": torch_seconds,
+        "seconds_faiss_flat": flat,
+        "peak_int8_operations": operations,
+        "read_bytes_per_second": reading,
+        "memory_bytes": memory,
+        "fraction_of_bound": bound / ours,
+        "ratio_vs_torch_bf16": torch_seconds / ours,
+        "ratio_vs_faiss_flat": None if flat is None else flat / ours,
+        "recall_at_100": recall(scan(queries)[1], expected),
+        "fraction_of_bandwidth": {q: codes.numel() / reading / seconds for q, seconds in few.items()},
+    }
+
+
+def summary(kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the worst kind's numbers under their names, and how much faster 4-bit codes are than int8."""
+    out: dict[str, Any] = {}
+    for name in ("fraction_of_bound", "ratio_vs_torch_bf16", "ratio_vs_faiss_flat", "recall_at_100"):
+        values = [kind[name] for kind in kinds.values()]
+        out[name] = None if None in values else min(values)
+    out["fraction_of_bandwidth"] = {
+        q: min(kind["fraction_of_bandwidth"][q] for kind in kinds.values()) for q in FEW
+    }
+    int8, few_bits = kinds["int8"]["seconds_of_few"], kinds["4bit"]["seconds_of_few"]
+    out["ratio_4bit_vs_int8"] = {q: int8[q] / few_bits[q] for q in FEW}
+    return out
+
+
+def main() -> None:
+    """Parse the arguments, measure, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    features = backend.extension().cpu_features()
+    machine = f"{platform.processor() or platform.machine()}, {backend.threads()} threads, {features}"
+    sizes = {name: getattr(arguments, name) for name in ("rows", "dim", "queries", "k")}
+    print(machine, *(f"{name}={size}" for name, size in sizes.items()))
+    kinds = {}
+    for kind in KINDS:
+        kinds[kind] = measure(kind, *sizes.values(), arguments.repeats)
+        print(kind, json.dumps(kinds[kind]))
+    result = {"machine": machine, **sizes, **summary(kinds), "kinds": kinds}
+    print(json.dumps({name: value for name, value in result.items() if name != "kinds"}, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

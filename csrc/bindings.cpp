@@ -15,21 +15,70 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::string cpu_features() {
-  switch (jz3::choose_isa(-1)) {
-    case jz3::Isa::avx512vnni:
-      return "avx512vnni";
-    case jz3::Isa::avx2:
-      return "avx2";
-    default:
-      return "scalar";
-  }
+#ifdef JZ3_BF16
+// The parts of a Llama block for one type of rows.
+template <class T>
+void bind_block(py::module_& module, const std::string& type) {
+  auto m = [&](const char* name) { return (std::string(name) + "_" + type); };
+  module.def(m("rms_norm").c_str(), [](uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t sum, uintptr_t y,
+                                       uintptr_t scale, int64_t rows, int64_t width, float epsilon, int threads) {
+    py::gil_scoped_release release;
+    jz3::rms_norm<T>({at<const T>(x), at<const T>(add), at<const T>(weight), at<T>(sum), at<T>(y), at<float>(scale),
+                      rows, width, epsilon},
+                     threads);
+  });
+  module.def(m("rms_norm_backward").c_str(),
+             [](uintptr_t x, uintptr_t weight, uintptr_t dy, uintptr_t add, uintptr_t scale, uintptr_t dx,
+                int64_t rows, int64_t width, int threads) {
+               py::gil_scoped_release release;
+               jz3::rms_norm_backward<T>({at<const T>(x), at<const T>(weight), at<const T>(dy), at<const T>(add),
+                                          at<const float>(scale), at<T>(dx), rows, width},
+                                         threads);
+             });
+  module.def(m("swiglu").c_str(), [](uintptr_t gate_up, uintptr_t y, int64_t rows, int64_t width, int threads) {
+    py::gil_scoped_release release;
+    jz3::swiglu(at<const T>(gate_up), at<T>(y), rows, width, threads);
+  });
+  module.def(m("swiglu_backward").c_str(),
+             [](uintptr_t gate_up, uintptr_t dy, uintptr_t out, int64_t rows, int64_t width, int threads) {
+               py::gil_scoped_release release;
+               jz3::swiglu_backward(at<const T>(gate_up), at<const T>(dy), at<T>(out), rows, width, threads);
+             });
+  module.def(m("attention").c_str(),
+             [](uintptr_t qkv, uintptr_t cosine, uintptr_t sine, uintptr_t out, uintptr_t statistics, uintptr_t dout,
+                uintptr_t dqkv, int64_t texts, int64_t tokens, int64_t heads, int64_t key_heads, int64_t width,
+                float scale, int threads) {
+               py::gil_scoped_release release;
+               const jz3::AttentionArguments<T> arguments{
+                   at<const T>(qkv), at<const float>(cosine), at<const float>(sine), at<T>(out), at<float>(statistics),
+                   at<const T>(dout), at<T>(dqkv), texts, tokens, heads, key_heads, width, scale};
+               if (dout)
+                 jz3::attention_backward(arguments, threads);
+               else
+                 jz3::attention(arguments, threads);
+             });
+  module.def(m("softmax_residual").c_str(), [](uintptr_t logits, uintptr_t target, uintptr_t loss, uintptr_t total,
+                                               int64_t rows, int64_t width, int64_t stride, int threads) {
+    py::gil_scoped_release release;
+    jz3::softmax_residual<T>(
+        {at<T>(logits), at<const int64_t>(target), at<float>(loss), at<float>(total), rows, width, stride}, threads);
+  });
 }
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("cpu_features", &cpu_features);
+  m.def("cpu_features", [] { return std::string(jz3::isa_name(jz3::choose_isa(-1))); });
+  m.def("isa_name", [](int isa) { return std::string(jz3::isa_name(jz3::choose_isa(isa))); });
+  m.def("peak_int8", [](int isa, int threads, double seconds) {
+    py::gil_scoped_release release;
+    return jz3::peak_int8(isa, threads, seconds);
+  });
+  m.def("read_all", [](uintptr_t bytes, int64_t count, int threads) {
+    py::gil_scoped_release release;
+    return jz3::read_all(at<const uint8_t>(bytes), count, threads);
+  });
   m.def("sign_bits",
         [](uintptr_t out, uint64_t key, int64_t rows, int64_t blocks, uint64_t first_row, uint64_t first_block,
            int threads) {
@@ -66,13 +115,18 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("score_topk", [](uintptr_t codes, uintptr_t levels, uintptr_t planes, uintptr_t step, uintptr_t bias,
                          uintptr_t row_scale, uintptr_t ids, uintptr_t groups, uintptr_t values, uintptr_t found,
-                         int64_t rows, int64_t dim, int64_t row_bytes, int64_t queries, int64_t count, int64_t k,
-                         int bits, int isa, int threads) {
+                         int64_t rows, int64_t dim, int64_t row_bytes, int64_t stride, int64_t queries, int64_t count,
+                         int64_t k, int planes_count, int bits, int isa, int threads) {
     py::gil_scoped_release release;
     jz3::score_topk({at<const uint8_t>(codes), at<const int8_t>(levels), at<const int8_t>(planes),
                      at<const double>(step), at<const double>(bias), at<const float>(row_scale),
                      at<const int64_t>(ids), at<const int64_t>(groups), at<float>(values), at<int64_t>(found), rows,
-                     dim, row_bytes, queries, count, k, bits, isa},
+                     dim, row_bytes, stride, queries, count, k, planes_count, bits, isa},
                     threads);
   });
+#ifdef JZ3_BF16
+  m.def("has_bf16", &jz3::has_bf16);
+  bind_block<float>(m, "float32");
+  bind_block<uint16_t>(m, "bfloat16");
+#endif
 }

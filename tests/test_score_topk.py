@@ -23,33 +23,104 @@ def table(rows: int, dim: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 @pytest.mark.parametrize("kind", CODEBOOKS)
-def test_it_ranks_by_the_exact_inner_product(on: str, kind: str) -> None:
+def test_values_are_inner_products_with_queries_on_a_grid_of_15_bits(on: str, kind: str) -> None:
     codes, mean, scale = table(300, 70, kind)
     queries, row_scale = normal(3, 4, 70), normal(4, 300).abs()
     values, ids = score_topk(codes, mean, scale, kind, queries, 25, row_scale=row_scale)
     book = CODEBOOKS[kind]
     levels = torch.tensor(book.levels, dtype=torch.float64)[unpack_codes(codes, kind, 70).long()] * book.unit
     exact = row_scale.double() * (queries.double() @ (mean.double() + scale.double() * levels).T)
-    plain = row_scale * (queries @ decode(codes, mean, scale, kind).T)
-    error = (values.double() - exact.gather(1, ids)).abs().max()
-    assert float(error) <= 2 * float((plain.double() - exact).abs().max())
-    assert torch.equal(ids, exact.topk(25).indices)
+    half_step = (queries * scale).abs().amax(1, keepdim=True).double() / (127 * 128) / 2
+    bound = row_scale.double() * half_step * levels.abs().sum(1) + 1e-6 * exact.abs()
+    assert bool(((values.double() - exact.gather(1, ids)).abs() <= bound.gather(1, ids)).all())
+    missed = exact.topk(25).values[:, -1] - exact.gather(1, ids).amin(1)
+    assert bool((missed <= 2 * bound.amax(1)).all())
 
 
-@pytest.mark.parametrize("instructions", [0, 1, 2])
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_two_planes_find_the_best_hundred_of_the_decoded_rows(kind: str) -> None:
+    codes, mean, scale = table(20_000, 256, kind)
+    queries = normal(3, 8, 256)
+    found = score_topk(codes, mean, scale, kind, queries, 100)[1]
+    expected = (queries @ decode(codes, mean, scale, kind).T).topk(100).indices
+    hits = sum(len(set(f) & set(e)) for f, e in zip(found.tolist(), expected.tolist(), strict=True))
+    assert hits >= 0.99 * expected.numel()
+
+
+@pytest.mark.parametrize(
+    "instructions", range(5), ids=["scalar", "avx2", "avx512vnni", "amx", "emulated_tiles"]
+)
 @pytest.mark.parametrize("kind", CODEBOOKS)
 def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())
-    for rows, dim, k in [(1, 1, 1), (5, 63, 9), (67, 130, 67), (33, 2049, 4)]:
+    try:
+        backend.extension().isa_name(instructions)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for rows, dim, k, queries in [
+        (1, 1, 1, 1),
+        (5, 63, 9, 5),
+        (67, 130, 67, 9),
+        (33, 2049, 4, 17),
+        (150, 4224, 3, 33),
+        (700, 256, 20, 8),
+    ]:
         codes, mean, scale = table(rows, dim, kind)
-        digits = fold_queries(normal(3, 5, dim), mean, scale, CODEBOOKS[kind].unit)
+        codes[rows // 2 :: 3] = codes[0].clone()
+        digits = fold_queries(normal(3, queries, dim), mean, scale, CODEBOOKS[kind].unit)
+        row_scale = normal(4, rows)
+        row_scale[rows // 2 :: 3] = row_scale[0].clone()
         ids = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
-        arguments = (codes, kind, digits.planes, digits.step, digits.bias, normal(4, rows), ids)
-        groups = torch.tensor([0, 2, 1, 1, 0])
-        expected = score_topk_reference(*arguments, groups, 3, k)
-        got = score_topk_cpu(*arguments, groups, 3, k, instructions)
+        arguments = (codes, kind, digits.planes, digits.step, digits.bias, row_scale, ids)
+        groups = torch.arange(queries) % -(-queries // 2)
+        expected = score_topk_reference(*arguments, groups, -(-queries // 2), k)
+        got = score_topk_cpu(*arguments, groups, -(-queries // 2), k, instructions)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_any_number_of_planes(planes: int) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    codes, mean, scale = table(900, 200, "4bit")
+    digits = fold_queries(normal(3, 7, 200), mean, scale, CODEBOOKS["4bit"].unit)
+    more = torch.cat([digits.planes, digits.planes[1:]])[:planes].contiguous()
+    arguments = (codes, "4bit", more, digits.step, digits.bias, normal(4, 900), torch.arange(900))
+    expected = score_topk_reference(*arguments, torch.arange(7), 7, 30)
+    got = score_topk_cpu(*arguments, torch.arange(7), 7, 30)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_bounds_hold_for_the_worst_rows_and_queries() -> None:
+    """The scan skips rows by a bound on what the lower plane adds; here that bound is reached."""
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    dim, generator = 128, torch.Generator().manual_seed(0)
+    low = torch.randint(-64, 64, (1, dim), generator=generator)
+    planes = torch.stack([torch.ones_like(low), low]).to(torch.int8)
+    codes = torch.full((4000, dim), 129, dtype=torch.uint8)
+    codes[1::2] = (128 + low).to(torch.uint8)
+    codes[3] = 128 - low.to(torch.int16).to(torch.uint8)
+    codes[2500] = 0
+    step, bias = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    row_scale = torch.where(torch.arange(4000) % 7 == 0, -1.0, 1.0)
+    arguments = (codes, "int8", planes, step, bias, row_scale, torch.arange(4000).flip(0))
+    expected = score_topk_reference(*arguments, torch.tensor([0]), 1, 40)
+    got = score_topk_cpu(*arguments, torch.tensor([0]), 1, 40)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_rows_need_not_be_contiguous(on: str) -> None:
+    codes, mean, scale = table(300, 64, "4bit")
+    wide = torch.zeros(600, 50, dtype=torch.uint8)
+    view = wide[::2, 7:39]
+    view.copy_(codes)
+    queries = normal(3, 3, 64)
+    one, other = (score_topk(c, mean, scale, "4bit", queries, 9) for c in (codes, view))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    one = score_topk(codes.T.contiguous().T, mean, scale, "4bit", queries, 9)
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def test_long_rows_don_t_overflow(on: str) -> None:
@@ -84,7 +155,7 @@ def test_groups(on: str) -> None:
             own = scores[groups == group]
             expected = own.mean(0) if reduce == "mean" else own.amax(0)
             assert torch.equal(ids[group], expected.topk(9).indices)
-            assert torch.allclose(values[group], expected.topk(9).values, rtol=1e-5, atol=1e-6)
+            assert torch.allclose(values[group], expected.topk(9).values, rtol=1e-4, atol=1e-3)
 
 
 def test_shards_and_threads_change_nothing(on: str, monkeypatch: pytest.MonkeyPatch) -> None:

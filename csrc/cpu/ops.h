@@ -5,10 +5,17 @@
 
 namespace jz3 {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512vnni = 2 };
+// `emulated_tiles` is the kernel for AMX with the tiles in plain C++.
+enum class Isa : int { scalar = 0, avx2 = 1, avx512vnni = 2, amx = 3, emulated_tiles = 4 };
 
-// The best instruction set of this machine, or the one asked for (-1: the best).
+// The best instruction set of this machine, or the one asked for (-1: the best); throws if it can't run here.
 Isa choose_isa(int asked);
+const char* isa_name(Isa isa);
+
+// What the machine can do at most: multiplications and additions of int8 per second of all threads, and the sum of
+// an array's bytes, for timing how fast it is read.
+double peak_int8(int isa, int threads, double seconds);
+uint64_t read_all(const uint8_t* bytes, int64_t count, int threads);
 
 // Packed signs (jz3/ops/signs.py): out[rows][4 * blocks].
 void sign_bits(uint32_t* out, uint64_t key, int64_t rows, int64_t blocks, uint64_t first_row,
@@ -35,18 +42,83 @@ void encode(const EncodeArguments& arguments, int threads);
 void decode(const uint8_t* codes, const float* mean, const float* scale, const float* table, float* values,
             int64_t rows, int64_t dim, int64_t row_bytes, int bits, int threads);
 
-// Streaming top-k over codes (jz3/ops/score_topk.py).
+// Streaming top-k over codes (jz3/ops/score_topk.py); isa as in choose_isa.
 struct ScoreArguments {
   const uint8_t* codes;
-  const int8_t *levels, *planes;  // [2^bits], [4][queries][dim]
+  const int8_t *levels, *planes;  // [2^bits], [planes_count][queries][dim]
   const double *step, *bias;      // [queries]
   const float* row_scale;         // [rows]
   const int64_t *ids, *groups;    // [rows], [queries]
   float* values;                  // [count][k]
   int64_t* found;                 // [count][k]
-  int64_t rows, dim, row_bytes, queries, count, k;  // k <= rows
-  int bits, isa;
+  int64_t rows, dim, row_bytes, stride, queries, count, k;  // stride of rows in bytes; k <= rows
+  int planes_count, bits, isa;
 };
 void score_topk(const ScoreArguments& arguments, int threads);
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JZ3_BF16 1
+
+// The parts of a Llama block (jz3/gradients/llama.py) on rows of T, float or bfloat16 (as uint16_t); they may
+// be called only where has_bf16().
+bool has_bf16();
+
+// sum = x + add (x and sum are one if add is null), y = sum / rms(sum) * weight; scale = 1 / rms(sum).
+template <class T>
+struct NormArguments {
+  const T *x, *add, *weight;  // [rows][width], the same, [width]; width is a multiple of 16
+  T *sum, *y;
+  float* scale;  // [rows]
+  int64_t rows, width;
+  float epsilon;
+};
+template <class T>
+void rms_norm(const NormArguments<T>& arguments, int threads);
+
+// dx = add + the gradient with respect to x of x / rms(x) * weight; add may be null.
+template <class T>
+struct NormBackwardArguments {
+  const T *x, *weight, *dy, *add;
+  const float* scale;
+  T* dx;
+  int64_t rows, width;
+};
+template <class T>
+void rms_norm_backward(const NormBackwardArguments<T>& arguments, int threads);
+
+// gate_up[rows][2 * width] holds the gate, then the up projection; width is a multiple of 16.
+template <class T>
+void swiglu(const T* gate_up, T* y, int64_t rows, int64_t width, int threads);
+template <class T>
+void swiglu_backward(const T* gate_up, const T* dy, T* out, int64_t rows, int64_t width, int threads);
+
+// qkv[texts * tokens][(heads + 2 * key_heads) * width] of unrotated queries, keys, values; width is a multiple of 32.
+template <class T>
+struct AttentionArguments {
+  const T* qkv;
+  const float *cosine, *sine;  // [tokens][width]
+  T* out;                      // [texts * tokens][heads * width]
+  float* statistics;           // [texts][heads][2][tokens]: largest score and 1 / sum of exp of every row
+  const T* dout;               // like out; the backward pass only
+  T* dqkv;                     // like qkv; the backward pass only
+  int64_t texts, tokens, heads, key_heads, width;
+  float scale;
+};
+template <class T>
+void attention(const AttentionArguments<T>& arguments, int threads);
+template <class T>
+void attention_backward(const AttentionArguments<T>& arguments, int threads);
+
+// Cross entropy (jz3/ops/ce_hidden_grad.py): every row of logits becomes exp(z - max), less `total` at the target.
+template <class T>
+struct SoftmaxArguments {
+  T* logits;              // [rows][stride]
+  const int64_t* target;  // [rows]
+  float *loss, *total;    // [rows]
+  int64_t rows, width, stride;
+};
+template <class T>
+void softmax_residual(const SoftmaxArguments<T>& arguments, int threads);
+#endif
 
 }  // namespace jz3

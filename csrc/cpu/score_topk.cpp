@@ -1,40 +1,63 @@
-// One pass over the codes. Four rows at a time are unpacked to bytes (level + 128) in the L1 cache, multiplied
-// with the four int8 planes of every query (vpdpbusd where there is AVX512-VNNI, vpmaddwd on AVX2), and put
-// into a bounded heap per task: the scores of all rows never exist. The products are exact integers, the rest
-// is float64 in the order of the definition, so values and ids are the reference's bit for bit.
+// One pass over the codes, a tile of rows that fits the L2 cache at a time, while the next tile is prefetched.
 //
-// Per row and query: dim * bits / 8 bytes read once, 4 * dim multiply-adds.
+// Only the queries' first plane is multiplied with every row. What the other planes can add is bounded by
+// Cauchy-Schwarz, |<level, rest>| <= |level| |rest|, and only rows that could still be among the k best of a query
+// are multiplied with these (on normal data one in thousands), so that a scan costs little more than that of one
+// plane and finds what the definition finds: the products are exact integers, the rest is float64 in its order.
+//
+// Per row: row_bytes read once, dim * queries multiply-adds; memory is that of a tile and the k best per group.
+#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define JZ3_X86 1
-#include <immintrin.h>
-#endif
+#include "cpu/score_kernels.h"
 
 namespace jz3 {
 namespace {
 
-constexpr int64_t ROWS = 4, PLANES = 4, LANES = 64;
-constexpr int64_t BLOCK = 1 << 15;  // columns whose partial sums fit 32 bits in every implementation
+constexpr int64_t SPAN = 4096;  // columns whose digits of eight queries stay in the L1 cache
+constexpr int64_t TILE_BYTES = 256 << 10, MOST_ROWS = 128;
+constexpr double ROUNDING = 1e-9;  // more than all roundings of a bound together
+constexpr double INFINITE = std::numeric_limits<double>::infinity();
+
+// Bytes that begin on a cache line: loads across two lines would cost the kernels a third of their speed.
+class Lines {
+ public:
+  explicit Lines(int64_t bytes, uint8_t fill = 0) : lines_(size_t((bytes + 63) / 64)) {
+    for (Line& line : lines_) std::fill_n(line.byte, 64, fill);
+  }
+  uint8_t* data() { return lines_.empty() ? nullptr : lines_.front().byte; }
+  const uint8_t* data() const { return lines_.empty() ? nullptr : lines_.front().byte; }
+  const int8_t* digits() const { return reinterpret_cast<const int8_t*>(data()); }
+
+ private:
+  struct alignas(64) Line {
+    uint8_t byte[64];
+  };
+  std::vector<Line> lines_;
+};
 
 struct Found {
   float value;
   int64_t id;
 };
 
-inline bool better(const Found& a, const Found& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
+// A type, because a function's address would not be inlined into the heap's steps.
+struct Better {
+  bool operator()(const Found& a, const Found& b) const {
+    return a.value > b.value || (a.value == b.value && a.id < b.id);
+  }
+};
+constexpr Better better;
 
 // The k best seen so far; the worst of them on top.
 class Best {
  public:
   explicit Best(int64_t k) : k_(k) { heap_.reserve(size_t(std::min<int64_t>(k, 4096))); }
   void offer(const Found& found) {
-    if (int64_t(heap_.size()) < k_) {
+    if (!full()) {
       heap_.push_back(found);
       std::push_heap(heap_.begin(), heap_.end(), better);
     } else if (better(found, heap_.front())) {
@@ -43,6 +66,8 @@ class Best {
       std::push_heap(heap_.begin(), heap_.end(), better);
     }
   }
+  bool full() const { return int64_t(heap_.size()) == k_; }
+  float worst() const { return heap_.front().value; }
   const std::vector<Found>& all() const { return heap_; }
 
  private:
@@ -50,203 +75,293 @@ class Best {
   std::vector<Found> heap_;
 };
 
-// sums[row][plane] = sum over columns of bytes[row][c] * planes[plane][c]; columns is a multiple of LANES
-using Dot = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* const planes[PLANES], int64_t columns,
-                     int64_t sums[ROWS][PLANES]);
-
-void dot_scalar(const uint8_t* bytes, int64_t stride, const int8_t* const planes[PLANES], int64_t columns,
-                int64_t sums[ROWS][PLANES]) {
-  for (int64_t row = 0; row < ROWS; ++row)
-    for (int64_t plane = 0; plane < PLANES; ++plane) {
-      int64_t sum = 0;
-      for (int64_t c = 0; c < columns; ++c) sum += int32_t(bytes[row * stride + c]) * planes[plane][c];
-      sums[row][plane] += sum;
-    }
-}
-
-// What a byte of codes unpacks to: level + 128 of each of its codes, in order.
-struct Table {
-  uint8_t level[256];     // of a code
-  uint8_t bytes[256][8];  // of a byte of codes
-
-  Table(const int8_t* levels, int bits) {
-    for (int i = 0; i < (1 << bits); ++i) level[i] = uint8_t(int(levels[i]) + 128);
-    for (int byte = 0; byte < 256; ++byte)
-      for (int i = 0; i < 8 / bits; ++i) bytes[byte][i] = level[(byte >> (i * bits)) & ((1 << bits) - 1)];
-  }
-};
-
-using Unpack = void (*)(const uint8_t* codes, const Table& table, int64_t row_bytes, uint8_t* bytes);
-
-template <int BITS>
-void unpack_table(const uint8_t* codes, const Table& table, int64_t row_bytes, uint8_t* bytes) {
-  for (int64_t b = 0; b < row_bytes; ++b) std::memcpy(bytes + b * (8 / BITS), table.bytes[codes[b]], 8 / BITS);
-}
-
-void unpack_copy(const uint8_t* codes, const Table&, int64_t row_bytes, uint8_t* bytes) {
-  std::memcpy(bytes, codes, size_t(row_bytes));
-}
-
-#ifdef JZ3_X86
-template <class Vector>
-inline int64_t sum_lanes(const Vector& x) {
-  int32_t lane[sizeof(Vector) / 4];
-  std::memcpy(lane, &x, sizeof(Vector));
-  int64_t sum = 0;
-  for (int32_t value : lane) sum += value;
-  return sum;
-}
-
-__attribute__((target("avx2"))) void dot_avx2(const uint8_t* bytes, int64_t stride,
-                                              const int8_t* const planes[PLANES], int64_t columns,
-                                              int64_t sums[ROWS][PLANES]) {
-  __m256i total[ROWS][PLANES];
-  for (auto& row : total)
-    for (auto& x : row) x = _mm256_setzero_si256();
-  for (int64_t c = 0; c < columns; c += 16) {
-    __m256i query[PLANES];
-    for (int plane = 0; plane < PLANES; ++plane)
-      query[plane] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(planes[plane] + c)));
-    for (int row = 0; row < ROWS; ++row) {
-      const __m256i code =
-          _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + row * stride + c)));
-      for (int plane = 0; plane < PLANES; ++plane)
-        total[row][plane] = _mm256_add_epi32(total[row][plane], _mm256_madd_epi16(code, query[plane]));
-    }
-  }
-  for (int row = 0; row < ROWS; ++row)
-    for (int plane = 0; plane < PLANES; ++plane) sums[row][plane] += sum_lanes(total[row][plane]);
-}
-
-__attribute__((target("avx2"))) void unpack_4bit_avx2(const uint8_t* codes, const Table& table,
-                                                      int64_t row_bytes, uint8_t* bytes) {
-  const __m256i levels =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.level)));
-  const __m256i mask = _mm256_set1_epi8(15);
-  int64_t b = 0;
-  for (; b + 16 <= row_bytes; b += 16) {
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + b));
-    const __m256i wide = _mm256_cvtepu8_epi16(packed);  // 00 hl -> 0h 0l
-    const __m256i index = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), mask);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + 2 * b), _mm256_shuffle_epi8(levels, index));
-  }
-  unpack_table<4>(codes + b, table, row_bytes - b, bytes + 2 * b);
-}
-
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void dot_avx512vnni(
-    const uint8_t* bytes, int64_t stride, const int8_t* const planes[PLANES], int64_t columns,
-    int64_t sums[ROWS][PLANES]) {
-  __m512i total[ROWS][PLANES];
-  for (auto& row : total)
-    for (auto& x : row) x = _mm512_setzero_si512();
-  for (int64_t c = 0; c < columns; c += 64) {
-    __m512i query[PLANES];
-    for (int plane = 0; plane < PLANES; ++plane) query[plane] = _mm512_loadu_si512(planes[plane] + c);
-    for (int row = 0; row < ROWS; ++row) {
-      const __m512i code = _mm512_loadu_si512(bytes + row * stride + c);
-      for (int plane = 0; plane < PLANES; ++plane)
-        total[row][plane] = _mm512_dpbusd_epi32(total[row][plane], code, query[plane]);
-    }
-  }
-  for (int row = 0; row < ROWS; ++row)
-    for (int plane = 0; plane < PLANES; ++plane) sums[row][plane] += sum_lanes(total[row][plane]);
-}
-#endif
-
-Dot choose_dot(Isa isa) {
-#ifdef JZ3_X86
-  if (isa == Isa::avx512vnni) return dot_avx512vnni;
-  if (isa == Isa::avx2) return dot_avx2;
-#endif
-  return dot_scalar;
-}
-
-Unpack choose_unpack(Isa isa, int bits) {
-#ifdef JZ3_X86
-  if (bits == 4 && isa != Isa::scalar) return unpack_4bit_avx2;
-#endif
-  return bits == 8 ? unpack_copy : bits == 4 ? unpack_table<4> : bits == 2 ? unpack_table<2> : unpack_table<1>;
-}
-
-// The queries' planes with rows padded with zeros to whole vectors, and what level + 128 adds to a sum.
+// The queries as the kernels want them, and per query what turns a sum into a score and bounds it.
 struct Queries {
-  int64_t columns;
-  std::vector<int8_t> planes;  // [query][plane][columns]
-  std::vector<int64_t> excess;  // [query][plane]
+  int64_t columns, blocks, width;  // padded; blocks of eight; queries in a row of sums
+  Lines blocked;                   // [plane][block][step][8][64]
+  Lines single;                    // [plane][query][columns], without the first plane
+  Lines tiled;                     // the first plane for the tile kernel: [block of 16][step][16][16][4]
+  std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
+  std::vector<double> first_step, offset, rest, slack;
 
-  explicit Queries(const ScoreArguments& a)
-      : columns((a.row_bytes * (8 / a.bits) + LANES - 1) / LANES * LANES),
-        planes(size_t(a.queries * PLANES * columns), 0),
-        excess(size_t(a.queries * PLANES), 0) {
-    for (int64_t q = 0; q < a.queries; ++q)
-      for (int64_t plane = 0; plane < PLANES; ++plane) {
-        const int8_t* from = a.planes + (plane * a.queries + q) * a.dim;
-        std::copy(from, from + a.dim, planes.begin() + (q * PLANES + plane) * columns);
-        for (int64_t c = 0; c < a.dim; ++c) excess[q * PLANES + plane] += 128 * int64_t(from[c]);
+  Queries(const ScoreArguments& a, bool tiles, bool biased)
+      : columns(a.bits == 4 ? (a.row_bytes + STEP - 1) / STEP * 2 * STEP
+                            : (a.row_bytes * (8 / a.bits) + STEP - 1) / STEP * STEP),
+        blocks((a.queries + QUERIES - 1) / QUERIES),
+        width(tiles ? (a.queries + TILE_QUERIES - 1) / TILE_QUERIES * TILE_QUERIES : blocks * QUERIES),
+        blocked(a.planes_count * blocks * QUERIES * columns),
+        single((a.planes_count - 1) * a.queries * columns),
+        tiled(tiles ? width * columns : 0),
+        digit_sum(size_t(a.planes_count * a.queries)),
+        first_step(size_t(a.queries)),
+        offset(first_step),
+        rest(first_step),
+        slack(first_step) {
+    const double first_power = std::ldexp(1.0, int(7 * (a.planes_count - 1)));
+    for (int64_t q = 0; q < a.queries; ++q) {
+      double first_square = 0, rest_square = 0;
+      for (int64_t c = 0; c < a.dim; ++c) {
+        const int64_t at = a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c;
+        double below = 0;
+        for (int64_t plane = 0; plane < a.planes_count; ++plane) {
+          const int8_t digit = a.planes[(plane * a.queries + q) * a.dim + c];
+          const int64_t block = plane * blocks + q / QUERIES;
+          blocked.data()[(block * columns + at / STEP * STEP) * QUERIES + q % QUERIES * STEP + at % STEP] = digit;
+          if (plane) single.data()[((plane - 1) * a.queries + q) * columns + at] = digit;
+          digit_sum[plane * a.queries + q] += 128 * int64_t(digit);
+          below = plane ? below * 128 + digit : 0;
+        }
+        const int8_t first = a.planes[q * a.dim + c];
+        if (tiles)
+          tiled.data()[((q / TILE_QUERIES * columns + at) / 4 * TILE_QUERIES + q % TILE_QUERIES) * 4 + at % 4] = first;
+        first_square += double(first) * first;
+        rest_square += below * below;
       }
+      const double step = std::fabs(a.step[q]), excess = biased ? double(digit_sum[q]) : 0;
+      first_step[q] = a.step[q] * first_power;
+      offset[q] = a.bias[q] - excess * first_step[q];
+      rest[q] = step * (std::sqrt(rest_square) + ROUNDING * first_power * std::sqrt(first_square));
+      slack[q] = ROUNDING * (std::fabs(a.bias[q]) + std::fabs(excess * first_step[q]));
+    }
   }
 };
 
-void scan(const ScoreArguments& a, const Queries& queries, const Table& table, int64_t first, int64_t last,
-          std::vector<Best>& best) {
-  const Isa isa = choose_isa(a.isa);
-  const Dot dot = choose_dot(isa);
-  const Unpack unpack = choose_unpack(isa, a.bits);
-  const int64_t columns = queries.columns;
-  std::vector<uint8_t> bytes(size_t(ROWS * columns), 0);
-  std::vector<float> highest(size_t(ROWS * a.count));
-  for (int64_t begin = first; begin < last; begin += ROWS) {
-    const int64_t rows = std::min(ROWS, last - begin);
-    const bool in_place = a.bits == 8 && a.row_bytes == columns && rows == ROWS;
-    const uint8_t* unpacked = in_place ? a.codes + begin * columns : bytes.data();
-    for (int64_t row = 0; row < rows && !in_place; ++row)
-      unpack(a.codes + (begin + row) * a.row_bytes, table, a.row_bytes, bytes.data() + row * columns);
-    std::fill(highest.begin(), highest.end(), -std::numeric_limits<float>::infinity());
-    for (int64_t q = 0; q < a.queries; ++q) {
-      int64_t sums[ROWS][PLANES] = {};
-      for (int64_t c = 0; c < columns; c += BLOCK) {
-        const int8_t* planes[PLANES];
-        for (int64_t plane = 0; plane < PLANES; ++plane)
-          planes[plane] = queries.planes.data() + (q * PLANES + plane) * columns + c;
-        dot(unpacked + c, columns, planes, std::min(BLOCK, columns - c), sums);
+// gap[q] = the most that the row's score can be, minus the limit; returns how many aren't negative.
+JZ3_CLONES int64_t bound_scores(const double* sums, const Queries& queries, int64_t count, double row_scale,
+                                double norm, const double* limit, double* gap) {
+  const double *step = queries.first_step.data(), *offset = queries.offset.data();
+  const double *rest = queries.rest.data(), *slack = queries.slack.data();
+  const double most = std::fabs(row_scale);
+  int64_t open = 0;
+  for (int64_t q = 0; q < count; ++q) {
+    gap[q] = row_scale * (sums[q] * step[q] + offset[q]) + most * (rest[q] * norm + slack[q]) - limit[q];
+    open += gap[q] < 0 ? 0 : 1;
+  }
+  return open;
+}
+
+struct Plan {
+  const ScoreArguments& a;
+  const Queries& queries;
+  const Levels& levels;
+  Kernels kernels;
+  TileKernel tiles;
+  bool direct;                          // rows are used where they lie
+  int64_t rows;                         // of a tile
+  std::vector<std::atomic<float>> floor;  // [group]: the k-th best of some thread
+};
+
+class Scan {
+ public:
+  explicit Scan(Plan& plan)
+      : p_(plan),
+        a_(plan.a),
+        best_(size_t(a_.count), Best(a_.k)),
+        sums_(size_t(p_.rows * p_.queries.width)),
+        norms_(size_t(p_.rows)),
+        gap_(size_t(a_.queries)),
+        limit_(size_t(a_.queries), -INFINITE),
+        highest_(size_t(a_.count)),
+        seen_(size_t(a_.count), -1),
+        members_(size_t(a_.count)),
+        bytes_((p_.direct ? 1 : p_.rows) * p_.queries.columns, 128) {
+    for (int64_t q = 0; q < a_.queries; ++q) members_[a_.groups[q]].push_back(q);
+  }
+
+  void run(int64_t first, int64_t last) {
+    for (int64_t begin = first; begin < last; begin += p_.rows) {
+      const int64_t end = std::min(begin + p_.rows, last);
+      ahead_ = row(end);
+      ahead_end_ = a_.stride == a_.row_bytes ? row(std::min(end + p_.rows, last)) : ahead_;
+      tile(begin, end - begin);
+    }
+  }
+
+  const std::vector<Best>& best() const { return best_; }
+
+ private:
+  struct Candidate {
+    int64_t row, query;
+    double most;
+  };
+  struct Source {
+    const uint8_t* bytes;
+    int64_t stride, width;
+  };
+
+  const uint8_t* row(int64_t i) const { return a_.codes + i * a_.stride; }
+
+  void unpack(int64_t i, uint8_t* to) const { p_.kernels.unpack(row(i), p_.levels, a_.row_bytes, to); }
+
+  void tile(int64_t begin, int64_t count) {
+    const Queries& queries = p_.queries;
+    const bool whole = a_.bits == 8 && a_.row_bytes == queries.columns && count == p_.rows;
+    const bool in_place = p_.direct || (p_.tiles && whole);
+    if (!in_place)
+      for (int64_t r = 0; r < count; ++r) unpack(begin + r, bytes_.data() + r * queries.columns);
+    const Source source = in_place ? Source{row(begin), a_.stride, a_.row_bytes}
+                                   : Source{bytes_.data(), queries.columns, queries.columns};
+    std::fill(norms_.begin(), norms_.end(), 0.0);
+    if (p_.tiles) {
+      add_norms(source.bytes, source.stride, count, source.width, norms_.data());
+      for (int64_t r = 0; r < count; r += TILE_ROWS) {
+        const int64_t share = (ahead_end_ - ahead_) * TILE_ROWS / p_.rows;
+        p_.tiles(source.bytes + r * source.stride, source.stride, queries.tiled.digits(), queries.columns,
+                 queries.width / TILE_QUERIES, ahead_ + r / TILE_ROWS * share, share,
+                 sums_.data() + r * queries.width);
       }
-      const int64_t* excess = queries.excess.data() + q * PLANES;
-      for (int64_t row = 0; row < rows; ++row) {
-        int64_t whole = 0;
-        for (int64_t plane = 0; plane < PLANES; ++plane) whole = whole * 128 + (sums[row][plane] - excess[plane]);
-        const double score = double(a.row_scale[begin + row]) * (double(whole) * a.step[q] + a.bias[q]);
-        float& top = highest[row * a.count + a.groups[q]];
-        top = std::max(top, float(score));
+    } else {
+      multiply(source, count, 0, sums_.data(), norms_.data());
+    }
+    choose(begin, count);
+    if (int64_t(candidates_.size()) * 4 > count * a_.queries) {
+      rest_.resize(size_t((a_.planes_count - 1) * p_.rows * queries.width));
+      for (int64_t plane = 1; plane < a_.planes_count; ++plane)
+        multiply(source, count, plane, rest_.data() + (plane - 1) * p_.rows * queries.width, nullptr);
+      offer(begin, true, source);
+    } else {
+      offer(begin, false, source);
+    }
+  }
+
+  // sums[row][query] = rows x a plane of the queries
+  void multiply(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
+    const Queries& queries = p_.queries;
+    const bool codes = p_.direct && a_.bits == 4;
+    const int64_t span = codes ? SPAN / 2 : SPAN, per_byte = codes ? 2 : 1;
+    const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
+    const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
+    // Spread evenly, so that the kernel never waits for the prefetches themselves.
+    const int64_t ahead_step = norms ? std::min<int64_t>(2 * STEP, (ahead_end_ - ahead_ + steps - 1) / steps) : 0;
+    double spare[QUERIES];
+    std::fill(sums, sums + count * queries.width, 0.0);
+    for (int64_t begin = 0; begin < source.width; begin += span)
+      for (int64_t block = 0; block < queries.blocks; ++block) {
+        const int8_t* digits = queries.blocked.digits() +
+                               ((plane * queries.blocks + block) * queries.columns + begin * per_byte) * QUERIES;
+        for (int64_t r = 0; r < count; r += 2) {
+          const int64_t second = std::min(r + 1, count - 1);
+          RowPair rows{source.bytes + r * source.stride + begin, source.bytes + second * source.stride + begin,
+                       std::min(span, source.width - begin), ahead_, ahead_step};
+          ahead_ += (rows.width + STEP - 1) / STEP * ahead_step;
+          double spare_norm;
+          double* const to[2] = {sums + r * queries.width + block * QUERIES,
+                                 second == r ? spare : sums + second * queries.width + block * QUERIES};
+          double* norm[2] = {norms + r, second == r ? &spare_norm : norms + second};
+          (codes ? p_.kernels.codes : p_.kernels.bytes)(rows, digits, p_.levels, to,
+                                                        norms && block == 0 ? norm : nullptr);
+        }
+      }
+  }
+
+  // The pairs of a row and a query that may be among the best.
+  void choose(int64_t begin, int64_t count) {
+    for (int64_t group = 0; group < a_.count; ++group)
+      raise_limit(group, p_.floor[group].load(std::memory_order_relaxed));
+    const int64_t queries = a_.queries;
+    const double* const limit = limit_.data();
+    double* const gap = gap_.data();
+    candidates_.clear();
+    for (int64_t r = 0; r < count; ++r) {
+      const double norm = std::sqrt(norms_[r] * (1 + ROUNDING));
+      if (bound_scores(sums_.data() + r * p_.queries.width, p_.queries, queries, a_.row_scale[begin + r], norm, limit,
+                       gap))
+        for (int64_t q = 0; q < queries; ++q)
+          if (!(gap[q] < 0)) candidates_.push_back({r, q, gap[q] + limit[q]});
+    }
+  }
+
+  // Scores below the limit can't be among the k best of the group; one that rounds to it still may.
+  void raise_limit(int64_t group, float worst) {
+    const double bound = std::nextafter(worst, -std::numeric_limits<float>::infinity());
+    for (int64_t q : members_[group]) limit_[q] = std::max(limit_[q], bound);
+  }
+
+  void offer(int64_t begin, bool rest_known, const Source& source) {
+    for (size_t i = 0; i < candidates_.size();) {
+      const int64_t r = candidates_[i].row;
+      const uint8_t* bytes = nullptr;
+      touched_.clear();
+      for (; i < candidates_.size() && candidates_[i].row == r; ++i) {
+        const int64_t q = candidates_[i].query, at = r * p_.queries.width + q;
+        if (candidates_[i].most < limit_[q]) continue;
+        if (!bytes && !rest_known && a_.planes_count > 1) bytes = unpacked(begin, r, source);
+        int64_t dot = int64_t(sums_[at]) - (p_.tiles || p_.kernels.biased ? p_.queries.digit_sum[q] : 0);
+        for (int64_t plane = 1; plane < a_.planes_count; ++plane) {
+          const int64_t sum = rest_known ? int64_t(rest_[(plane - 1) * p_.rows * p_.queries.width + at])
+                                         : single(bytes, plane, q);
+          dot = dot * 128 + sum - (p_.kernels.biased ? p_.queries.digit_sum[plane * a_.queries + q] : 0);
+        }
+        const float value = float(double(a_.row_scale[begin + r]) * (double(dot) * a_.step[q] + a_.bias[q]));
+        const int64_t group = a_.groups[q];
+        if (seen_[group] != begin + r) {
+          seen_[group] = begin + r;
+          touched_.push_back(group);
+          highest_[group] = value;
+        }
+        highest_[group] = std::max(highest_[group], value);
+      }
+      for (int64_t group : touched_) {
+        Best& best = best_[group];
+        best.offer({highest_[group], a_.ids[begin + r]});
+        if (best.full()) raise(group, best.worst());
       }
     }
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t group = 0; group < a.count; ++group)
-        best[group].offer({highest[row * a.count + group], a.ids[begin + row]});
   }
-}
+
+  void raise(int64_t group, float worst) {
+    raise_limit(group, worst);
+    float seen = p_.floor[group].load(std::memory_order_relaxed);
+    while (worst > seen && !p_.floor[group].compare_exchange_weak(seen, worst, std::memory_order_relaxed)) {
+    }
+  }
+
+  const uint8_t* unpacked(int64_t begin, int64_t r, const Source& source) {
+    if (source.width == p_.queries.columns) return source.bytes + r * source.stride;
+    unpack(begin + r, bytes_.data());
+    return bytes_.data();
+  }
+
+  int64_t single(const uint8_t* bytes, int64_t plane, int64_t q) const {
+    return p_.kernels.single(
+        bytes, p_.queries.single.digits() + ((plane - 1) * a_.queries + q) * p_.queries.columns, p_.queries.columns);
+  }
+
+  Plan& p_;
+  const ScoreArguments& a_;
+  std::vector<Best> best_;
+  std::vector<double> sums_, norms_, gap_, limit_, rest_;
+  std::vector<float> highest_;   // [group]: of the row at hand
+  std::vector<int64_t> seen_;    // [group]: the row of `highest_`
+  std::vector<std::vector<int64_t>> members_;
+  Lines bytes_;
+  std::vector<int64_t> touched_;
+  std::vector<Candidate> candidates_;
+  const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
+};
 
 }  // namespace
 
-Isa choose_isa(int asked) {
-  Isa best = Isa::scalar;
-#ifdef JZ3_X86
-  if (__builtin_cpu_supports("avx2")) best = Isa::avx2;
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    best = Isa::avx512vnni;
-#endif
-  return asked < 0 || asked > int(best) ? best : Isa(asked);
-}
-
 void score_topk(const ScoreArguments& a, int threads) {
-  const Queries queries(a);
-  const Table table(a.levels, a.bits);
+  const Isa isa = choose_isa(a.isa);
+  const TileKernel tiles = choose_tile_kernel(isa);
+  const Isa plain = tiles ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
+  const Kernels kernels = choose_kernels(plain, a.bits);
+  const Queries queries(a, tiles, tiles || kernels.biased);
+  const Levels levels(a.levels, a.bits);
+  const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
+  const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes && queries.blocks == 1);
+  const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / std::max<int64_t>(queries.columns, 1)) / TILE_ROWS * TILE_ROWS;
+  Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), {}};
+  plan.floor = std::vector<std::atomic<float>>(size_t(a.count));
+  for (auto& worst : plan.floor) worst = -std::numeric_limits<float>::infinity();
+
   std::vector<std::vector<Best>> best(size_t(std::max(threads, 1)));
-  parallel(a.rows, queries.columns * (PLANES * a.queries + 2) / 32, threads,
-           [&](int64_t part, int64_t first, int64_t last) {
-             best[part].assign(size_t(a.count), Best(a.k));
-             scan(a, queries, table, first, last, best[part]);
-           });
+  parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads, [&](int64_t part, int64_t first, int64_t last) {
+    Scan scan(plan);
+    scan.run(first, last);
+    best[part] = scan.best();
+  });
   for (int64_t group = 0; group < a.count; ++group) {
     std::vector<Found> all;
     for (auto& part : best)

@@ -5,10 +5,12 @@ With phi_i = decode(codes_i) = mean + scale * unit * level_i and queries psi_q,
     score(i, q) = row_scale_i * <phi_i, psi_q>
                 = row_scale_i * (step_q * <level_i, digits_q> + <mean, psi_q>)
 
-`digits_q` is scale * unit * psi_q on a grid of step_q with 29 bits, kept as four int8 planes
-(base 128), so that <level, digits> is an exact integer on every back end; the rest is float64 in a
-fixed order, rounded to float32 once. Therefore scores are the same bit for bit on every back end, and
-so are the ids under the tie rule: score descending, then id ascending.
+`digits_q` is scale * psi_q on a grid of 15 bits, kept as two int8 planes (base 128: digits =
+128 planes_0 + planes_1), so that <level, digits> is an exact integer on every back end; the rest is
+float64 in a fixed order, rounded to float32 once. Therefore scores are the same bit for bit on every
+back end, and so are the ids under the tie rule: score descending, then id ascending. The grid moves a
+score by about 1e-4 of the scores' spread; one plane (8 bits) would move it by 1e-2, enough to cost a
+hundredth of the best hundred.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ from jz3.ops.encode import CODEBOOKS, check_row_bytes, check_scale, codebook, un
 if TYPE_CHECKING:
     import torch
 
-PLANES = 4
+PLANES = 2
+"""int8 digits of a query's coordinate, in base 128."""
 MAX_DIM = 1 << 20
 REFERENCE_ROWS = 4096
 CUDA_ROWS = 1 << 20
@@ -34,10 +37,10 @@ CUDA_MAX_DIM = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Queries as exact integers: sum over p of planes[p] * 128^(3 - p), times `step`."""
+    """Queries as exact integers: sum over p of planes[p] * 128^(P - 1 - p), times `step`."""
 
     planes: "torch.Tensor"
-    """int8 [4, Q, K]."""
+    """int8 [P, Q, K], the most significant first."""
     step: "torch.Tensor"
     """float64 [Q], the codebook's unit included."""
     bias: "torch.Tensor"
@@ -45,7 +48,7 @@ class Digits:
 
 
 def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", unit: float) -> Digits:
-    """Fold the codes' means and scales into the queries and put these on a grid of 29 bits."""
+    """Fold the codes' means and scales into the queries and put these on a grid of 7 PLANES + 1 bits."""
     import torch
 
     exact = queries.double()
@@ -118,12 +121,14 @@ def score_topk_reference(
     import torch
 
     levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
-    high, low = (planes[i].double() * 128 + planes[i + 1].double() for i in (0, 2))
+    digits = [plane.double().T for plane in planes]
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for begin in range(0, len(codes), REFERENCE_ROWS):
         rows = slice(begin, begin + REFERENCE_ROWS)
         level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
-        dot = (level @ high.T).long() * 128**2 + (level @ low.T).long()
+        dot = torch.zeros(len(level), planes.shape[1], dtype=torch.int64, device=codes.device)
+        for plane in digits:
+            dot = dot * 128 + (level @ plane).long()
         scores = (row_scale[rows].double()[:, None] * (dot.double() * step + bias)).float()
         grouped = torch.full((count, len(scores)), float("-inf"), device=codes.device)
         grouped = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(scores)), scores.T, "amax")
@@ -237,14 +242,22 @@ def score_topk_cpu(
     k: int,
     instructions: int = -1,
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """The compiled scan; `instructions` picks 0 scalar, 1 AVX2, 2 AVX512-VNNI, -1 the best there is."""
+    """The compiled scan.
+
+    `instructions` picks 0 scalar, 1 AVX2, 2 AVX512-VNNI, 3 AMX, 4 the tile kernel of AMX with its tiles in
+    plain C++, -1 the best there is; ValueError where the machine lacks it.
+    """
     import torch
 
     book = CODEBOOKS[kind]
     levels = torch.tensor(book.levels, dtype=torch.int8)
     k = min(k, len(codes))
     values, found = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
-    codes, planes, row_scale, ids = (x.contiguous() for x in (codes, planes, row_scale, ids))
+    if codes.stride(1) != 1:
+        codes = codes.contiguous()
+    planes, step, bias, row_scale, ids, groups = (
+        x.contiguous() for x in (planes, step, bias, row_scale, ids, groups)
+    )
     if k and count:
         backend.extension().score_topk(
             codes.data_ptr(),
@@ -260,9 +273,11 @@ def score_topk_cpu(
             len(codes),
             planes.shape[2],
             codes.shape[1],
+            codes.stride(0),
             planes.shape[1],
             count,
             k,
+            len(planes),
             book.bits,
             instructions,
             backend.threads(),
@@ -274,30 +289,30 @@ def fragments(planes: "torch.Tensor", bits: int, width: int) -> "torch.Tensor":
     """Put the queries' planes in the order in which the CUDA kernel's threads meet their coordinates.
 
     Args:
-        planes: int8 [4, Q, K].
-        bits: of a code, 4 or 8.
+        planes: int8 [2, Q, K].
+        bits: of a code.
         width: bytes of a row of codes.
 
     Returns:
-        int32 [ceil(Q / 2), steps, products, 32, 2]: two registers for each thread of a warp.
+        int32 [ceil(Q / 4), steps, products, 32, 2]: two registers for each thread of a warp.
     """
     import torch
 
     count, dim = planes.shape[1:]
     per_thread = 16 * 8 // bits
-    steps, pairs = -(-width // 64), -(-count // 2)
-    padded = planes.new_zeros(PLANES, pairs * 2, steps * 4 * per_thread)
+    steps, fours = -(-width // 64), -(-count // 4)
+    padded = planes.new_zeros(2, fours * 4, steps * 4 * per_thread)
     padded[:, :count, :dim] = planes
-    # plane, pair, query of the pair, step, thread of the quad, product, register, byte
-    axes = padded.view(PLANES, pairs, 2, steps, 4, per_thread // 8, 2, 4)
+    # plane, four, query of the four, step, thread of the quad, product, register, byte
+    axes = padded.view(2, fours, 4, steps, 4, per_thread // 8, 2, 4)
     ordered = axes.permute(1, 3, 5, 2, 0, 4, 6, 7).contiguous()
-    return ordered.view(pairs, steps, per_thread // 8, 32, 8).view(torch.int32)
+    return ordered.view(fours, steps, per_thread // 8, 32, 8).view(torch.int32)
 
 
 def level_words(kind: str) -> list[int]:
-    """Return the 16 levels of a 4-bit kind as four 32-bit words, one level a byte; zeros for 8 bits."""
-    levels = CODEBOOKS[kind].levels if CODEBOOKS[kind].bits == 4 else (0,) * 16
-    data = bytes(level & 0xFF for level in levels)
+    """Return the levels of a sub-byte kind as four 32-bit words, one level a byte, zeros after the last."""
+    levels = CODEBOOKS[kind].levels if CODEBOOKS[kind].bits < 8 else ()
+    data = bytes(level & 0xFF for level in levels).ljust(16, b"\0")
     return [int.from_bytes(data[i : i + 4], "little") for i in range(0, 16, 4)]
 
 
@@ -371,12 +386,31 @@ def _score_topk_cuda(
     return empty, empty.long()
 
 
+def _score_topk_triton(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+    ids: "torch.Tensor",
+    groups: "torch.Tensor",
+    count: int,
+    k: int,
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    from jz3.kernels import score_topk as kernels
+
+    return kernels.score_topk(codes, kind, planes, step, bias, row_scale, ids, groups, count, k)
+
+
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    codes, _, planes = arguments[:3]
+    if chosen == "triton" and planes.shape[2] > CUDA_MAX_DIM:
+        return f"more than {CUDA_MAX_DIM} coordinates"
     if chosen != "cuda":
         return ""
-    codes, kind, planes = arguments[:3]
-    if CODEBOOKS[kind].bits not in (4, 8):
-        return f"{kind} codes (it takes 4bit and int8)"
+    if len(planes) != 2:
+        return f"{len(planes)} planes (it takes 2)"
     if codes.shape[1] % 16 or not codes.is_contiguous() or codes.data_ptr() % 16:
         return "rows that aren't contiguous and aligned to 16 bytes"
     return f"more than {CUDA_MAX_DIM} coordinates" if planes.shape[2] > CUDA_MAX_DIM else ""
@@ -404,7 +438,7 @@ backend.register(
     backend.Op(
         name="score_topk",
         reference=score_topk_reference,
-        native={"cuda": _score_topk_cuda, "cpu": score_topk_cpu},
+        native={"cuda": _score_topk_cuda, "triton": _score_topk_triton, "cpu": score_topk_cpu},
         example=_example,
         exact=True,
         unsupported=_unsupported,

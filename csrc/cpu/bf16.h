@@ -1,0 +1,52 @@
+// Rows of bfloat16 or float32 in AVX-512 registers. Include after the standard headers: everything below is
+// compiled for AVX-512 with bfloat16 products and may run only where has_bf16() says so.
+#pragma once
+
+#include "cpu/ops.h"
+
+#ifdef JZ3_BF16
+#include <immintrin.h>
+
+#include <initializer_list>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+
+namespace jz3 {
+
+using bf16 = uint16_t;
+
+inline __m512 load(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+
+inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+
+inline void store(bf16* p, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// exp to within 2 units in the last place of float32, 0 below -87 (denormal results cost a hundred times as
+// much); NaN stays NaN.
+inline __m512 exp_ps(__m512 x) {
+  const __m512 least = _mm512_set1_ps(-87.0f);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+  // NaN in the second operand survives min and max.
+  x = _mm512_max_ps(least, _mm512_min_ps(_mm512_set1_ps(89.0f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 y = _mm512_set1_ps(1.0f / 720);
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  return _mm512_maskz_scalef_ps(normal, y, n);
+}
+
+}  // namespace jz3
+
+#pragma GCC pop_options
+#endif

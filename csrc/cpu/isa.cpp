@@ -1,0 +1,66 @@
+// What this machine can run. AMX needs the kernel's permission once per process.
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace jz3 {
+namespace {
+
+bool amx_int8() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if ((edx & (tile | int8)) != (tile | int8)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa best_isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
+    return amx_int8() ? Isa::amx : Isa::avx512vnni;
+  if (__builtin_cpu_supports("avx2")) return Isa::avx2;
+#endif
+  return Isa::scalar;
+}
+
+}  // namespace
+
+Isa choose_isa(int asked) {
+  static const Isa best = best_isa();
+  if (asked < 0) return best;
+  if (asked == int(Isa::emulated_tiles) || asked <= int(best)) return Isa(asked);
+  throw std::invalid_argument("this machine can't run " + std::string(isa_name(Isa(asked))));
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+      return "scalar";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512vnni:
+      return "avx512vnni";
+    case Isa::amx:
+      return "amx";
+    case Isa::emulated_tiles:
+      return "emulated tiles";
+  }
+  return "an unknown instruction set";
+}
+
+}  // namespace jz3

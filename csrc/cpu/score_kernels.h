@@ -1,0 +1,59 @@
+// The inner products of score_topk for one instruction set. A row is bytes of level + 128, in steps of 64; where a
+// kernel takes 4-bit codes as they are, a step of 64 bytes of codes is two steps of columns: the low halves, then
+// the high halves. The queries' columns are stored in that order for 4-bit codes, however they are unpacked.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/ops.h"
+
+namespace jz3 {
+
+constexpr int64_t STEP = 64, QUERIES = 8;  // columns of a step, queries of a block
+
+// What codes unpack to.
+struct Levels {
+  uint8_t byte[256];      // level + 128 of a code
+  uint8_t bytes[256][8];  // the same of every code in a byte of codes, in order
+  Levels(const int8_t* levels, int bits);
+};
+
+// Two rows of a matrix with the same query block; the second may be the first again.
+struct RowPair {
+  const uint8_t *first, *second;
+  int64_t width;         // bytes of each
+  const uint8_t* ahead;  // what to prefetch, `ahead_step` bytes with every step: <= 64, or <= 128 with norms
+  int64_t ahead_step;
+};
+
+// sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels (unless null).
+// queries: [steps][8][64].
+using PairKernel = void (*)(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
+                            double* norms[2]);
+
+struct Kernels {
+  PairKernel bytes;      // rows of unpacked bytes, or int8 codes, which are the same
+  PairKernel codes;      // rows of 4-bit codes as they are; may be null
+  bool any_width;        // `bytes` takes widths that are no multiple of a step
+  bool biased;           // the products are with level + 128 instead of the level
+  // one row of whole steps and one query, its columns in a row
+  int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
+  // row_bytes of codes to level + 128
+  void (*unpack)(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes);
+};
+
+// For `isa`, which is none of the tile kinds, and codes of `bits`.
+Kernels choose_kernels(Isa isa, int bits);
+Kernels avx512_kernels(int bits);
+
+// The squared norms of rows of bytes, added to norms[row].
+void add_norms(const uint8_t* bytes, int64_t stride, int64_t rows, int64_t columns, double* norms);
+
+// The tile kernel: 32 rows with blocks of 16 queries stored [columns / 64][16][16][4] (step, quad of columns, query,
+// column of the quad): sums[row * 16 * blocks + query] is set. `ahead` as above, for all 32 rows.
+using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
+                            int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
+TileKernel choose_tile_kernel(Isa isa);
+
+}  // namespace jz3
