@@ -19,7 +19,7 @@ from jz3.errors import Jz3Error
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-"""In the order of preference."""
+"""In the order of preference, except that compiled ones go before plain torch."""
 
 OPS = {
     "signs": "signs",
@@ -82,7 +82,8 @@ def call(name: str, *arguments: Any) -> Any:
                 f"JZ3_BACKEND forces {backend} for {name}, which can't take these arguments: {reason}"
             )
         refused.append(f"{backend} can't take {reason}")
-        later = BACKENDS[BACKENDS.index(backend) + 1 :]
+        candidates = (*_candidates(op, device), "reference")
+        later = candidates[candidates.index(backend) + 1 :]
         backend = next(b for b in later if not _obstacle(name, b, device, wanted=False))
     if refused:
         _say_once(logging.INFO, f"{name} on {device} runs on {backend} where {', '.join(refused)}")
@@ -142,9 +143,15 @@ def _forced_choice(name: str, device: str, wanted: str) -> tuple[str, str]:
     return wanted, "forced by JZ3_BACKEND"
 
 
+def _candidates(op: Op, device: str) -> tuple[str, ...]:
+    """Return the native back ends of a device, compiled ones before plain torch."""
+    known = ("cpu",) if device == "cpu" else ("cuda", "triton")
+    return tuple(sorted(known, key=lambda backend: backend in op.plain))
+
+
 def _best_choice(name: str, device: str) -> tuple[str, str]:
     passed_over = []
-    for backend in ("cpu",) if device == "cpu" else ("cuda", "triton"):
+    for backend in _candidates(_ops[name], device):
         reason = _obstacle(name, backend, device, wanted=False)
         if not reason:
             return backend, "; ".join(["agrees with the reference", *passed_over])

@@ -11,13 +11,11 @@ Limits: float32 (every product as three TF32 ones, error about float32's), float
 dtype.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from jz3.kernels import cdiv
+from jz3.kernels import cdiv, launch
 
 CHUNK = 256
 
@@ -104,17 +102,15 @@ def chunk_table(bounds: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
     return chunks, first
 
 
-def tiles(outputs: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the block sizes and the number of warps; chosen so that next to nothing spills.
-
-    An axis' block is a power of two of at least 16 (what the tensor cores need).
-    """
-    largest = 64 if dtype == torch.float32 else 128
-    bq, bi = (min(largest, max(16, triton.next_power_of_2(size))) for size in (outputs, columns))
-    small = bq * bi <= (32 * 32 if dtype == torch.float32 else 64 * 64)
-    bt = 64 if small and dtype != torch.float32 else 32
-    bo = 16 if dtype == torch.float32 else 64
-    return {"BT": bt, "BO": bo, "BQ": bq, "BI": bi, "num_warps": 4 if small else 8}
+def case(outputs: int, columns: int, dtype: torch.dtype) -> str:
+    """Return the row of the launch table for the size of a document's block."""
+    if outputs <= 32 and columns <= 32:
+        tile = "small"
+    elif (outputs <= 64 and columns <= 64) or dtype == torch.float32:
+        tile = "medium"
+    else:
+        tile = "tall" if columns <= 32 else "large"
+    return f"segment_project/{launch.kind(dtype)}/{tile}"
 
 
 def segment_project(
@@ -130,7 +126,7 @@ def segment_project(
     if not chunks or not out.numel():
         return out
     partial = torch.empty(len(chunks), outputs, columns, dtype=torch.float32, device=a.device)
-    blocks = {"HAS_LEFT": left is not None, **tiles(outputs, columns, a.dtype)}
+    blocks = {"HAS_LEFT": left is not None, **launch.parameters(case(outputs, columns, a.dtype), a.device)}
     grid = (len(chunks), cdiv(outputs, blocks["BQ"]), cdiv(columns, blocks["BI"]))
     segment_project_kernel[grid](
         a,
@@ -148,6 +144,6 @@ def segment_project(
     )
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)
-    constants: dict[str, Any] = {"B": 1024}
-    segment_sum_kernel[(len(first) - 1, cdiv(n, 1024))](partial, first_chunk, out, n, **constants)
+    summing = launch.parameters("segment_sum/any", a.device)
+    segment_sum_kernel[(len(first) - 1, cdiv(n, summing["B"]))](partial, first_chunk, out, n, **summing)
     return out

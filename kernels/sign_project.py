@@ -10,13 +10,12 @@ Limits: float32 (three TF32 products, error about float32's), float16, bfloat16.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from jz3.kernels import cdiv
+from jz3.kernels import cdiv, launch
 
 BLOCK = 128
 PIECE = 128 * BLOCK
@@ -72,21 +71,18 @@ def sign_project_kernel(
     tl.store(p_partial + at, acc, mask=(rows[:, None] < S) & (projections[None, :] < k))
 
 
-def tiles(rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the block sizes and the number of warps; chosen so that nothing spills on sm_80 and sm_90."""
-    if rows <= 16:
-        return {"BM": 16, "BN": 64, "num_warps": 4}
-    if dtype == torch.float32:
-        return {"BM": 32, "BN": 64, "num_warps": 8}
-    return {"BM": 64, "BN": 64, "num_warps": 4} if rows <= 64 else {"BM": 128, "BN": 64, "num_warps": 8}
+def case(rows: int, dtype: torch.dtype) -> str:
+    """Return the row of the launch table for a number of rows."""
+    width = 16 if rows <= 16 else 64 if rows <= 64 and dtype != torch.float32 else 128
+    return f"sign_project/{launch.kind(dtype)}/{width}"
 
 
 def sign_bits(key: int, rows: int, blocks: int, first_block: int, device: torch.device) -> torch.Tensor:
     """Make packed signs on a device: int32 [rows, 4 * blocks], as `jz3.ops.signs` defines them."""
     bits = torch.empty(rows, 4 * blocks, dtype=torch.int32, device=device)
-    constants: dict[str, Any] = {"B": 128}
-    sign_bits_kernel[(rows, cdiv(blocks, 128))](
-        bits, _signed(key & 0xFFFFFFFF), _signed(key >> 32), first_block, blocks, rows, **constants
+    blocking = launch.parameters("sign_bits/any", device)
+    sign_bits_kernel[(rows, cdiv(blocks, blocking["B"]))](
+        bits, _signed(key & 0xFFFFFFFF), _signed(key >> 32), first_block, blocks, rows, **blocking
     )
     return bits
 
@@ -97,7 +93,7 @@ def sign_project(x: torch.Tensor, key: int, k: int, first_col: int) -> torch.Ten
         x = x.contiguous()
     rows, columns = x.shape
     out = torch.zeros(rows, k, dtype=torch.float32, device=x.device)
-    blocking = {"PIECE": PIECE, **tiles(rows, x.dtype)}
+    blocking = {"PIECE": PIECE, **launch.parameters(case(rows, x.dtype), x.device)}
     width = max(1, BITS_BYTES * 8 // (k * PIECE)) * PIECE
     for begin in range(0, columns if rows else 0, width):
         part = x[:, begin : begin + width]

@@ -1,11 +1,9 @@
 """Run by test_kernels.py in a process with TRITON_INTERPRET=1, which is read when kernels are decorated."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
+from interpreted import DTYPES, guarded, needs_guard
 
 from jz3 import backend
 from jz3.kernels.segment_project import segment_project
@@ -13,16 +11,6 @@ from jz3.kernels.sign_project import sign_bits, sign_project
 from jz3.ops.segment_project import segment_project_reference
 from jz3.ops.sign_project import sign_project_reference
 from jz3.ops.signs import sign_bits_reference, unpack_signs
-
-assert os.environ.get("TRITON_INTERPRET") == "1"
-
-DTYPES = [torch.float32, torch.float16]
-triton_interpreter = None
-if importlib.util.find_spec("gpu_without_gpu"):  # without its patch the interpreter computes on bf16's bits
-    from gpu_without_gpu import triton_interpreter
-
-    triton_interpreter.install()
-    DTYPES.append(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,29 +79,11 @@ def test_strides_and_emptiness() -> None:
     assert segment_project(a, g, left, torch.tensor([3])).shape == (0, 8, 8)
 
 
-@pytest.mark.skipif(triton_interpreter is None, reason="the guard of gpu_without_gpu is not importable")
-def test_every_access_is_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    simulator = triton_interpreter
-    assert simulator is not None
+@needs_guard
+def test_every_access_is_in_bounds() -> None:
     a, g, left, x = normal(0, 67, 9), normal(1, 67, 33), normal(2, 33, 5), normal(3, 3, 300)
-    known = [a, g, left, x]
-
-    def registered(function):
-        def wrapper(*arguments, **options):
-            out = function(*arguments, **options)
-            if function is empty:
-                out.fill_(float("nan") if out.is_floating_point() else -1)
-            known.append(out)
-            simulator.register(*known)
-            return out
-
-        return wrapper
-
-    empty = torch.empty
-    for name in ("empty", "zeros", "tensor"):
-        monkeypatch.setattr(torch, name, registered(getattr(torch, name)))
-    with simulator.guard(*known):
-        got = segment_project(a, g, left, cu_seqlens=torch.tensor([0, 5, 67]))
+    with guarded():
+        got = segment_project(a, g, left, torch.tensor([0, 5, 67]))
         signed = sign_project(x, 5, 7, 0)
     assert torch.isfinite(got).all() and torch.isfinite(signed).all()
 

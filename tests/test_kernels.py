@@ -1,147 +1,83 @@
-"""The Triton kernels: interpreted, compiled ahead of time, and their PTX executed on the CPU.
-
-Compiling and executing for a GPU that isn't there needs the package `gpu_without_gpu`; without it those tests
-are skipped.
-"""
+"""The Triton kernels: interpreted, and compiled ahead of time within their budgets."""
 
 import importlib.util
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from accuracy import normal
-
-from jz3.ops.segment_project import segment_project_reference
-from jz3.ops.sign_project import sign_project_reference
-from jz3.ops.signs import sign_bits_reference
+from kernel_cases import BUDGETS, KERNELS, measured, shipped
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-needs_simulator = pytest.mark.skipif(
-    importlib.util.find_spec("gpu_without_gpu") is None,
-    reason="the package gpu_without_gpu is not importable",
-)
-
-TILES = {"PIECE": "constexpr", "BM": "constexpr", "BN": "constexpr"}
-SIGN = {"p_x": "*bf16", "p_bits": "*i32", "p_partial": "*fp32"}
-SIGN |= dict.fromkeys(("S", "P", "k", "blocks", "stride_x"), "i32") | TILES
-SIGN_ALIGNED = ("p_x", "p_bits", "p_partial", "stride_x")
-SEGMENT = {"p_a": "*bf16", "p_g": "*bf16", "p_left": "*bf16", "p_chunks": "*i64", "p_partial": "*fp32"}
-SEGMENT |= dict.fromkeys(("P", "O", "Q", "stride_a", "stride_g", "stride_left"), "i32")
-SEGMENT |= dict.fromkeys(("HAS_LEFT", "BT", "BO", "BQ", "BI"), "constexpr")
-SEGMENT_ALIGNED = ("p_a", "p_g", "p_left", "p_partial", "stride_a", "stride_g", "stride_left")
+TENSOR_CORES = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
 
 
-def test_interpreted() -> None:
+@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_ops.py"])
+def test_interpreted(file: str) -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("JZ3_BACKEND", None)
     done = subprocess.run(
-        [*command, str(here / "interpreted_kernels.py")],
-        cwd=here.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [*command, str(here / file)], cwd=here.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def compiled_sign_project(arch: int, rows: int, dtype: torch.dtype, piece: int):
-    from gpu_without_gpu.triton_aot import compile_aot
+def test_every_row_of_the_launch_table_is_a_case() -> None:
+    from jz3.kernels import launch
 
-    from jz3.kernels import sign_project as kernels
-
-    blocks = kernels.tiles(rows, dtype)
-    warps = blocks.pop("num_warps")
-    signature = {**SIGN, "p_x": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
-    return compile_aot(
-        kernels.sign_project_kernel,
-        signature,
-        {"PIECE": piece, **blocks},
-        arch=arch,
-        options={"num_warps": warps},
-        div16=SIGN_ALIGNED,
-    )
+    for arch, table in launch.TABLE.items():
+        assert {case.row for case in shipped(arch)} == set(table)
+        assert set(table) == set(launch.TABLE[80])
+        for constants in table.values():
+            assert {"num_warps", "num_stages"} < set(constants)
 
 
-def compiled_segment_project(arch: int, outputs: int, columns: int, dtype: torch.dtype):
-    from gpu_without_gpu.triton_aot import compile_aot
+def test_inputs_take_rows_that_exist() -> None:
+    from jz3.kernels import launch, score_topk, segment_project, sign_project
 
-    from jz3.kernels import segment_project as kernels
-
-    blocks = kernels.tiles(outputs, columns, dtype)
-    warps = blocks.pop("num_warps")
-    kind = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-    return compile_aot(
-        kernels.segment_project_kernel,
-        {**SEGMENT, "p_a": kind, "p_g": kind, "p_left": kind},
-        {"HAS_LEFT": True, **blocks},
-        arch=arch,
-        options={"num_warps": warps},
-        div16=SEGMENT_ALIGNED,
-    )
+    sizes = (1, 16, 17, 32, 33, 64, 65, 128, 500)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for size in sizes:
+            assert sign_project.case(size, dtype) in launch.TABLE[80]
+            for other in sizes:
+                assert segment_project.case(size, other, dtype) in launch.TABLE[80]
+    for bits in (1, 2, 4, 8):
+        for size in sizes:
+            assert score_topk.case(bits, size) in launch.TABLE[80]
 
 
-@pytest.mark.slow
-@needs_simulator
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_they_compile_for_real_gpus_with_tensor_cores_and_without_spills(
-    arch: int, dtype: torch.dtype
-) -> None:
-    compiled = [compiled_sign_project(arch, rows, dtype, 16384) for rows in (8, 64, 500)]
-    compiled += [compiled_segment_project(arch, p, p, dtype) for p in (16, 32, 64, 128)]
-    for kernel in compiled:
-        assert kernel.resources["mma"], kernel.resources
-        assert kernel.resources["spills"] <= 16, kernel.resources
-
-
-@pytest.mark.slow
-@needs_simulator
-@pytest.mark.parametrize("arch", [80, 90])
-def test_sign_project_ptx_executed(arch: int) -> None:
-    from gpu_without_gpu.ptxsim import Device, to_bf16
-
-    rows, p, k, piece, key = 20, 600, 70, 256, 0xFEDCBA98F6543210
-    compiled = compiled_sign_project(arch, rows, torch.bfloat16, piece)
-    x = normal(0, rows, 608, dtype=torch.bfloat16)
-    bits = sign_bits_reference(key, k, p, 0, 0)
-    for options in ({"async_mode": "lazy"}, {"async_mode": "eager"}):
-        device = Device()
-        partial = device.put(np.full((3, rows, k), np.nan, np.float32))
-        addresses = [device.put(to_bf16(x.float().numpy())), device.put(bits), partial]
-        compiled.run(device, (1, 2, 3), [*addresses, rows, p, k, bits.shape[1] // 4, 608], **options)
-        got = torch.from_numpy(device.get(partial, np.float32, (3, rows, k))).sum(0) / k**0.5
-        expected = sign_project_reference(x[:, :p].double(), key, k, 0)
-        assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@needs_simulator
-@pytest.mark.parametrize("arch", [80, 90])
-def test_segment_project_ptx_executed(arch: int) -> None:
-    from gpu_without_gpu.ptxsim import Device, to_bf16
-
-    from jz3.kernels.segment_project import chunk_table
-
-    p_i, o, p_o, bounds = 32, 80, 24, [1, 4, 4, 90]
-    compiled = compiled_segment_project(arch, p_o, p_i, torch.bfloat16)
-    a, g, left = (
-        normal(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate([(95, 32), (95, 80), (80, 32)])
-    )
-    chunks, _ = chunk_table(bounds)
-    for options in ({"async_mode": "lazy"}, {"async_mode": "eager"}):
-        device = Device()
-        partial = device.put(np.full((len(chunks), p_o, p_i), np.nan, np.float32))
-        addresses = [device.put(to_bf16(m.float().numpy())) for m in (a, g, left)]
-        addresses += [device.put(np.array(chunks, np.int64)), partial]
-        compiled.run(device, (len(chunks), 1, 1), [*addresses, p_i, o, p_o, 32, 80, 32], **options)
-        got = torch.from_numpy(device.get(partial, np.float32, (len(chunks), p_o, p_i)))
-        exact = segment_project_reference(
-            a.double(), g.double(), left[:, :p_o].double(), torch.tensor(bounds)
+@pytest.mark.timeout(1200)
+def test_every_configuration_compiles_within_its_budget() -> None:
+    """No spills; registers and shared memory as committed; the architecture's own tensor cores where meant."""
+    budgets: dict[str, dict[str, int]] = json.loads(BUDGETS.read_text())["triton"]
+    cases = [case for arch in TENSOR_CORES for case in shipped(arch)]
+    assert {case.name for case in cases} == set(budgets)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results: dict[str, dict[str, Any]] = dict(
+            zip((case.name for case in cases), pool.map(measured, cases), strict=True)
         )
-        assert torch.allclose(got.double(), exact[[0, 2]], rtol=1e-3, atol=2e-3)
+    for case in cases:
+        took, allowed = results[case.name], budgets[case.name]
+        assert took["spills"] == 0, (case.name, took)
+        assert took["registers"] <= allowed["registers"], (case.name, took, allowed)
+        assert took["shared"] <= allowed["shared"], (case.name, took, allowed)
+        assert took["shared"] <= 99 << 10 or case.arch != 80, (case.name, took)
+        assert bool(took["mma"]) == KERNELS[case.kernel].mma, (case.name, took)
+    for arch, (floating, integer) in TENSOR_CORES.items():
+        for beginning, instruction in (
+            ("ce_exp/half", floating),
+            ("ce_grad/half", floating),
+            ("segment_project/half/large", floating),
+            ("sign_project/half/128", floating),
+            ("score_codes/", integer),
+        ):
+            rows = [case.name for case in cases if case.arch == arch and case.row.startswith(beginning)]
+            assert rows and all(results[name]["mma"].get(instruction) for name in rows), (arch, beginning)

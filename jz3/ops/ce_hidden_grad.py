@@ -98,16 +98,24 @@ def ce_hidden_grad_chunked(
     grad = torch.zeros_like(h, memory_format=torch.contiguous_format)
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * max(len(weight), 1)))
     product = h.dtype if h.device.type != "cpu" or _has_instructions(h.dtype) else dtype
+    native = _native_softmax(h.device.type, product)
     for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
         target = y[index].long()[:, None]
-        logits = _product(h[index], weight, product, dtype)
-        logits.sub_(logits.amax(1, keepdim=True))
-        own = logits.gather(1, target)
-        total = logits.exp_().sum(1, keepdim=True)
-        loss[index] = (total.log() - own)[:, 0]
-        difference = logits.scatter_add_(1, target, -total)
+        logits = _product(h[index], weight, product, dtype if native is None else product)
+        if native is None:
+            logits.sub_(logits.amax(1, keepdim=True))
+            own = logits.gather(1, target)
+            total = logits.exp_().sum(1, keepdim=True)
+            loss[index] = (total.log() - own)[:, 0]
+            logits.scatter_add_(1, target, -total)
+        else:
+            total = loss.new_empty(len(index), 1)
+            part = loss.new_empty(len(index))
+            pointers = (logits, target, part, total)
+            native(*(x.data_ptr() for x in pointers), *logits.shape, logits.stride(0), backend.threads())
+            loss[index] = part
         factor = weights[index].to(dtype)[:, None] / total
-        grad[index] = (_product_t(difference, weight, product).to(dtype) * factor).to(h.dtype)
+        grad[index] = (_product_t(logits, weight, product).to(dtype) * factor).to(h.dtype)
     return loss, grad
 
 
@@ -119,6 +127,13 @@ def _has_instructions(dtype: "torch.dtype") -> bool:
     import torch
 
     return dtype == torch.bfloat16 and fast_bfloat16_cpu()
+
+
+def _native_softmax(device: str, product: "torch.dtype") -> Any:
+    """Return the softmax of csrc/cpu/block.cpp, one pass less and no float32 copy; None where there is none."""
+    if device != "cpu" or backend.extension_missing() or not getattr(backend.extension(), "has_bf16", bool)():
+        return None
+    return getattr(backend.extension(), f"softmax_residual_{str(product).removeprefix('torch.')}", None)
 
 
 def _product(
@@ -150,6 +165,18 @@ def _product_t(p: "torch.Tensor", weight: "torch.Tensor", product: "torch.dtype"
     return out
 
 
+def _ce_hidden_grad_triton(
+    h: "torch.Tensor", weight: "torch.Tensor", y: "torch.Tensor", weights: "torch.Tensor"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    from jz3.kernels import ce_hidden_grad as kernels
+
+    return kernels.ce_hidden_grad(h, weight, y, weights)
+
+
+def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    return "float64" if chosen == "triton" and str(arguments[0].dtype) == "torch.float64" else ""
+
+
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
@@ -163,8 +190,13 @@ backend.register(
     backend.Op(
         name="ce_hidden_grad",
         reference=ce_hidden_grad_reference,
-        native={"cuda": ce_hidden_grad_chunked, "cpu": ce_hidden_grad_chunked},
+        native={
+            "triton": _ce_hidden_grad_triton,
+            "cuda": ce_hidden_grad_chunked,
+            "cpu": ce_hidden_grad_chunked,
+        },
         plain=frozenset({"cuda", "cpu"}),
         example=_example,
+        unsupported=_unsupported,
     )
 )

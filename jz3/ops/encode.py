@@ -245,6 +245,22 @@ def _decode_cpu(
     return out
 
 
+def _encode_triton(
+    values: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", kind: str
+) -> "torch.Tensor":
+    from jz3.kernels import encode as kernels
+
+    return kernels.encode(values, mean, scale, kind)
+
+
+def _decode_triton(
+    codes: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", kind: str
+) -> "torch.Tensor":
+    from jz3.kernels import encode as kernels
+
+    return kernels.decode(codes, mean, scale, kind)
+
+
 def _example(device: str) -> tuple[Any, ...]:
     import torch
 
@@ -261,14 +277,18 @@ def _decode_example(device: str) -> tuple[Any, ...]:
 
 backend.register(
     backend.Op(
-        name="encode", reference=encode_reference, native={"cpu": _encode_cpu}, example=_example, exact=True
+        name="encode",
+        reference=encode_reference,
+        native={"triton": _encode_triton, "cpu": _encode_cpu},
+        example=_example,
+        exact=True,
     )
 )
 backend.register(
     backend.Op(
         name="decode",
         reference=decode_reference,
-        native={"cpu": _decode_cpu},
+        native={"triton": _decode_triton, "cpu": _decode_cpu},
         example=_decode_example,
         exact=True,
     )

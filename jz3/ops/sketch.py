@@ -105,7 +105,15 @@ def _sketch_cpu(block: "torch.Tensor", key: int, dim: int) -> "torch.Tensor":
     return out
 
 
+def _sketch_triton(block: "torch.Tensor", key: int, dim: int) -> "torch.Tensor":
+    from jz3.kernels import sketch as kernels
+
+    return kernels.sketch(block, key, dim)
+
+
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+    if chosen == "triton" and arguments[0].shape[1] >= 1 << 31:
+        return "2^31 coordinates or more"
     return "float64" if str(arguments[0].dtype) == "torch.float64" else ""
 
 
@@ -120,7 +128,7 @@ backend.register(
     backend.Op(
         name="sketch",
         reference=sketch_reference,
-        native={"cpu": _sketch_cpu},
+        native={"triton": _sketch_triton, "cpu": _sketch_cpu},
         example=_example,
         unsupported=_unsupported,
     )
