@@ -1,7 +1,8 @@
 """Time the ops against plain torch: `python bench/run.py [op ...] [--device cpu|cuda] [--json FILE]`.
 
-Every file beside this one is an op: `cases(device)` yields dictionaries with `name`, `rows`, `dim`, `dtype`,
-`run` and `plain` (functions without arguments), `bytes` and `flops` (the least that has to be moved and done).
+A file beside this one with an op's name is its benchmark: `cases(device)` yields dictionaries with `name`,
+`rows`, `dim`, `dtype`, `run` and `plain` (functions without arguments), `bytes` and `flops` (the least that
+has to be moved and done).
 A speed-up is printed only if the two results agree.
 """
 
@@ -21,7 +22,7 @@ import torch
 from jz3 import backend
 
 HERE = Path(__file__).resolve().parent
-OPS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "run")
+OPS = sorted(path.stem for path in HERE.glob("*.py") if "\ndef cases(" in path.read_text(encoding="utf-8"))
 
 
 def load(op: str) -> ModuleType:

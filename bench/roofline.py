@@ -1,0 +1,368 @@
+"""Counts and lower bounds of the CUDA kernels, without a GPU: `python bench/roofline.py [--json FILE]`.
+
+Each kernel's machine code gives the cycles that every pipe needs per step of its main loop; a small problem,
+executed by the PTX interpreter of the tests, gives bytes, bank conflicts and instructions per step, and checks the
+formula of the bytes that go through DRAM. Both are scaled to realistic shapes. The bounds
+assume that the blocks fill all SMs evenly. Nothing here is a measured time: a kernel may be slower than its bound
+by any factor.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from gpu_without_gpu import roofline, toolchain  # noqa: E402
+from gpu_without_gpu.ptxsim import Device, Module, Run, TensorMap, to_bf16  # noqa: E402
+from gpu_without_gpu.sass_report import KernelReport, report  # noqa: E402
+from simulated_ptx import struct  # noqa: E402
+
+from jz3.ops.segment_plan import Plan, piece_limit, plan_segments  # noqa: E402
+
+GPUS = {"A100": "sm_80", "H100": "sm_90a"}
+LAYERS = {
+    "Llama-3-8B q": 4096,
+    "Llama-3-8B k": 1024,
+    "Llama-3-8B gate": 14336,
+    "SmolLM2-135M q": 576,
+    "SmolLM2-135M gate": 1536,
+}
+"""Output features of linear layers: the width of g."""
+DOCUMENTS = (64, 128, 256, 512, 1024, 2048)
+PROJECTED = 128
+"""Rows of L and columns of the projected a."""
+PIECE = 128 * 128
+"""Columns that a block of sign_project sums up (CUDA_PIECE in jz3/ops/sign_project.py)."""
+
+
+@dataclass
+class Case:
+    """A kernel on one shape and one GPU."""
+
+    kernel: str
+    shape: str
+    gpu: str
+    minimal_bytes: float
+    dram_bytes: float
+    flop: float
+    kind: str
+    """The tensor cores' type of input."""
+    steps: float
+    """Steps of the main loop, over all blocks."""
+    cycles: dict[str, float]
+    """Cycles of an SM per step, by pipe."""
+    per_step: dict[str, float]
+    """Counts of a step."""
+    occupancy: int
+    counted_to_formula: float
+    """Bytes of DRAM counted on the small problem, relative to their formula."""
+
+    def row(self) -> dict[str, Any]:
+        """The bounds, with what they follow from."""
+        peak = roofline.PEAKS[self.gpu]
+        pipes = {p: self.steps * c / (peak["sms"] * peak["clock"]) for p, c in self.cycles.items()}
+        smem = self.steps * self.per_step["smem_wavefronts"] / (peak["sms"] * peak["clock"])
+        l2 = self.steps * self.per_step["l2_bytes"] / peak["l2"]
+        bounds = {**pipes, "smem": smem, "l2": l2, "dram": self.dram_bytes / peak["dram"]}
+        bounds["tensor"] = max(bounds["tensor"], self.flop / peak["tensor"][self.kind])
+        binding = max(bounds, key=lambda name: bounds[name])
+        ideal = self.per_step["smem_wavefronts_ideal"]
+        return {
+            "kernel": self.kernel,
+            "shape": self.shape,
+            "gpu": self.gpu,
+            "minimal_bytes": self.minimal_bytes,
+            "dram_to_minimal": self.dram_bytes / self.minimal_bytes,
+            "counted_to_formula": self.counted_to_formula,
+            "flop": self.flop,
+            "bank_conflicts": self.per_step["smem_wavefronts"] / ideal if ideal else 1.0,
+            "warps_per_sm": self.occupancy,
+            "binding": binding,
+            "bound_us": bounds[binding] * 1e6,
+            "tensor_share": bounds["tensor"] / bounds[binding],
+            "dram_share": bounds["dram"] / bounds[binding],
+            "bounds_us": {name: seconds * 1e6 for name, seconds in bounds.items()},
+        }
+
+
+def compiled(file: str, arch: str, threads: int, shared: int) -> tuple[Module, dict[str, KernelReport]]:
+    """Return the PTX of a file and the report on its machine code."""
+    flags, source = ("-I", str(ROOT / "csrc")), ROOT / "csrc" / "cuda" / file
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        toolchain.nvcc(source, cubin, arch, "cubin", flags)
+        reports = {kernel.name: kernel for kernel in report(cubin, threads, shared)}
+    return Module(toolchain.nvcc_ptx(source, arch, flags)), reports
+
+
+def loop_cycles(kernel: KernelReport, mma: int, trips: Mapping[int, float]) -> dict[str, float]:
+    """Cycles of one block for an iteration of a loop, by pipe.
+
+    Args:
+        kernel: the report.
+        mma: the loop is the first, outermost one with so many tensor-core instructions.
+        trips: how often the loops within it run, by their tensor-core instructions (0: loops that load with
+            cp.async); those that aren't named count once.
+    """
+
+    def products(loop: Any) -> int:
+        return sum(loop.ops[op] for op in ("HMMA", "IMMA", "HGMMA"))
+
+    outer = max((x for x in kernel.nest if products(x) == mma), key=lambda x: x.last - x.first)
+    cycles = dict(outer.cycles)
+
+    def counted(x: Any) -> bool:
+        within = outer.first <= x.first and x.last <= outer.last and x is not outer
+        return within and products(x) in trips and bool(products(x) or x.ops["LDGSTS"])
+
+    inner = [x for x in kernel.nest if counted(x)]
+    for x in inner:
+        around = [y for y in inner if y is not x and y.first <= x.first and x.last <= y.last]
+        more = (trips[products(x)] - 1) * math.prod(trips[products(y)] for y in around)
+        for pipe, c in x.cycles.items():
+            cycles[pipe] += more * c
+    return {pipe: c / max(kernel.blocks_per_sm, 1) for pipe, c in cycles.items()}
+
+
+def difference(short: Run, long: Run, steps: int) -> dict[str, float]:
+    """Counts per step, from two runs of which one has `steps` steps more."""
+    one, other = roofline.counts(short), roofline.counts(long)
+    names = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
+    return {name: (other[name] - one[name]) / steps for name in names}
+
+
+def sign_project(gpu: str) -> list[Case]:
+    """128 rows of 16 M columns, a layer's weights, onto 8,192 projections."""
+    height, shared = 128, 2 * (128 * 256 + 4096)
+    module, reports = compiled("sign_project.cu", GPUS[gpu], 256, shared)
+    kernel = module.kernels["jz3_sign_project_128"]
+
+    def run(columns: int) -> Run:
+        device = Device()
+        x = device.put(to_bf16(np.ones((height, columns), np.float32)))
+        sizes = (height, columns, 256, columns)
+        parameters = struct(
+            ("x", np.uint64, x),
+            ("partial", np.uint64, device.put(np.zeros((height, 256), np.float32))),
+            *((name, np.int64, v) for name, v in zip(("rows", "columns", "k", "stride"), sizes, strict=True)),
+            ("key", np.uint64, 1),
+            ("first_block", np.uint64, 0),
+            ("piece", np.int64, columns),
+        )
+        return device.launch(kernel, (1,), (256,), [parameters], dyn_smem=shared, metrics=True)
+
+    def traffic(columns: int, k: int, pieces: int) -> float:
+        return 2 * height * columns + 4 * height * k * pieces
+
+    short, long = run(256), run(512)
+    columns, k = 4096 * 4096, 8192
+    pieces = columns // PIECE
+    machine = reports["jz3_sign_project_128"]
+    return [
+        Case(
+            "sign_project",
+            f"S={height} P={columns} k={k}",
+            gpu,
+            traffic(columns, k, 1),
+            traffic(columns, k, 2 * pieces),
+            2.0 * height * columns * k,
+            "bf16",
+            k / 256 * columns / 128,
+            loop_cycles(machine, max(loop_products(machine)), {128: 2, 0: 4}),
+            difference(short, long, 2),
+            machine.warps_per_sm,
+            roofline.counts(long)["dram_bytes"] / traffic(512, 256, 1),
+        )
+    ]
+
+
+def loop_products(kernel: KernelReport) -> list[int]:
+    """Tensor-core instructions of each loop."""
+    return [sum(x.ops[op] for op in ("HMMA", "IMMA", "HGMMA")) for x in kernel.nest]
+
+
+def score_topk(gpu: str) -> list[Case]:
+    """A million documents of 8,192 int8 codes, 64 queries."""
+    module, reports = compiled("score_topk.cu", GPUS[gpu], 128, 0)
+    kernel, machine = module.kernels["jz3_score_8bit"], reports["jz3_score_8bit"]
+    rows = 128
+
+    def run(width: int) -> Run:
+        import torch
+
+        from jz3.ops.score_topk import fragments
+
+        device = Device()
+        planes = torch.zeros(2, 4, width, dtype=torch.int8)
+        parameters = struct(
+            ("codes", np.uint64, device.put(np.zeros((rows, width), np.uint8))),
+            ("fragments", np.uint64, device.put(fragments(planes, 8, width).numpy())),
+            ("step", np.uint64, device.put(np.ones(4))),
+            ("bias", np.uint64, device.put(np.ones(4))),
+            ("row_scale", np.uint64, device.put(np.ones(rows, np.float32))),
+            ("scores", np.uint64, device.put(np.zeros((4, rows), np.float32))),
+            ("rows", np.int64, rows),
+            ("row_bytes", np.int64, width),
+            ("queries", np.int64, 4),
+            ("bits", np.int32, 8),
+            ("levels", (np.uint32, 4), [0] * 4),
+        )
+        return device.launch(kernel, (1,), (128,), [parameters], metrics=True)
+
+    def traffic(count: int, width: int, queries: int) -> float:
+        return count * (width + 4 + 4 * queries) + 2 * queries * width + 16 * queries
+
+    short, long = run(128), run(256)
+    count, width, queries = 1_000_000, 8192, 64
+    return [
+        Case(
+            "score_topk",
+            f"N={count} K={width} int8 Q={queries}",
+            gpu,
+            count * (width + 4) + queries * 2 * width,
+            traffic(count, width, queries),
+            2.0 * 2 * count * width * queries,
+            "s8",
+            count / rows * queries / 4 * width / 64,
+            loop_cycles(machine, max(loop_products(machine)), {}),
+            difference(short, long, 2),
+            machine.warps_per_sm,
+            roofline.counts(long)["dram_bytes"] / traffic(rows, 256, 4),
+        )
+    ]
+
+
+def segment_traffic(documents: int, tokens: int, width: int, plan: Plan | None = None) -> float:
+    """Bytes of a, g, L and the results; with a plan also of its tables, and of partial blocks written and read."""
+    least = 2 * tokens * (width + PROJECTED) + 2 * PROJECTED * width + 4 * PROJECTED**2 * documents
+    if plan is None:
+        return least
+    tables = sum(x.nbytes for x in (plan.slots, plan.pieces, plan.tiles, plan.groups))
+    return least + tables + 8 * PROJECTED**2 * int(plan.partials[-1])
+
+
+def segment_project(gpu: str) -> list[Case]:
+    """16k tokens in documents of 64 to 2,048; a dense L with 128 rows, a with 128 columns."""
+    hopper = gpu == "H100"
+    slots, threads = (256, 384) if hopper else (128, 256)
+    shared = 3 * 49152 + 65536 + 1024 if hopper else 3 * 128 * 256
+    file, symbol = (
+        ("segment_project_sm90.cu", "jz3_segment_project_sm90_bf16")
+        if hopper
+        else ("segment_project.cu", "jz3_segment_project_dense_bf16_128")
+    )
+    module, reports = compiled(file, GPUS[gpu], threads, shared)
+    machine = reports[symbol]
+
+    def run(width: int) -> tuple[Run, int, float]:
+        bounds = np.array([0, 64, 192, 448])
+        plan = plan_segments(bounds, piece_limit(width, PROJECTED, PROJECTED, slots), slots)
+        device = Device()
+        ones = [to_bf16(np.ones(shape, np.float32)) for shape in ((448, 128), (448, width), (128, width))]
+        a, g, left = (device.put(x) for x in ones)
+        out = device.put(np.zeros((3, PROJECTED, PROJECTED), np.float32))
+        partial = device.put(np.zeros((int(plan.partials[-1]), PROJECTED, PROJECTED), np.float32))
+        tables = [device.put(x) for x in (plan.slots, plan.pieces, plan.tiles, plan.groups)]
+        names = ("a", "g", "left", "out", "partial", "slots", "pieces", "tiles", "groups")
+        sizes = ("width", "outputs", "columns", "stride_a", "stride_g", "stride_left")
+        values = (width, PROJECTED, PROJECTED, PROJECTED, width, width)
+        parameters = struct(
+            *((n, np.uint64, v) for n, v in zip(names, (a, g, left, out, partial, *tables), strict=True)),
+            *((n, np.int64, v) for n, v in zip(sizes, values, strict=True)),
+            ("scale", np.float32, 1.0),
+        )
+        maps = [
+            TensorMap(g, 2, (width, 448), 2 * width, (64, 16)),
+            TensorMap(left, 2, (width, PROJECTED), 2 * width, (64, 128)),
+        ]
+        done = device.launch(
+            module.kernels[symbol],
+            (len(plan.groups) - 1,),
+            (threads,),
+            [*(maps if hopper else []), parameters],
+            dyn_smem=shared,
+            metrics=True,
+        )
+        formula = segment_traffic(3, 448, width, plan)
+        return done, len(plan.tiles) - 1, roofline.counts(done)["dram_bytes"] / formula
+
+    (short, tiles, _), (long, _, ratio) = run(192), run(320)
+    slope = difference(short, long, 2 * tiles)
+    fixed = {name: roofline.counts(short)[name] / tiles - 3 * each for name, each in slope.items()}
+    cases = []
+    tokens = 16 * 1024
+    for name, width in LAYERS.items():
+        lengths: list[int] = []
+        while sum(lengths) < tokens:
+            lengths.append(min(DOCUMENTS[len(lengths) % len(DOCUMENTS)], tokens - sum(lengths)))
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        plan = plan_segments(bounds, piece_limit(width, PROJECTED, PROJECTED, slots), slots)
+        blocks = -(-width // 64)
+        trips = {4: blocks} if hopper else {64: blocks, 32: 4, 0: 4}
+        cycles = loop_cycles(machine, max(loop_products(machine)), trips)
+        if hopper:  # 8 of the 12 warps multiply; that the others copy meanwhile is left out
+            cycles = {pipe: c * 8 / 12 for pipe, c in cycles.items()}
+        flop = 2.0 * tokens * PROJECTED * (width + PROJECTED)
+        cases.append(
+            Case(
+                "segment_project",
+                f"{name} T={tokens} O={width} p={PROJECTED}",
+                gpu,
+                segment_traffic(len(lengths), tokens, width),
+                segment_traffic(len(lengths), tokens, width, plan),
+                flop,
+                "bf16",
+                len(plan.tiles) - 1,
+                cycles,
+                {key: fixed[key] + blocks * each for key, each in slope.items()},
+                machine.warps_per_sm,
+                ratio,
+            )
+        )
+    return cases
+
+
+KERNELS = {"sign_project": sign_project, "score_topk": score_topk, "segment_project": segment_project}
+
+
+def main() -> None:
+    """Parse the arguments, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kernels", nargs="*", default=list(KERNELS), help=f"of {', '.join(KERNELS)}")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    if not toolchain.have_nvcc():
+        raise SystemExit("nvcc is not on PATH: the counts come from compiled kernels")
+    print("counts and lower bounds; nothing here was timed")
+    print(
+        f"{'kernel':16}{'shape':44}{'gpu':6}{'bytes/min':>10}{'counted':>9}{'conflicts':>10}{'warps':>6}"
+        f"{'bound us':>11}  {'by':8}{'tensor':>7}{'dram':>6}"
+    )
+    rows = []
+    for name in arguments.kernels:
+        for gpu in GPUS:
+            for case in KERNELS[name](gpu):
+                row = case.row()
+                rows.append(row)
+                print(
+                    f"{row['kernel']:16}{row['shape']:44}{gpu:6}{row['dram_to_minimal']:>10.3f}"
+                    f"{row['counted_to_formula']:>9.3f}{row['bank_conflicts']:>10.2f}{row['warps_per_sm']:>6}"
+                    f"{row['bound_us']:>11.1f}  {row['binding']:8}{row['tensor_share']:>7.0%}{row['dram_share']:>6.0%}"
+                )
+    if arguments.json:
+        text = json.dumps({"what": "counts and lower bounds, not times", "rows": rows}, indent=2)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
