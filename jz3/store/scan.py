@@ -1,0 +1,135 @@
+"""The exact scan: the best documents of a store for every query, shard by shard."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jz3.store.format import CODES, Coding, decode_rows
+from jz3.store.reader import Store
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 14
+BF16_BLOCK = 1 << 12
+SIGN = np.uint64(1 << 63)
+
+
+def scan(
+    store: Store,
+    coding: Coding,
+    queries: "torch.Tensor",
+    k: int,
+    *,
+    groups: "torch.Tensor | None" = None,
+    reduce: str = "mean",
+    advance: Callable[[int], None] = lambda n: None,
+) -> "tuple[torch.Tensor, np.ndarray]":
+    """Find the k documents of a store with the largest inner products, looking at every one.
+
+        score(i, g) = mean or max over the queries q of group g of <decode(codes_i), q>
+
+    Codes are scored as they are, see jz3.ops.score_topk (bf16 in small blocks, in float64); memory doesn't
+    depend on the store's size.
+
+    Args:
+        store: open.
+        coding: of the store's projection.
+        queries: [Q, K] float32; on a GPU the scan runs there.
+        k: how many documents.
+        groups: int [Q], the task of every query, counted from 0 without gaps; by default every query
+            is a task of its own.
+        reduce: `mean` or `max` over a group.
+        advance: called with the number of documents just scanned.
+
+    Returns:
+        scores float32 [G, min(k, N)] on the CPU and document ids uint64 [G, min(k, N)], by (score
+        descending, id ascending); the same whatever the division into shards.
+
+    Raises:
+        ValueError: k, queries or groups are wrong, see jz3.ops.score_topk.
+        Jz3Error: the coding is of other rows, or a shard can't be read.
+    """
+    import torch
+
+    from jz3.ops.score_topk import merge_topk, score_topk
+
+    store.check(coding)
+    device = queries.device
+    mean, scale = coding.mean.to(device), coding.scale.to(device)
+    kind = CODES[store.info.bits]
+    if kind == "bf16":
+        # int8 codes of nothing: their checks and the folding of groups are wanted, not their scores.
+        score_topk(
+            torch.empty(0, store.info.k, dtype=torch.uint8, device=device),
+            mean,
+            scale,
+            "int8",
+            queries,
+            k,
+            groups=groups,
+            reduce=reduce,
+        )
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for codes, ids in _runs(store, BF16_BLOCK if kind == "bf16" else BLOCK):
+        block, names = torch.from_numpy(codes).to(device), torch.from_numpy(ids).to(device)
+        if kind == "bf16":
+            found = _topk_values(decode_rows(block, coding), queries, k, names, groups, reduce)
+        else:
+            found = score_topk(block, mean, scale, kind, queries, k, ids=names, groups=groups, reduce=reduce)
+        best = [merge_topk([*best, found], k)]
+        advance(len(block))
+    if not best:
+        count = len(queries) if groups is None else int(groups.max()) + 1
+        return torch.empty(count, 0), np.empty((count, 0), np.uint64)
+    values, found_ids = best[0]
+    return values.cpu(), found_ids.cpu().numpy().view(np.uint64) ^ SIGN
+
+
+def _runs(store: Store, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield codes and ids, mapped from disk, in blocks of about `rows`: large shards cut, small ones joined."""
+    codes: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+    count = 0
+    for shard in store.shards:
+        # Ids as int64 in the order that they have as uint64.
+        shard_codes, shard_ids = shard.codes, (shard.id ^ SIGN).view(np.int64)
+        for start in range(0, shard.rows, rows):
+            piece = shard_codes[start : start + rows]
+            # What is joined is copied at once: a mapping holds a file descriptor.
+            codes.append(piece if len(piece) == rows else piece.copy())
+            ids.append(shard_ids[start : start + rows])
+            count += len(ids[-1])
+            if count >= rows:
+                yield _joined(codes), _joined(ids)
+                codes, ids, count = [], [], 0
+    if count:
+        yield _joined(codes), _joined(ids)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _topk_values(
+    values: "torch.Tensor",
+    queries: "torch.Tensor",
+    k: int,
+    ids: "torch.Tensor",
+    groups: "torch.Tensor | None",
+    reduce: str,
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """`score_topk` for rows that are no codes: products in float64, rounded to float32 once."""
+    import torch
+
+    from jz3.ops.score_topk import chunk_topk
+
+    scores = (queries.double() @ values.double().T).float()
+    if groups is not None:
+        count = int(groups.max()) + 1
+        index = groups.long()[:, None].expand_as(scores)
+        empty = torch.zeros(count, scores.shape[1], device=scores.device)
+        kind = "amax" if reduce == "max" else "mean"
+        scores = empty.scatter_reduce(0, index, scores, kind, include_self=False)
+    return chunk_topk(scores, ids, k)

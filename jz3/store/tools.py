@@ -1,0 +1,203 @@
+"""`jz3 store info | verify | merge`."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jz3.errors import Jz3Error
+from jz3.files import atomic_path, write_json
+from jz3.store.format import CODES, differences, open_store, read_info, read_manifest
+from jz3.store.reader import Store
+from jz3.store.shard import Shard, has_shard, read_sidecar, shard_path
+
+SHOWN = 20
+TURN = 1 << 18
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What `verify` found."""
+
+    shards: int
+    rows: int
+    damaged: dict[str, str]
+    """File name and what is wrong with it."""
+    unfinished: list[str]
+    """Files of shards that were never finished; they are ignored."""
+    duplicates: list[tuple[str, str, str]]
+    """Document ids that come twice, with the two shards' names; at most 20."""
+    duplicate_count: int
+
+
+def find_store(folder: Path) -> Path:
+    """Return the store of a folder: the folder itself, or that of a run.
+
+    Raises:
+        Jz3Error: there is none.
+    """
+    for path in (folder, folder / "store", folder / "features" / "store"):
+        if (path / "store.json").is_file():
+            return path
+    raise Jz3Error(f"{folder} is no feature store and no run with one (no store.json)")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return what a store is: its manifest, shards, rows, bytes, damaged shards."""
+    store = Store(folder)
+    return {
+        **read_manifest(folder),
+        "code": CODES[store.info.bits],
+        "identity": store.info.identity(),
+        "shards": len(store.shards),
+        "rows": len(store),
+        "bytes": sum(s.size for s in store.shards),
+        "damaged": store.damaged,
+    }
+
+
+def verify(folder: Path) -> Findings:
+    """Read every byte of a store and compare checksums; find duplicate documents and leftovers."""
+    store = Store(folder, verify=True)
+    whole = {s.path.name for s in store.shards}
+    unfinished = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.endswith(".part")
+        or (path.suffix == ".safetensors" and path.name not in whole and path.name not in store.damaged)
+    )
+    duplicates, count = _duplicates([(s.path.name, s) for s in store.shards])
+    return Findings(len(store.shards), len(store), store.damaged, unfinished, duplicates, count)
+
+
+def merge_stores(sources: Sequence[Path], out: Path) -> int:
+    """Make one store of the shards of several, linked where the file system allows it and copied elsewhere.
+
+    Killed and run again it goes on. The shards are numbered in the order of the sources.
+
+    Args:
+        sources: compatible stores.
+        out: the new store's folder.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        Jz3Error: a store is of another kind (the differences are named), a shard is damaged, or a
+            document comes twice.
+    """
+    if not sources:
+        raise ValueError("merge needs at least one store")
+    if any(folder.resolve() == out.resolve() for folder in sources):
+        raise ValueError(f"{out} can't be merged into itself; name a new folder")
+    first = read_info(sources[0])
+    stores = []
+    for folder in sources:
+        if different := differences(first, read_info(folder), (f"in {sources[0]}", f"in {folder}")):
+            raise Jz3Error(f"stores that don't fit together: {'; '.join(different)}")
+        store = Store(folder, verify=True)
+        if store.damaged:
+            raise Jz3Error(f"{folder} has damaged shards: {'; '.join(store.damaged.values())}")
+        stores.append(store)
+    shards = [shard for store in stores for shard in store.shards]
+    duplicates, count = _duplicates([(str(s.path), s) for s in shards])
+    if count:
+        name, one, other = duplicates[0]
+        more = f", and {count - 1} more" if count > 1 else ""
+        raise Jz3Error(
+            f"document {name} is both in {one} and in {other}{more}; a store holds a document once"
+        )
+    open_store(out, first)
+    for number, shard in enumerate(shards):
+        path = shard_path(out, number)
+        if has_shard(out, number):
+            if read_sidecar(path.with_suffix(".json"))["xxh3"] != shard.xxh3:
+                raise Jz3Error(f"{path} is not {shard.path}: {out} holds something else; name a new folder")
+            continue
+        _link(shard.path, path)
+        write_json(path.with_suffix(".json"), read_sidecar(shard.path.with_suffix(".json")))
+    extra = len(Store(out).shards) - len(shards)
+    if extra:
+        raise Jz3Error(f"{out} holds {extra} more shards than the merged stores; name a new folder")
+    return len(shards)
+
+
+def command(
+    action: str, folders: Sequence[Path], out: Path | None, say: Callable[[str], None] = print
+) -> None:
+    """Do what `jz3 store ACTION FOLDERS --out OUT` asks for.
+
+    Raises:
+        ValueError: the action or the folders are wrong.
+        Jz3Error: `verify` found damage, or `merge` can't be done.
+    """
+    if action == "merge":
+        if out is None:
+            raise ValueError("store merge needs --out, the new store's folder")
+        number = merge_stores([find_store(f) for f in folders], out)
+        say(f"{out}: {number} shards, {len(Store(out))} documents")
+        return
+    if action not in ("info", "verify"):
+        raise ValueError(f"store {action}: must be one of info, verify, merge")
+    if not folders:
+        raise ValueError(f"store {action} needs the folder of a store or of a run")
+    wrong = []
+    for folder in map(find_store, folders):
+        if action == "info":
+            for key, value in describe(folder).items():
+                say(f"{key:16} {value}")
+            continue
+        found = verify(folder)
+        say(f"{folder}: {found.shards} whole shards, {found.rows} documents")
+        for name in found.unfinished:
+            say(f"  unfinished, ignored: {name}")
+        for text in found.damaged.values():
+            say(f"  damaged: {text}")
+        for name, one, other in found.duplicates:
+            say(f"  twice: document {name} in {one} and {other}")
+        if found.damaged or found.duplicate_count:
+            wrong.append(
+                f"{folder}: {len(found.damaged)} damaged shards, {found.duplicate_count} documents twice"
+            )
+    if wrong:
+        raise Jz3Error("; ".join(wrong))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        with atomic_path(target) as part:
+            shutil.copyfile(source, part)
+
+
+def _duplicates(shards: Sequence[tuple[str, Shard]]) -> tuple[list[tuple[str, str, str]], int]:
+    """Return up to 20 ids that come twice with where they are, and how many there are.
+
+    The ids are looked at in turns of about TURN, those of a turn being told by a hash of them, so that
+    memory doesn't depend on their number.
+    """
+    turns = max(1, -(-sum(s.rows for _, s in shards) // TURN))
+    shown: list[tuple[str, str, str]] = []
+    count = 0
+    for turn in range(turns):
+        parts: list[np.ndarray] = []
+        for _, shard in shards:
+            ids = shard.id
+            parts.append(np.array(ids[(ids * MIX >> np.uint64(33)) % np.uint64(turns) == turn]))
+        ids = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+        twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
+        count += len(twice)
+        for key in twice[: SHOWN - len(shown)]:
+            places = [name for name, shard in shards for _ in range(int((shard.id == key).sum()))]
+            shown.append((f"{int(key):016x}", places[0], places[1]))
+    return shown, count
