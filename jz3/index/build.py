@@ -1,0 +1,282 @@
+"""Build a FAISS index from a store: trained on a sample, added shard by shard, in parts on disk.
+
+    trained.faiss        the trained, empty index
+    part-NNNNNN.faiss    an index over some shards, part-NNNNNN.json names these
+    index.json           factory, store, parts, recall: written last
+
+Parts are whole or absent, so that a killed build goes on and a grown store gives further parts. The
+ids inside are the documents' own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3.errors import Jz3Error
+from jz3.files import atomic_path, read_json, write_json
+from jz3.index import IndexConfig
+from jz3.index.search import RECALL, SearchIndex, import_faiss, signed
+from jz3.seeding import rng
+from jz3.stage import release_memory
+from jz3.store import Coding, Shard, Store, scan
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "jz3-index-1"
+BLOCK = 4096
+HNSW_LINKS = 1024
+"""Bytes of graph a row, generously: what FAISS keeps beside the codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part's files and the shards in it, by number with their checksums."""
+
+    path: Path
+    shards: dict[int, str]
+
+
+def build_index(
+    store: Store,
+    coding: Coding,
+    folder: Path,
+    config: IndexConfig,
+    *,
+    queries: "torch.Tensor | None" = None,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Build an index over a store, or add to it what the store has gained.
+
+    Args:
+        store: open; damaged shards are an error, since none may be lost.
+        coding: of the store's projection.
+        folder: of the index.
+        config: factory, probes, sample, memory.
+        queries: [Q, K] float32, on which recall is measured, as many as `config.recall_queries`;
+            stored documents make up the number.
+        seed: of the samples.
+        advance: called with the number of documents just added.
+
+    Returns:
+        What index.json holds: `factory`, `documents`, `parts`, `bytes`, `recall_at_100`, ...
+
+    Raises:
+        ValueError: the factory string is wrong or needs more documents than there are.
+        Jz3Error: a shard is damaged, or the folder holds an index of other settings.
+    """
+    faiss = import_faiss()
+    if store.damaged:
+        raise Jz3Error("; ".join(store.damaged.values()))
+    if not len(store):
+        raise Jz3Error(f"{store.folder} holds no document; run the stage that writes it")
+    if config.memory <= 0:
+        raise ValueError(f"index.memory must be more than 0 GiB, got {config.memory}")
+    if config.probes < 1 or config.train < 1:
+        raise ValueError(
+            f"index.probes and index.train must be at least 1, got {config.probes}, {config.train}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "format": FORMAT,
+        "factory": config.factory,
+        "store": store.info.identity(),
+        "k": store.info.k,
+        "seed": seed,
+    }
+    trained = _train(faiss, store, coding, folder, config, about)
+    parts = _whole_parts(folder, store)
+    covered = {number for part in parts for number in part.shards}
+    advance(sum(s.rows for s in store.shards if s.number in covered))
+    new = [shard for shard in store.shards if shard.number not in covered]
+    number = 1 + max((int(part.path.stem.rpartition("-")[2]) for part in parts), default=-1)
+    for shards in _pieces(new, int(config.memory * 2**30) // _row_bytes(faiss, trained, store.info.k)):
+        part = folder / f"part-{number:06d}.faiss"
+        _write_part(faiss, folder, part, store, coding, shards, advance)
+        parts.append(_Part(part, {s.number: s.xxh3 for s in shards}))
+        number += 1
+    sample = _recall_queries(store, coding, config.recall_queries, queries, seed)
+    index = SearchIndex([part.path for part in parts], config.probes)
+    summary = {
+        **about,
+        "probes": config.probes,
+        "documents": index.documents,
+        "parts": [part.path.name for part in parts],
+        "bytes": sum(part.path.stat().st_size for part in parts),
+        f"recall_at_{RECALL}": recall(index, store, coding, sample),
+        "recall_queries": len(sample),
+        "recall_target_queries": min(len(sample), 0 if queries is None else len(queries)),
+        "faiss": faiss.__version__,
+    }
+    write_json(folder / "index.json", summary)
+    return summary
+
+
+def recall(
+    index: SearchIndex, store: Store, coding: Coding, queries: "torch.Tensor", k: int = RECALL
+) -> float:
+    """Return the share of the exact scan's best k documents that the index finds, mean over queries [Q, K]."""
+    k = min(k, len(store))
+    exact = scan(store, coding, queries, k)[1]
+    found = index.search(queries.numpy(), k)[1]
+    return float(np.mean([len(np.intersect1d(f, e)) / k for f, e in zip(found, exact, strict=True)]))
+
+
+def _train(faiss: Any, store: Store, coding: Coding, folder: Path, config: IndexConfig, about: dict) -> Any:
+    """Return the trained empty index, from its file if it is there."""
+    path, note = folder / "trained.faiss", folder / "trained.json"
+    if note.is_file() and path.is_file():
+        found = read_json(note)
+        different = [f"{k}: {found.get(k)!r} there, {v!r} now" for k, v in about.items() if found.get(k) != v]
+        if different:
+            raise Jz3Error(
+                f"{folder} holds another index ({'; '.join(different)}); delete it or use another folder"
+            )
+        return faiss.read_index(str(path))
+    index = _empty(faiss, config.factory, store.info.k)
+    if not index.is_trained:
+        rows = min(config.train, max(1, int(config.memory * 2**30) // (4 * store.info.k)), len(store))
+        sample = _sample(store, coding, rows, about["seed"])
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None and ivf.nlist > len(sample):
+            raise ValueError(
+                f"index.factory {config.factory!r} needs at least {ivf.nlist} documents to train, there are "
+                f"{len(sample)}; use fewer cells or `Flat` (or raise index.train, index.memory)"
+            )
+        if ivf is not None and faiss.get_num_gpus():
+            ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            raise ValueError(
+                f"index.factory {config.factory!r} can't be trained on {len(sample)} documents "
+                f"({_reason(error)}); use `Flat`"
+            ) from error
+        if ivf is not None:
+            ivf.clustering_index = None
+    with atomic_path(path) as part:
+        faiss.write_index(index, str(part))
+    write_json(note, about)
+    return index
+
+
+def _empty(faiss: Any, factory: str, k: int) -> Any:
+    try:
+        index = faiss.index_factory(k, factory, faiss.METRIC_INNER_PRODUCT)
+        if faiss.try_extract_index_ivf(index) is None:
+            # Only IVF indexes keep ids of one's own by themselves.
+            index = faiss.index_factory(k, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"index.factory {factory!r} is no FAISS factory string ({_reason(error)})"
+        ) from error
+    return index
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:200]
+
+
+def _row_bytes(faiss: Any, index: Any, k: int) -> int:
+    ivf = faiss.try_extract_index_ivf(index)
+    return ivf.code_size + 8 if ivf is not None else 4 * k + HNSW_LINKS
+
+
+def _sample(store: Store, coding: Coding, rows: int, seed: int) -> np.ndarray:
+    """Draw `rows` documents [rows, K] float32 from all shards, decoding only those."""
+    import torch
+
+    from jz3.store.format import decode_rows
+
+    picked = np.sort(rng(seed, "index", "sample").permutation(len(store))[:rows])
+    out = np.empty((len(picked), store.info.k), np.float32)
+    begin = 0
+    for shard in store.shards:
+        low, high = np.searchsorted(picked, [begin, begin + shard.rows])
+        codes = shard.codes
+        for start in range(low, high, BLOCK):
+            stop = min(start + BLOCK, high)
+            mine = torch.from_numpy(np.asarray(codes[picked[start:stop] - begin]))
+            out[start:stop] = decode_rows(mine, coding).numpy()
+        begin += shard.rows
+    return out
+
+
+def _whole_parts(folder: Path, store: Store) -> list[_Part]:
+    """Return the parts whose shards are those of the store; others are deleted."""
+    there = {s.number: s.xxh3 for s in store.shards}
+    parts = []
+    for note in sorted(folder.glob("part-*.json")):
+        path = note.with_suffix(".faiss")
+        table = read_json(note)
+        shards = {int(n): digest for n, digest in table["shards"].items()}
+        if path.is_file() and path.stat().st_size == table["bytes"] and shards.items() <= there.items():
+            parts.append(_Part(path, shards))
+        else:
+            note.unlink()
+            path.unlink(missing_ok=True)
+    return parts
+
+
+def _pieces(shards: Sequence[Shard], rows: int) -> list[list[Shard]]:
+    """Cut the shards into runs of at most `rows` documents, or one shard."""
+    pieces: list[list[Shard]] = []
+    count = 0
+    for shard in shards:
+        if not pieces or count + shard.rows > rows:
+            pieces.append([])
+            count = 0
+        pieces[-1].append(shard)
+        count += shard.rows
+    return pieces
+
+
+def _write_part(
+    faiss: Any,
+    folder: Path,
+    path: Path,
+    store: Store,
+    coding: Coding,
+    shards: list[Shard],
+    advance: Callable[[int], None],
+) -> None:
+    index = faiss.read_index(str(folder / "trained.faiss"))
+    on_gpu = bool(faiss.get_num_gpus()) and faiss.try_extract_index_ivf(index) is not None
+    if on_gpu:
+        resources = faiss.StandardGpuResources()
+        index = faiss.index_cpu_to_gpu(resources, 0, index)
+    ids: dict[int, np.ndarray] = {}
+    for shard, start, values in store.blocks(coding, BLOCK, shards):
+        if shard.number not in ids:
+            ids = {shard.number: signed(shard.id)}
+        index.add_with_ids(values.numpy(), ids[shard.number][start : start + len(values)])
+        advance(len(values))
+    if on_gpu:
+        index = faiss.index_gpu_to_cpu(index)
+    with atomic_path(path) as part:
+        faiss.write_index(index, str(part))
+    write_json(
+        path.with_suffix(".json"),
+        {"shards": {str(s.number): s.xxh3 for s in shards}, "bytes": path.stat().st_size},
+    )
+    del index
+    release_memory()
+
+
+def _recall_queries(
+    store: Store, coding: Coding, count: int, queries: "torch.Tensor | None", seed: int
+) -> "torch.Tensor":
+    import torch
+
+    if count < 1:
+        raise ValueError(f"index.recall_queries must be at least 1, got {count}")
+    given = torch.empty(0, store.info.k) if queries is None else queries[:count].float().cpu()
+    missing = count - len(given)
+    if not missing:
+        return given
+    documents = torch.from_numpy(_sample(store, coding, min(missing, len(store)), seed))
+    return torch.cat([given, documents])

@@ -1,0 +1,242 @@
+"""`jz3 query`: the texts of a run's corpus that help most with a problem."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jz3.errors import Jz3Error
+from jz3.features.extract import extract, model_hash, open_sink
+from jz3.features.stage import load_projection
+from jz3.files import read_json
+from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.index import describe
+from jz3.index.docs import DocFile
+from jz3.index.search import SearchIndex
+from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+from jz3.records import Doc
+from jz3.stage import StageContext
+from jz3.store import Coding, Store, scan
+from jz3.templates import prompt_for
+
+if TYPE_CHECKING:
+    import torch
+
+SHOWN = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A text found for a problem."""
+
+    doc: Doc
+    score: float
+    """Cosine of its gradient with the problem's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answer to a query."""
+
+    matches: list[Match]
+    """Best first."""
+    gradient_seconds: float
+    """For the problem's own gradient pass."""
+    search_seconds: float
+    """For the search and the look-up of the texts."""
+
+
+class Searcher:
+    """Everything that answers queries about a run, loaded once: model, projection, index, texts' places."""
+
+    def __init__(self, ctx: StageContext, exact: bool = False) -> None:
+        """Load the model and open the index.
+
+        Args:
+            ctx: of a run whose index is built (for the exact scan, whose features are there).
+            exact: scan all codes instead of asking the index.
+
+        Raises:
+            Jz3Error: the index isn't built, or is of another model.
+        """
+        self.recipe, self.exact = ctx.recipe, exact
+        features = ctx.path("features", "store").parent
+        self.store = Store(features / "store")
+        self.index = None
+        if not exact:
+            ctx.path("index", "index.json")
+            self.index = SearchIndex.open(
+                ctx.run_dir / "index", self.store.info.identity(), ctx.recipe.index.probes
+            )
+        self.docs = DocFile(ctx.path("corpus", "docs.jsonl"), ctx.run_dir / "index")
+        folder = resolve_model(ctx.recipe.model)
+        self.projection = load_projection(features, model_hash(folder))
+        self.coding = Coding(self.projection.mean, self.projection.scale, self.store.info.bits)
+        self.tokenizer = load_tokenizer(folder)
+        model: Any = load_model(folder, ctx.recipe.model.dtype)
+        self.model = model.to(best_device())
+        self.layers = linear_layers(self.model)
+        weight = next(self.model.parameters())
+        self._sink = open_sink(self.projection, weight.dtype, weight.device)
+
+    def tokens(self, text: str, solution: str = "") -> Tokens:
+        """Tokenise a problem: with a solution only its tokens are scored, without one all of `text`.
+
+        Raises:
+            ValueError: the text is empty or too short to have a gradient.
+        """
+        if not text.strip():
+            raise ValueError("the text to look up is empty")
+        limit = self.recipe.features.query_tokens
+        if solution.strip():
+            return tokenize_query(self.tokenizer, "query", prompt_for(text, "cot"), solution, limit)
+        return tokenize_text(self.tokenizer, "query", text, limit)
+
+    def encode(self, tokens: Tokens) -> "torch.Tensor":
+        """Return the features [1, K] float32 of a tokenised problem."""
+        found = extract(
+            self.model,
+            self.layers,
+            [tokens],
+            self.projection,
+            reduction=self.recipe.features.reduction,
+            side="query",
+            sink=self._sink,
+        )
+        if not bool(found.values.isfinite().all()):
+            raise ValueError("the text's gradient is zero or not finite, so that no text can help with it")
+        return found.values
+
+    def nearest(self, values: "torch.Tensor", k: int) -> list[Match]:
+        """Return the at most k best texts for one problem's features [1, K]."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if self.index is None:
+            scores, ids = scan(self.store, self.coding, values, min(k, max(len(self.store), 1)))
+        else:
+            scores, ids = self.index.search(values.numpy(), k)
+        pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+        return [Match(self.docs.get(key), score) for key, score in pairs if score > float("-inf")]
+
+    def ask(self, text: str, solution: str, k: int) -> Found:
+        """Return the texts that help most with a problem, and the times it took.
+
+        Args:
+            text: the problem (or any text).
+            solution: its solution, if known, see `tokens`.
+            k: how many texts.
+        """
+        start = time.perf_counter()
+        values = self.encode(self.tokens(text, solution))
+        middle = time.perf_counter()
+        matches = self.nearest(values, k)
+        return Found(matches, middle - start, time.perf_counter() - middle)
+
+
+def query_run(ctx: StageContext, text: str, solution: str, k: int) -> list[Match]:
+    """Return the texts of a run's corpus whose gradients agree most with a problem's, see `Searcher`."""
+    return Searcher(ctx).ask(text, solution, k).matches
+
+
+def command(
+    ctx: StageContext,
+    text: str | None,
+    file: Path | None,
+    solution: str,
+    k: int,
+    exact: bool,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answer one problem, a file of problems, or what is typed until the end of the input.
+
+    A file's answers are JSON lines; a line that is no problem becomes one with an `error`.
+    """
+    if text is not None and file:
+        raise ValueError("give either --text or --file, not both")
+    if file and not file.is_file():
+        raise ValueError(f"{file} is no file")
+    start = time.perf_counter()
+    searcher = Searcher(ctx, exact)
+    if exact:
+        about = f"exact scan of {len(searcher.store):,} documents"
+    else:
+        about = describe(read_json(ctx.path("index", "index.json")))
+    _note(f"{about}; loaded in {time.perf_counter() - start:.1f} s")
+    if file:
+        _answer_file(searcher, file, k, say)
+        return
+    if text is not None:
+        _show(searcher.ask(text, solution, k), say)
+        return
+    for problem in _typed():
+        try:
+            _show(searcher.ask(problem, "", k), say)
+        except (ValueError, Jz3Error) as error:
+            _note(f"jz3: {error}")
+
+
+def _typed() -> Iterator[str]:
+    """Yield the lines that are typed, until end of input or an empty line."""
+    _note("type a problem; an empty line ends")
+    while True:
+        try:
+            line = input("problem> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _show(found: Found, say: Callable[[str], None]) -> None:
+    for rank, match in enumerate(found.matches, 1):
+        say(f"{rank}. cosine {match.score:.4f}  {match.doc.source}  {match.doc.id}")
+        say("   " + " ".join(match.doc.text.split())[:SHOWN])
+    _note(f"gradient {found.gradient_seconds * 1e3:.0f} ms, search {found.search_seconds * 1e3:.1f} ms")
+
+
+def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], None]) -> None:
+    failed = count = 0
+    gradient = search = 0.0
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            count += 1
+            try:
+                problem, solution = _problem(line)
+                found = searcher.ask(problem, solution, k)
+            except ValueError as error:
+                failed += 1
+                say(json.dumps({"line": number, "error": str(error)}, ensure_ascii=False))
+                continue
+            gradient, search = gradient + found.gradient_seconds, search + found.search_seconds
+            matches = [
+                {"id": m.doc.id, "score": m.score, "source": m.doc.source, "text": m.doc.text}
+                for m in found.matches
+            ]
+            say(json.dumps({"line": number, "problem": problem, "matches": matches}, ensure_ascii=False))
+    done = max(count - failed, 1)
+    _note(
+        f"{count} problems, {failed} not answered; per problem: gradient {gradient / done * 1e3:.0f} ms, "
+        f"search {search / done * 1e3:.1f} ms"
+    )
+
+
+def _problem(line: str) -> tuple[str, str]:
+    """Return problem and solution of a line: an object with `problem` (or `question` or `text`)."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
+    problem = next((row[k] for k in ("problem", "question", "text") if row.get(k)), None)
+    solution = next((row[k] for k in ("solution", "completion", "answer") if row.get(k)), "")
+    if not isinstance(problem, str) or not isinstance(solution, str):
+        raise ValueError(f"a line needs the text `problem`, and may have `solution`; it has {sorted(row)}")
+    return problem, solution
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,311 @@
+"""The index finds what the exact scan finds, in parts, resumed, grown; texts are looked up by offset."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jz3.cli import main
+from jz3.errors import Jz3Error
+from jz3.files import write_jsonl
+from jz3.index import IndexConfig, build
+from jz3.index.build import build_index, recall
+from jz3.index.docs import DocFile
+from jz3.index.search import SearchIndex
+from jz3.records import Doc
+from jz3.store import Coding, Store, StoreInfo, open_store, write_shard
+
+faiss = pytest.importorskip("faiss")
+
+K, ROWS = 32, 500
+INFO = StoreInfo(kind="adapted", k=K, bits=8, model_hash="m", projection_hash="p", reduction="mean")
+CODING = Coding(torch.zeros(K), torch.full((K,), 0.3), 8)
+FIRST = 2**63 - 700
+
+
+def values_of(number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    centres = torch.randn(12, K, generator=torch.Generator().manual_seed(99))
+    values = centres[torch.randint(12, (ROWS,), generator=generator)]
+    values = values + 0.5 * torch.randn(ROWS, K, generator=generator)
+    return values / values.norm(dim=1, keepdim=True)
+
+
+def fill(folder: Path, shards: int) -> Store:
+    open_store(folder, INFO)
+    for number in range(shards):
+        ids = [f"{FIRST + number * ROWS + i:016x}" for i in range(ROWS)]
+        write_shard(folder, number, ids, values_of(number), torch.ones(ROWS), CODING)
+    return Store(folder)
+
+
+def opened(folder: Path, probes: int = 16) -> SearchIndex:
+    return SearchIndex.open(folder, INFO.identity(), probes)
+
+
+def exact_best(store: Store, queries: torch.Tensor, k: int) -> list[set[int]]:
+    decoded = torch.cat([v for _, v in store.values(CODING)])
+    return [{FIRST + int(i) for i in row} for row in (queries @ decoded.T).topk(k).indices]
+
+
+@pytest.mark.parametrize(
+    ("factory", "least"),
+    [
+        ("Flat", 0.99),
+        ("IVF8,SQ8", 0.95),
+        ("IVF8,PQ16x4", 0.4),
+        ("HNSW32", 0.9),
+        ("HNSW32,SQ8", 0.9),
+        ("PCA16,IVF8,SQ8", 0.4),
+    ],
+)
+def test_factories(tmp_path: Path, factory: str, least: float) -> None:
+    store = fill(tmp_path / "store", 3)
+    config = IndexConfig(factory=factory, probes=8, recall_queries=30)
+    built = build_index(store, CODING, tmp_path / "index", config)
+    assert built["documents"] == 3 * ROWS and built["recall_queries"] == 30
+    assert built == json.loads((tmp_path / "index" / "index.json").read_text())
+    queries = values_of(77)[:40]
+    scores, ids = opened(tmp_path / "index").search(queries.numpy(), 100)
+    assert ids.shape == (40, 100) and (np.diff(scores, axis=1) <= 0).all()
+    shares = [
+        len(set(i.tolist()) & e) / 100 for i, e in zip(ids, exact_best(store, queries, 100), strict=True)
+    ]
+    assert np.mean(shares) >= least
+    # The recall that is printed is the one that is found here by another way.
+    measured = recall(opened(tmp_path / "index"), store, CODING, queries)
+    assert measured == pytest.approx(np.mean(shares), abs=0.005)
+    assert abs(built["recall_at_100"] - np.mean(shares)) < 0.15
+
+
+def test_few_probes_have_less_recall(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 3)
+    found = [
+        build_index(store, CODING, tmp_path / str(probes), IndexConfig(factory="IVF16,SQ8", probes=probes))[
+            "recall_at_100"
+        ]
+        for probes in (1, 16)
+    ]
+    assert found[0] < 0.9 < found[1]
+
+
+def test_parts_are_mapped_and_change_nothing(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 6)
+    whole = build_index(store, CODING, tmp_path / "one", IndexConfig(factory="IVF8,SQ8"))
+    # Room for the training sample and for 1,000 rows of 40 bytes.
+    small = IndexConfig(factory="IVF8,SQ8", train=300, memory=40_000 / 2**30)
+    trained = tmp_path / "parts" / "trained.faiss"
+    trained.parent.mkdir()
+    for name in ("trained.faiss", "trained.json"):
+        (tmp_path / "parts" / name).write_bytes((tmp_path / "one" / name).read_bytes())
+    parts = build_index(store, CODING, tmp_path / "parts", small)
+    assert len(whole["parts"]) == 1 and len(parts["parts"]) == 3
+    queries = values_of(77)[:20].numpy()
+    one, many = (opened(tmp_path / name, 3).search(queries, 50) for name in ("one", "parts"))
+    assert np.array_equal(one[1], many[1]) and np.allclose(one[0], many[0])
+    for part in opened(tmp_path / "parts").parts:
+        lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(part).invlists)
+        assert isinstance(lists, faiss.OnDiskInvertedLists)
+
+
+def test_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fill(tmp_path / "store", 4)
+    config = IndexConfig(factory="IVF4,SQ8", memory=40_000 / 2**30)
+    wanted = build_index(store, CODING, tmp_path / "undisturbed", config)
+    write = build._write_part
+
+    def killed(*arguments: Any) -> None:
+        if arguments[2].name == "part-000001.faiss":
+            (arguments[1] / "part-000001.faiss.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(build, "_write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(store, CODING, tmp_path / "index", config)
+    assert not (tmp_path / "index" / "index.json").exists()
+    monkeypatch.setattr(build, "_write_part", write)
+    first = (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns
+    advanced: list[int] = []
+    assert build_index(store, CODING, tmp_path / "index", config, advance=advanced.append) == wanted
+    assert (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns == first
+    assert sum(advanced) == 4 * ROWS
+
+
+def test_grown_store_adds_a_part(tmp_path: Path) -> None:
+    config = IndexConfig(factory="IVF4,SQ8", probes=4)
+    build_index(fill(tmp_path / "store", 2), CODING, tmp_path / "index", config)
+    first = (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns
+    store = fill(tmp_path / "store", 3)
+    for number in range(2):
+        assert store.shards[number].xxh3 == Store(tmp_path / "store").shards[number].xxh3
+    built = build_index(store, CODING, tmp_path / "index", config)
+    assert built["documents"] == 3 * ROWS and built["parts"] == ["part-000000.faiss", "part-000001.faiss"]
+    assert (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns == first
+    assert built["recall_at_100"] > 0.9
+
+
+def test_parts_of_other_shards_are_built_again(tmp_path: Path) -> None:
+    config = IndexConfig(factory="Flat")
+    store = fill(tmp_path / "store", 2)
+    build_index(store, CODING, tmp_path / "index", config)
+    (tmp_path / "store" / "000001.json").unlink()
+    ids = [f"{i:016x}" for i in range(ROWS)]
+    write_shard(tmp_path / "store", 1, ids, values_of(5), torch.ones(ROWS), CODING)
+    build_index(Store(tmp_path / "store"), CODING, tmp_path / "index", config)
+    found = opened(tmp_path / "index").search(values_of(5)[:9].numpy(), 1)[1][:, 0]
+    assert found.tolist() == list(range(9))
+
+
+def test_wrong_settings_are_told(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 1)
+    for factory, text in (
+        ("Flatt", "'Flatt' is no FAISS factory string"),
+        ("IVF4096,SQ8", "needs at least 4096 documents to train, there are 500"),
+        ("IVF8,PQ7", "PQ7"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            build_index(store, CODING, tmp_path / "index", IndexConfig(factory=factory))
+    with pytest.raises(ValueError, match="memory must be more than 0"):
+        build_index(store, CODING, tmp_path / "index", IndexConfig(memory=0))
+    with pytest.raises(ValueError, match="probes and index.train must be at least 1, got 0, 65536"):
+        build_index(store, CODING, tmp_path / "index", IndexConfig(probes=0))
+    with pytest.raises(ValueError, match="recall_queries must be at least 1"):
+        build_index(store, CODING, tmp_path / "other", IndexConfig(recall_queries=0))
+    build_index(store, CODING, tmp_path / "index", IndexConfig())
+    with pytest.raises(Jz3Error, match="factory: 'Flat' there, 'HNSW8' now"):
+        build_index(store, CODING, tmp_path / "index", IndexConfig(factory="HNSW8"))
+    with pytest.raises(Jz3Error, match="index of the store"):
+        SearchIndex.open(tmp_path / "index", "0" * 16, 1)
+    open_store(tmp_path / "empty", INFO)
+    with pytest.raises(Jz3Error, match="holds no document"):
+        build_index(Store(tmp_path / "empty"), CODING, tmp_path / "index", IndexConfig())
+    (tmp_path / "store" / "000000.safetensors").write_bytes(b"")
+    with pytest.raises(Jz3Error, match="000000.safetensors has 0 bytes"):
+        build_index(Store(tmp_path / "store"), CODING, tmp_path / "index", IndexConfig())
+
+
+def test_target_queries_come_first_in_the_recall(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 1)
+    config = IndexConfig(recall_queries=12)
+    built = build_index(store, CODING, tmp_path / "index", config, queries=values_of(3)[:5])
+    assert built["recall_queries"] == 12 and built["recall_target_queries"] == 5
+
+
+def test_gpu_is_used_where_faiss_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+
+    def to_gpus(index: Any) -> Any:
+        moved.append(type(index).__name__)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, device, index: to_gpus(index), raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index, raising=False)
+    store = fill(tmp_path / "store", 1)
+    build_index(store, CODING, tmp_path / "index", IndexConfig(factory="IVF4,SQ8", probes=4))
+    assert moved == ["IndexFlatIP", "IndexIVFScalarQuantizer"]
+    assert len(opened(tmp_path / "index").search(values_of(0)[:1].numpy(), 5)[1][0]) == 5
+
+
+def docs(folder: Path, count: int = 50) -> Path:
+    rows = [
+        Doc(id=f"{(i * 0x9E3779B97F4A7C15) % 2**64:016x}", text=f"text {i} \u00e9\n", source="s", tokens=i)
+        for i in range(count)
+    ]
+    write_jsonl(folder / "docs.jsonl", (d.to_json() for d in rows))
+    return folder / "docs.jsonl"
+
+
+def test_texts_are_found_by_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = docs(tmp_path)
+    DocFile(path, tmp_path / "table")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the table is there already")
+
+    monkeypatch.setattr("jz3.index.docs._write_table", refuse)
+    found = DocFile(path, tmp_path / "table")
+    assert len(found) == 50
+    for i in (0, 7, 49):
+        key = (i * 0x9E3779B97F4A7C15) % 2**64
+        assert found.get(key).text == found.get(f"{key:016x}").text == f"text {i} \u00e9\n"
+    with pytest.raises(Jz3Error, match="has no document 0000000000000005"):
+        found.get(5)
+
+
+def test_table_follows_the_file(tmp_path: Path) -> None:
+    path = docs(tmp_path)
+    DocFile(path, tmp_path)
+    docs(tmp_path, 60)
+    assert DocFile(path, tmp_path).get((59 * 0x9E3779B97F4A7C15) % 2**64).tokens == 59
+    for line in ("nonsense", '{"id": "xyz"}', '{"id": "11111111111111111"}', "[]"):
+        with open(path, "a") as handle:
+            handle.write(line + "\n")
+        with pytest.raises(Jz3Error, match="docs.jsonl:61 is no document"):
+            DocFile(path, tmp_path)
+        docs(tmp_path, 60)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the random two-layer model up to its index and scores; shared with test_explore."""
+    folder = tmp_path_factory.getbasetemp() / "small_run"
+    if not (folder / "influence" / "manifest.json").is_file():
+        assert main(["run", "tiny", "--until", "index", "--out", str(folder)]) == 0
+        assert main(["influence", str(folder)]) == 0
+    return folder
+
+
+def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (small_run / "corpus" / "docs.jsonl").read_text().splitlines()]
+    file = tmp_path / "problems.jsonl"
+    lines = [
+        json.dumps({"text": rows[3]["text"]}),
+        "nonsense",
+        "",
+        json.dumps({"problem": "What is 3 * 4?", "solution": "It is 12."}),
+        json.dumps({"problem": 3}),
+        json.dumps({"problem": "  "}),
+    ]
+    file.write_text("\n".join(lines))
+    answers = []
+    for extra in ([], ["--exact"]):
+        assert main(["query", str(small_run), "--file", str(file), "--k", "4", *extra]) == 0
+        told = capsys.readouterr()
+        assert "5 problems, 3 not answered; per problem: gradient" in told.err and "search" in told.err
+        answers.append([json.loads(line) for line in told.out.splitlines()])
+    for index, exact in zip(*answers, strict=True):
+        assert index.keys() == exact.keys() and index["line"] == exact["line"]
+        if "matches" in index:
+            assert [m["id"] for m in index["matches"]] == [m["id"] for m in exact["matches"]]
+            one, other = ([m["score"] for m in a["matches"]] for a in (index, exact))
+            assert one == pytest.approx(other, abs=1e-3)
+    assert [a["line"] for a in answers[0]] == [1, 2, 4, 5, 6]
+    first = answers[0][0]["matches"][0]
+    # A text is the one that helps most with itself.
+    assert first["id"] == rows[3]["id"] and first["text"] == rows[3]["text"]
+    assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
+
+
+def test_query_asks(
+    small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 3 times 4?\nx\n\nnot asked\n"))
+    assert main(["query", str(small_run), "--k", "2"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"Flat, \d+ documents, recall@100 1.000 against the exact scan", told.err)
+    assert told.out.count("cosine") == 2 and "at least 2 are needed" in told.err
+    assert main(["query", str(small_run), "--text", "x", "--file", "y"]) == 2
+    assert "not both" in capsys.readouterr().err
+    assert main(["query", str(small_run), "--file", str(small_run / "none")]) == 2
+    assert "is no file" in capsys.readouterr().err
+    assert main(["query", str(small_run), "--text", "What is 3?", "--k", "0"]) == 2
+    assert "k must be at least 1" in capsys.readouterr().err
