@@ -1,16 +1,19 @@
 """From scores to chosen texts, with the reason of each choice."""
 
+import heapq
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jz3.files import write_jsonl
+from jz3.files import read_jsonl, write_jsonl
 from jz3.influence import read_scores
 from jz3.records import Doc
 from jz3.stage import StageContext
+from jz3.topk import TopK
 
 COMBINE = ("mean", "max", "quota")
 
@@ -66,6 +69,126 @@ def _order(values: np.ndarray, ids: Sequence[str]) -> list[int]:
     return np.lexsort((np.array(ids), -values)).tolist()
 
 
+Place = tuple[int, ...]
+"""What names a row of a stream: integers, in the order in which equal scores are decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen row and what decided."""
+
+    place: Place
+    score: float
+    """By which it was chosen."""
+    task: int
+    """Whose score that is; -1: the mean or maximum of all."""
+
+
+class StreamingSelection:
+    """Chooses the best rows of a stream of scores; memory grows with the choice, not with the stream.
+
+    The same rule as `select`, with a limit per source and a last word about every candidate (whether
+    it repeats a better one). What is refused is replaced by the next best; for that, more candidates
+    than wanted are kept, and `choose` says if there were still too few.
+    """
+
+    def __init__(
+        self, k: int, combine: str = "mean", source_limit: int | None = None, slack: float = 1.0
+    ) -> None:
+        """Make an empty selection.
+
+        Args:
+            k: rows to choose.
+            combine: see SelectionConfig.
+            source_limit: rows of one source at most; None: no limit.
+            slack: candidates kept per row to choose, at least 1.
+        """
+        if combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
+        self.k, self.combine = k, combine
+        self._limit = k if source_limit is None else source_limit
+        self._by_source = source_limit is not None
+        self._pool = math.ceil(min(k, self._limit) * slack)
+        self._tops: dict[int, dict[int, TopK]] = {}
+
+    def add(self, scores: np.ndarray, places: np.ndarray, sources: np.ndarray) -> None:
+        """Show rows.
+
+        Args:
+            scores: [n, tasks] float.
+            places: [n, m] int64, see Place; all different.
+            sources: [n] int.
+        """
+        if self.combine == "quota":
+            columns = {t: scores[:, t] for t in range(scores.shape[1])}
+        else:
+            columns = {-1: scores.mean(1) if self.combine == "mean" else scores.max(1)}
+        groups = np.unique(sources) if self._by_source else [-1]
+        for source in groups:
+            rows = slice(None) if source == -1 else sources == source
+            for column, values in columns.items():
+                tops = self._tops.setdefault(column, {})
+                tops.setdefault(int(source), TopK(self._pool)).add(values[rows], places[rows])
+
+    def candidates(self) -> list[Place]:
+        """Return every row that may be chosen."""
+        kept = (top.best()[1] for tops in self._tops.values() for top in tops.values())
+        return list(dict.fromkeys(tuple(row) for rows in kept for row in rows.tolist()))
+
+    def choose(
+        self, refuse: Callable[[Place], str] = lambda place: ""
+    ) -> tuple[list[Choice], dict[Place, str], bool]:
+        """Choose, best first.
+
+        Args:
+            refuse: says why a row can't be chosen, or nothing; asked once per row, in order.
+
+        Returns:
+            The choices; the refused rows with their reasons (`source_quota` besides those given);
+            whether the candidates sufficed: if not, choose again with more slack.
+        """
+        orders = {column: self._order(tops) for column, tops in sorted(self._tops.items())}
+        chosen: dict[Place, Choice] = {}
+        refused: dict[Place, str] = {}
+        taken: Counter[int] = Counter()
+        while orders and len(chosen) < self.k:
+            for column in list(orders):
+                for score, place, source in orders[column]:
+                    if place is None:
+                        if taken[source] < self._limit:
+                            return list(chosen.values()), refused, False
+                    elif place in chosen or place in refused:
+                        continue
+                    elif taken[source] >= self._limit:
+                        refused[place] = "source_quota"
+                    elif reason := refuse(place):
+                        refused[place] = reason
+                    else:
+                        chosen[place] = Choice(place, score, column)
+                        taken[source] += 1
+                        break
+                else:
+                    del orders[column]
+                if len(chosen) == self.k:
+                    break
+        return list(chosen.values()), refused, True
+
+    @staticmethod
+    def _order(tops: dict[int, TopK]) -> Iterator[tuple[float, Place | None, int]]:
+        """Merge the sources' candidates; where those of a source end but its rows don't, give None."""
+
+        def rows(source: int, top: TopK) -> Iterator[tuple[float, Place, int, bool]]:
+            scores, places = top.best()
+            for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+                yield -score, tuple(place), source, False
+            if top.truncated:
+                worst = (-scores[-1], tuple(places[-1])) if len(scores) else (-np.inf, ())
+                yield float(worst[0]), worst[1], source, True
+
+        for negative, place, source, ends in heapq.merge(*(rows(s, t) for s, t in sorted(tops.items()))):
+            yield -negative, None if ends else place, source
+
+
 def chosen_rows(scores: dict[str, Any], method: str, k: int, combine: str) -> list[int]:
     """Return the rows that a method of the influence stage's table chooses.
 
@@ -94,7 +217,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """Write selection/selected.jsonl (documents, best first) and selection/why.jsonl."""
     config = ctx.recipe.selection
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
-    docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
     chosen = {m: chosen_rows(scores, m, config.k, config.combine) for m in methods(scores)}
     best = chosen["influence"]
     tasks = [c for c in scores if c.startswith("influence:") and c != "influence:control"]
@@ -108,6 +230,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
         for rank, row in enumerate(best)
     ]
     write_jsonl(ctx.out / "why.jsonl", why)
+    wanted = {scores["id"][row] for row in best}
+    texts = read_jsonl(ctx.path("corpus", "docs.jsonl"))
+    docs = {row["id"]: Doc.from_json(row) for row in texts if row["id"] in wanted}
     write_jsonl(ctx.out / "selected.jsonl", (docs[scores["id"][row]].to_json() for row in best))
     everything = range(len(scores["id"]))
     return {

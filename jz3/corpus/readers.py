@@ -58,16 +58,33 @@ def find_files(source: SourceConfig) -> list[Path]:
     return [Path(name) for name in sorted(found)]
 
 
-def read_jsonl_file(path: Path, source: SourceConfig) -> Iterator[SourceText | Reject]:
-    """Read a JSON-lines file, plain, `.gz` or `.zst`, one line in memory at a time."""
-    number = 0
+def read_jsonl_file(
+    path: Path, source: SourceConfig, *, skip: int = 0, offset: int = 0, lines: int | None = None
+) -> Iterator[SourceText | Reject]:
+    """Read a JSON-lines file, plain, `.gz` or `.zst`, one line in memory at a time.
+
+    Args:
+        path: the file.
+        source: what to take from it.
+        skip: lines to leave out at the start.
+        offset: where the first line to read stands in a plain file; without it they are read through.
+        lines: read at most so many.
+    """
+    number = skip
     try:
-        with _open(path) as stream:
-            while line := stream.readline(source.max_line_bytes + 1):
+        with open_lines(path) as stream:
+            if offset:
+                stream.seek(offset)
+            else:
+                for _ in range(skip):
+                    skip_line(stream)
+            while (lines is None or number < skip + lines) and (
+                line := stream.readline(source.max_line_bytes + 1)
+            ):
                 number += 1
                 where = f"{path}:{number}"
                 if len(line) > source.max_line_bytes and not line.endswith(b"\n"):
-                    size = len(line) + _skip_line(stream)
+                    size = len(line) + skip_line(stream)
                     detail = f"{size} bytes, max_line_bytes is {source.max_line_bytes}"
                     yield reject("line_too_long", where, detail, line[:200].decode("utf-8", "replace"))
                 elif line.strip():
@@ -80,7 +97,8 @@ def read_jsonl_file(path: Path, source: SourceConfig) -> Iterator[SourceText | R
         yield reject("empty_file", str(path))
 
 
-def _open(path: Path) -> BinaryIO:
+def open_lines(path: Path) -> BinaryIO:
+    """Open a plain, `.gz` or `.zst` file for reading lines."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
@@ -90,7 +108,8 @@ def _open(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def _skip_line(stream: BinaryIO) -> int:
+def skip_line(stream: BinaryIO) -> int:
+    """Read to the end of the line and return how many bytes that was."""
     size = 0
     while part := stream.readline(1 << 20):
         size += len(part)
@@ -173,8 +192,17 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def read_parquet_file(path: Path, source: SourceConfig) -> Iterator[SourceText | Reject]:
-    """Read a Parquet file batch by batch, only the columns that are needed."""
+def read_parquet_file(
+    path: Path, source: SourceConfig, *, skip: int = 0, rows: int | None = None
+) -> Iterator[SourceText | Reject]:
+    """Read a Parquet file batch by batch, only the columns that are needed.
+
+    Args:
+        path: the file.
+        source: what to take from it.
+        skip: rows to leave out at the start; whole row groups of them are not read.
+        rows: read at most so many.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -195,11 +223,20 @@ def read_parquet_file(path: Path, source: SourceConfig) -> Iterator[SourceText |
             columns = [
                 c for c in (*wanted, *source.keep_fields) if c.partition(".")[0] in known or c in known
             ]
-            for batch in file.iter_batches(batch_size=64, columns=list(dict.fromkeys(columns))):
-                for row in _batch_rows(batch):
-                    number += 1
-                    where = f"{path}:{number}"
-                    yield row if isinstance(row, Reject) else from_row(row, where, source)
+            stop = file.metadata.num_rows if rows is None else skip + rows
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= skip or number >= stop:
+                    number += size
+                    continue
+                for batch in file.iter_batches(64, [group], list(dict.fromkeys(columns))):
+                    if number + len(batch) <= skip or number >= stop:
+                        number += len(batch)
+                        continue
+                    for row in _batch_rows(batch):
+                        number += 1
+                        if skip < number <= stop:
+                            yield from_row(row, f"{path}:{number}", source)
             if not number:
                 yield reject("empty_file", str(path), "no rows")
     except (pyarrow.ArrowException, OSError) as error:

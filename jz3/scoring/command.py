@@ -1,0 +1,108 @@
+"""The command `jz3 score`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from jz3.errors import Jz3Error
+from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings, split_targets
+from jz3.scoring.estimate import PaperSettings
+
+SETTINGS, CHOOSE, RUN, PAPER = ScoreSettings(), ChooseSettings(), RunSettings(), PaperSettings()
+
+
+def score(
+    corpus: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    target: UseAppendAction[tuple[str, ...]] = (),
+    control: Path | None = None,
+    out: Path = Path("runs/score"),
+    settings: Annotated[ScoreSettings, arg(name="")] = SETTINGS,
+    choose: Annotated[ChooseSettings, arg(name="")] = CHOOSE,
+    run: Annotated[RunSettings, arg(name="")] = RUN,
+    paper: Annotated[PaperSettings, arg(name="")] = PAPER,
+) -> None:
+    """Rank the texts of a corpus by what they are worth for target tasks, in one streaming pass.
+
+    Writes OUT/scores/*.parquet (a row per text, a column per task), OUT/selected.jsonl (the best texts),
+    OUT/rejects.jsonl and OUT/manifest.json. Run the same command again to go on after a kill.
+
+    Args:
+        corpus: files or globs of .jsonl (.gz, .zst) or .parquet.
+        target: NAME=FILE, once per task: JSON lines of question and answer, problem and solution, prompt
+            and completion, or text.
+        control: an unrelated target's file; its choice should share with the tasks' what chance gives.
+        out: the run's folder.
+        settings: what the scores depend on.
+        choose: what is chosen.
+        run: who does the work.
+        paper: for --dry-run without a corpus.
+    """
+    from jz3.scoring import estimate
+
+    if run.dry_run and paper.documents:
+        estimate.print_paper(paper, settings, max(len(target), 1))
+        return
+    targets = split_targets(target)
+    if control is not None:
+        targets["control"] = control
+    if run.dry_run:
+        estimate.print_measured(corpus, targets, settings, run)
+        return
+    score_corpus(corpus, targets, out, settings, choose, run)
+
+
+def score_corpus(
+    corpus: tuple[str, ...],
+    targets: dict[str, Path],
+    out: Path,
+    settings: ScoreSettings,
+    choose: ChooseSettings,
+    run: RunSettings,
+) -> None:
+    """Plan, prepare, score all shards that are missing, choose; see `score`.
+
+    Raises:
+        Jz3Error: see the functions it calls; the message says what to do.
+    """
+    from jz3.scoring import cluster, workers
+    from jz3.scoring.job import prepare
+    from jz3.scoring.merge import merge, summary
+    from jz3.scoring.plan import locked, open_plan
+
+    say = workers.print_error(sys.stderr)
+    deadline = time.time() + run.limit_hours * 3600 if run.limit_hours else 0.0
+    count = run.workers or workers.default_workers()
+    with locked(out / ".lock", wait=False) as alone:
+        # The workers of a scheduler share the folder; only one process may choose.
+        if not alone and not run.worker:
+            raise Jz3Error(f"another process is running in {out}")
+        plan = open_plan(out, corpus, settings, targets, workers.default_threads(count))
+        job = prepare(out, plan, targets, say)
+        todo = workers.missing_shards(out, plan)
+        say(
+            f"{plan.rows:,} records in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} to do"
+        )
+        if run.worker:
+            done = workers.work(out, run.part(), deadline)
+            say(f"worker {run.worker}: {'done' if done else 'stopped at the limit'}")
+            return
+        if run.slurm:
+            cluster.run_slurm(out, plan, count, run.slurm_arguments, run.limit_hours, say)
+        elif run.ray:
+            cluster.run_ray(out, plan, run.workers, run.ray, run.limit_hours, say)
+        elif todo:
+            workers.run_local(out, plan, min(count, len(todo)), run.restarts, deadline, say)
+        missing = workers.missing_shards(out, plan)
+        if missing and deadline:
+            say(
+                f"stopped at the limit of {run.limit_hours} hours: {len(plan.shards) - len(missing)} of "
+                f"{len(plan.shards)} shards are done; run the same command again to go on"
+            )
+            return
+        summary(merge(out, plan, job, choose), lambda line: print(line))
+        print(f"{out / 'selected.jsonl'}  {out / 'scores'}  {out / 'manifest.json'}")

@@ -1,0 +1,349 @@
+"""The plan of a run: its settings, its files, and how they are divided into shards, decided once.
+
+A shard is a fixed range of lines or rows of one file, whatever the number of workers, so that what a
+worker computes depends on the plan and the shard alone.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jz3.corpus.config import SourceConfig
+from jz3.corpus.readers import (
+    SourceText,
+    find_files,
+    open_lines,
+    read_jsonl_file,
+    read_parquet_file,
+    skip_line,
+)
+from jz3.errors import Jz3Error
+from jz3.files import canonical_json, hash_file, hash_text, read_json, write_json
+from jz3.machine import best_dtype
+from jz3.records import Reject
+from jz3.scoring.config import ScoreSettings
+from jz3.seeding import rng
+
+FORMAT = "jz3-score-1"
+COMPRESSED = (".gz", ".zst")
+LINES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of lines or rows of one file."""
+
+    number: int
+    file: int
+    """Position in the plan's files."""
+    skip: int
+    """Lines or rows before it."""
+    rows: int
+    offset: int
+    """Where it starts in a plain file, in bytes; 0 in a compressed one or Parquet."""
+    size: int
+    """Its uncompressed bytes, of Parquet an equal share of the row group's; the progress counts them."""
+    last: bool
+    """Whether it is its file's last: it reads on to the end, however that looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of the corpus as it was when the plan was made."""
+
+    path: str
+    size: int
+    modified: int
+    """Nanoseconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """See the module."""
+
+    settings: ScoreSettings
+    targets: dict[str, str]
+    """Per target the hash of its file; the negative control's under `control`."""
+    files: list[InputFile]
+    shards: list[Shard]
+
+    @property
+    def key(self) -> str:
+        """Identifies the plan in everything that is computed from it."""
+        return hash_text(canonical_json(self.to_json()))
+
+    @property
+    def rows(self) -> int:
+        """Lines and rows of the corpus."""
+        return sum(s.rows for s in self.shards)
+
+    @property
+    def size(self) -> int:
+        """Uncompressed bytes of the corpus."""
+        return sum(s.size for s in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what plan.json holds."""
+        return {
+            "format": FORMAT,
+            "settings": dataclasses.asdict(self.settings),
+            "targets": self.targets,
+            "files": [[f.path, f.size, f.modified] for f in self.files],
+            "shards": [
+                [s.number, s.file, s.skip, s.rows, s.offset, s.size, int(s.last)] for s in self.shards
+            ],
+        }
+
+    def source(self) -> SourceConfig:
+        """Return how the corpus's records are read."""
+        s = self.settings
+        return SourceConfig(
+            name="score",
+            kind="jsonl",
+            paths=tuple(f.path for f in self.files),
+            text_field=s.text_field,
+            keep_fields=tuple(f for f in (s.id_field, s.source_field) if f),
+            max_line_bytes=s.max_line_bytes,
+        )
+
+    def check_file(self, number: int) -> Path:
+        """Return a file's path, if the file is still the one that was planned."""
+        file = self.files[number]
+        path = Path(file.path)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise Jz3Error(f"{path}, a file of the corpus, can't be read: {error.strerror}") from error
+        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.modified):
+            raise Jz3Error(
+                f"{path} changed after the plan was made ({file.size} bytes then, {stat.st_size} now); "
+                "score the changed corpus into another folder"
+            )
+        return path
+
+    def read(self, shard: Shard) -> Iterator[SourceText | Reject]:
+        """Read a shard's records; what can't be used comes as a Reject."""
+        path = self.check_file(shard.file)
+        if path.suffix == ".parquet":
+            yield from read_parquet_file(path, self.source(), skip=shard.skip, rows=shard.rows)
+            return
+        lines = None if shard.last else shard.rows
+        yield from read_jsonl_file(path, self.source(), skip=shard.skip, offset=shard.offset, lines=lines)
+
+    def read_places(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, SourceText]]:
+        """Read single records in the corpus's order.
+
+        Args:
+            places: (shard, line or row in its file), in any order.
+
+        Yields:
+            (shard, line, text); a place that holds no usable text is left out.
+        """
+        wanted: dict[int, set[int]] = {}
+        for shard, line in places:
+            wanted.setdefault(shard, set()).add(line)
+        files: dict[int, list[Shard]] = {}
+        for number in sorted(wanted):
+            files.setdefault(self.shards[number].file, []).append(self.shards[number])
+        for shards in files.values():
+            parts = [shards]
+            if Path(self.files[shards[0].file].path).suffix not in COMPRESSED:
+                parts = [[shard] for shard in shards]
+            # A compressed file can't be entered in the middle: it is read through once.
+            for part in parts:
+                path = self.check_file(part[0].file)
+                if path.suffix == ".parquet":
+                    records = self.read(part[0])
+                else:
+                    records = read_jsonl_file(
+                        path,
+                        self.source(),
+                        skip=part[0].skip,
+                        offset=part[0].offset,
+                        lines=part[-1].skip + part[-1].rows - part[0].skip,
+                    )
+                yield from _pick(records, part, wanted)
+
+    def sample(self, count: int, *purpose: str) -> list[SourceText]:
+        """Draw texts by row number, the same for any number of workers.
+
+        Args:
+            count: how many; fewer if the corpus has not so many usable ones.
+            purpose: what they are drawn for.
+        """
+        generator = rng(self.settings.seed, "score", *purpose)
+        # Some rows can't be used.
+        asked = min(self.rows, count * 2 + 32)
+        drawn: dict[int, None] = {}
+        while len(drawn) < asked:
+            drawn.update(dict.fromkeys(generator.integers(0, self.rows, asked).tolist()))
+        order = list(drawn)[:asked]
+        places = {}
+        ranks = sorted(range(asked), key=lambda i: order[i])
+        before = 0
+        remaining = iter(ranks)
+        rank = next(remaining, None)
+        for shard in self.shards:
+            while rank is not None and order[rank] < before + shard.rows:
+                places[shard.number, shard.skip + 1 + order[rank] - before] = rank
+                rank = next(remaining, None)
+            before += shard.rows
+        found = {places[s, line]: text for s, line, text in self.read_places(list(places))}
+        return [found[rank] for rank in sorted(found)][:count]
+
+
+def _pick(
+    records: Iterator[SourceText | Reject], shards: list[Shard], wanted: dict[int, set[int]]
+) -> Iterator[tuple[int, int, SourceText]]:
+    at = 0
+    for record in records:
+        _, line = split_place(record.where)
+        while at < len(shards) and line > shards[at].skip + shards[at].rows:
+            at += 1
+        if at == len(shards):
+            return
+        if line in wanted[shards[at].number] and isinstance(record, SourceText):
+            yield shards[at].number, line, record
+
+
+def split_place(where: str) -> tuple[str, int]:
+    """Split FILE:LINE; a whole file has the line 0."""
+    path, _, line = where.rpartition(":")
+    return (path, int(line)) if path and line.isdigit() else (where, 0)
+
+
+def make_plan(corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path]) -> Plan:
+    """Divide the corpus into shards; every file is read through once, of Parquet only the footer.
+
+    Raises:
+        Jz3Error: a path matches no file, a file's kind is unknown or a target's file is missing.
+    """
+    if not corpus:
+        raise ValueError("no corpus: give files or globs of .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
+    found = find_files(SourceConfig(name="corpus", kind="jsonl", paths=tuple(corpus)))
+    files, shards = [], []
+    for number, path in enumerate(found):
+        suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+        if path.suffix != ".parquet" and (not suffixes or suffixes[-1] not in LINES):
+            raise Jz3Error(f"{path}: the name must end in .parquet, .jsonl, .json or .ndjson (.gz, .zst)")
+        stat = path.stat()
+        files.append(InputFile(str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        divide = _divide_parquet if path.suffix == ".parquet" else _divide_lines
+        parts = list(divide(path, settings)) or [(0, 0, 0, 0)]
+        for position, (skip, rows, offset, size) in enumerate(parts):
+            last = position == len(parts) - 1
+            shards.append(Shard(len(shards), number, skip, rows, offset, size, last))
+    hashes = {}
+    for name, path in targets.items():
+        if not path.is_file():
+            raise Jz3Error(f"target {name!r}: {path} is no file")
+        hashes[name] = hash_file(path)
+    return Plan(settings, hashes, files, shards)
+
+
+def _divide_lines(path: Path, settings: ScoreSettings) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (skip, rows, offset, bytes); where reading breaks off, the last shard finds out why."""
+    plain = path.suffix not in COMPRESSED
+    limit = settings.max_line_bytes + 1
+    skip = rows = start = position = 0
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_lines(path) as stream:
+        while line := stream.readline(limit):
+            position += len(line)
+            if len(line) == limit and not line.endswith(b"\n"):
+                position += skip_line(stream)
+            rows += 1
+            if rows == settings.shard_documents:
+                yield skip, rows, start if plain else 0, position - start
+                skip, rows, start = skip + rows, 0, position
+    if rows:
+        yield skip, rows, start if plain else 0, position - start
+
+
+def _divide_parquet(path: Path, settings: ScoreSettings) -> Iterator[tuple[int, int, int, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        return  # the only shard rejects the file with the reason
+    total = metadata.num_rows
+    size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+    for skip in range(0, total, settings.shard_documents):
+        rows = min(settings.shard_documents, total - skip)
+        yield skip, rows, 0, size * rows // total
+
+
+def load_plan(out: Path) -> Plan:
+    """Read the plan of a run's folder."""
+    path = out / "plan.json"
+    table = read_json(path)
+    if table.get("format") != FORMAT:
+        raise Jz3Error(f"{path} has the format {table.get('format')!r}, expected {FORMAT!r}")
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in table["settings"].items()
+    }
+    return Plan(
+        ScoreSettings(**settings),
+        table["targets"],
+        [InputFile(*f) for f in table["files"]],
+        [Shard(*row[:6], last=bool(row[6])) for row in table["shards"]],
+    )
+
+
+def open_plan(
+    out: Path, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], threads: int
+) -> Plan:
+    """Make the run's plan, or check that the one it has is for the same settings, corpus and targets.
+
+    Args:
+        out: the run's folder.
+        corpus: files and globs.
+        settings: as given; in a new plan 0 threads becomes `threads` and the dtype `auto` what this machine
+            is fast in; with an old plan both become what they were.
+        targets: per target its file.
+        threads: CPU threads a worker.
+
+    Raises:
+        Jz3Error: the folder is another run's; the differences are named.
+    """
+    with locked(out / ".plan.lock"):
+        if not (out / "plan.json").is_file():
+            dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
+            settings = dataclasses.replace(settings, threads=settings.threads or threads, dtype=dtype)
+            plan = make_plan(corpus, settings, targets)
+            write_json(out / "plan.json", plan.to_json())
+            return plan
+    plan = load_plan(out)
+    wanted, found = dataclasses.asdict(settings), dataclasses.asdict(plan.settings)
+    wanted |= {name: found[name] for name in ("threads", "dtype") if wanted[name] in (0, "auto")}
+    different = [f"{k}: {found[k]!r} -> {wanted[k]!r}" for k in wanted if wanted[k] != found[k]]
+    paths = find_files(SourceConfig(name="corpus", kind="jsonl", paths=tuple(corpus)))
+    if [str(p.resolve()) for p in paths] != [f.path for f in plan.files]:
+        different.append(f"corpus: {len(plan.files)} files -> {len(paths)} files, not the same ones")
+    for name in sorted(plan.targets.keys() | targets.keys()):
+        path = targets.get(name)
+        now = hash_file(path) if path is not None and path.is_file() else None
+        if plan.targets.get(name) != now:
+            different.append(f"target {name!r}: {plan.targets.get(name)} -> {now}")
+    if different:
+        raise Jz3Error(f"{out} was made with other settings ({'; '.join(different[:5])}); use another folder")
+    return plan
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock `path`; it ends with the process, however that ends. Yields whether it was had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,119 @@
+"""The target tasks of a run: files of problems with solutions, read into queries."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+from jz3.corpus.config import SourceConfig
+from jz3.corpus.readers import open_lines, read_jsonl_file, reject
+from jz3.errors import Jz3Error
+from jz3.files import hash_text
+from jz3.records import Query, Reject
+from jz3.scoring.config import ScoreSettings
+from jz3.seeding import seed_for
+from jz3.targets import clean_solution
+from jz3.templates import prompt_for
+
+FIELDS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("question", "solution"),
+    ("problem", "answer"),
+    ("text", ""),
+)
+"""Pairs of fields that are known by themselves: what the model is given, and what is scored. `prompt`
+and `completion` are taken as they are; of `text` everything is scored."""
+STAGE = "targets"
+_PEEK = 100
+
+
+def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Query], list[Reject]]:
+    """Read the queries of a target, those that are drawn if there are more than wanted.
+
+    Args:
+        name: of the task; `control` for the negative control.
+        path: a JSON-lines file, plain, `.gz` or `.zst`.
+        settings: fields and number of queries.
+
+    Returns:
+        The queries in an order that depends on them alone, and what was refused.
+
+    Raises:
+        Jz3Error: the file holds no usable query; the message says why.
+    """
+    problem, solution = _fields(name, path, settings)
+    source = SourceConfig(
+        name="targets",
+        kind="jsonl",
+        paths=(str(path),),
+        text_field=problem,
+        keep_fields=(solution,) if solution else (),
+    )
+    rejects: list[Reject] = []
+    queries: dict[str, Query] = {}
+    for item in read_jsonl_file(path, source):
+        if isinstance(item, Reject):
+            rejects.append(dataclasses.replace(item, stage=STAGE))
+            continue
+        if not solution:
+            prompt, completion = "", item.text.strip()
+        elif (problem, solution) == FIELDS[0]:
+            prompt, completion = item.text, item.meta.get(solution, "")
+        else:
+            prompt, completion = prompt_for(item.text, "cot"), clean_solution(item.meta.get(solution, ""))[0]
+        if not completion.strip():
+            refused = reject(
+                "no_completion", item.where, f"field {solution!r} is missing or empty", item.text
+            )
+            rejects.append(dataclasses.replace(refused, stage=STAGE))
+            continue
+        key = hash_text("\x1f".join([name, prompt, completion]))
+        queries[key] = Query(
+            id=key,
+            task=name,
+            problem=item.text.strip(),
+            prompt=prompt,
+            completion=completion,
+            role="control" if name == "control" else "fit",
+        )
+    if not queries:
+        raise Jz3Error(f"target {name!r}: {path} holds no usable query ({summary(rejects)})")
+    order = sorted(queries.values(), key=lambda q: (seed_for(settings.seed, "score", q.task, q.id), q.id))
+    return order[: settings.queries or len(order)], rejects
+
+
+def summary(rejects: list[Reject]) -> str:
+    """Count rejects by reason in one line, with the place of the first."""
+    counts = Counter(r.reason for r in rejects)
+    text = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "it is empty"
+    return f"{text}; first at {rejects[0].where}: {rejects[0].detail}" if rejects else text
+
+
+def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
+    if settings.problem_field and name != "control":
+        return settings.problem_field, settings.solution_field
+    seen: dict[str, None] = {}
+    try:
+        with open_lines(path) as stream:
+            for _ in range(_PEEK):
+                line = stream.readline(settings.max_line_bytes)
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except ValueError:
+                    continue
+                seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+    except (OSError, EOFError) as error:
+        raise Jz3Error(f"target {name!r}: {path} can't be read: {error}") from error
+    for pair in FIELDS:
+        if all(not field or field in seen for field in pair):
+            return pair
+    if any(problem in seen for problem, _ in FIELDS[:-1]):
+        # The reader rejects every row for the field that it lacks, and the message counts them.
+        return next((p, s) for p, s in FIELDS if p in seen)
+    raise Jz3Error(
+        f"target {name!r}: {path} has the fields {', '.join(map(str, seen)) or 'none'}; wanted are question "
+        "and answer, problem and solution, prompt and completion or text: name others with "
+        "--problem-field and --solution-field"
+    )

@@ -1,0 +1,262 @@
+"""`jz3 score` on input that is damaged, foreign or changed, and on a disk that is full."""
+
+import contextlib
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scoring_runs as runs
+import torch
+
+from jz3.errors import Jz3Error
+from jz3.models import load_model, load_tokenizer
+from jz3.scoring.config import ChooseSettings, ScoreSettings
+from jz3.scoring.merge import merge
+from jz3.scoring.plan import load_plan, make_plan
+from jz3.scoring.workers import missing_shards, work
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return runs.make_targets(tmp_path_factory.mktemp("targets"))
+
+
+BIG = 2**80 + 7
+
+
+def test_damaged_lines_are_counted_and_the_rest_is_scored(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    """Two hundred texts with two damaged lines, among odd ids, encodings and files without a text."""
+    texts = runs.texts(200)
+    rows: list[Any] = [{"id": i, "text": t} for i, t in enumerate(texts)]
+    rows[17] = b'{"id": 17, "text": "broken'
+    rows[18] = '{"id": 18, "text": "caf\xe9 in another encoding"}'.encode("latin-1")
+    rows[19] = {"id": BIG, "text": texts[19]}
+    rows[20] = {"id": 21, "text": texts[20]}  # the same id as the next one, another text
+    rows[22] = {"id": "twenty-two", "text": "naïve Gauß 数学 " + texts[22]}
+    rows[23] = {"id": 23, "text": "   "}
+    rows[24] = {"id": 24, "body": "no text"}
+    rows[25] = {"id": 25, "text": 7}
+    rows[26] = {"id": 26, "text": "x"}
+    rows[27] = b""
+    rows[28] = {"id": 28, "text": "nul \0 byte"}
+    corpus = [str(runs.write_lines(tmp_path / "mixed.jsonl", rows))]
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "utf16.jsonl").write_bytes('{"text": "in sixteen bits"}\n'.encode("utf-16"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is none")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    pq.write_table(pa.table({"other": ["a text"]}), tmp_path / "other.parquet")
+    for name in ("empty.jsonl", "utf16.jsonl", "bad.parquet", "none.parquet", "other.parquet"):
+        corpus.append(str(tmp_path / name))
+    manifest = runs.run(tmp_path / "out", corpus, targets, choose=ChooseSettings(k=200))
+    table = runs.scores(tmp_path / "out")
+    ids = table["id"].to_pylist()
+    assert len(ids) == 200 - 8 == manifest["documents"]["kept"]
+    assert ids[17:20] == [str(BIG), "21", "21"]
+    assert "twenty-two" in ids and manifest["selection"]["repeated_ids"] == 1
+    assert manifest["documents"]["rejected"] == {
+        "damaged_file": 1,
+        "empty_file": 2,
+        "empty_text": 1,
+        "invalid_utf8": 2,
+        "malformed_json": 1 + 1,
+        "missing_field": 2,
+        "nul_bytes": 1,
+        "too_short": 1,
+        "wrong_type": 1,
+    }
+    rejects = runs.rows_of(tmp_path / "out" / "rejects.jsonl")
+    assert Counter(r["reason"] for r in rejects) == manifest["documents"]["rejected"]
+    places = {r["reason"]: r["where"] for r in rejects if "mixed" in r["where"]}
+    assert places["malformed_json"].endswith("mixed.jsonl:18") and places["invalid_utf8"].endswith(":19")
+    chosen = {(row["id"], row["line"]) for row in runs.rows_of(tmp_path / "out" / "selected.jsonl")}
+    assert {(str(BIG), 20), ("21", 21), ("21", 22)} <= chosen
+
+
+def test_lines_keep_their_numbers_in_every_shard(tmp_path: Path, targets: dict[str, Path]) -> None:
+    """Shards of plain files start at bytes, those of compressed ones are found by reading; both agree."""
+    rows: list[Any] = [{"id": str(i), "text": t} for i, t in enumerate(runs.texts(40))]
+    rows[5] = b""
+    rows[13] = b'{"text": "' + b"long" * 5000 + b'"}'
+    plain = runs.write_lines(tmp_path / "a.jsonl", rows)
+    packed = runs.write_lines(tmp_path / "b.jsonl.gz", rows)
+    settings = ScoreSettings(shard_documents=7, max_line_bytes=10_000)
+    found = []
+    for path in (plain, packed):
+        plan = make_plan([str(path)], settings, {})
+        assert [s.rows for s in plan.shards] == [7, 7, 7, 7, 7, 5]
+        records = [r for shard in plan.shards for r in plan.read(shard)]
+        found.append([r.where.rpartition(":")[2] for r in records])
+    assert found[0] == found[1] == [str(i) for i in range(1, 41) if i != 6]
+    plan = make_plan([str(plain), str(packed)], settings, {})
+    places = [(s.number, line) for s in plan.shards for line in (s.skip + 1, s.skip + s.rows)]
+    read = [(shard, line) for shard, line, _ in plan.read_places(list(reversed(places)))]
+    assert read == [(s, line) for s, line in places if line not in (6, 14)]
+
+
+def test_half_a_gzip(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [f"{t} {rng.bytes(40).hex()}" for t in runs.texts(60)]
+    data = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in noise).encode())
+    (tmp_path / "half.jsonl.gz").write_bytes(data[: len(data) // 2])
+    whole = runs.write_lines(tmp_path / "whole.jsonl", [{"text": t} for t in runs.texts(20)])
+    corpus = [str(tmp_path / "half.jsonl.gz"), str(whole)]
+    manifest = runs.run(tmp_path / "out", corpus, targets)
+    assert manifest["documents"]["rejected"] == {"damaged_file": 1}
+    files = Counter(Path(f).name for f in runs.scores(tmp_path / "out")["file"].to_pylist())
+    assert files["whole.jsonl"] == 20 and 15 < files["half.jsonl.gz"] < 35
+
+
+def test_no_usable_text_is_told(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    corpus = [str(runs.write_lines(tmp_path / "a.jsonl", [{"body": "x"}] * 3))]
+    with pytest.raises(Jz3Error, match='no text of the corpus could be scored: {"missing_field": 3}'):
+        runs.run(tmp_path / "out", corpus, targets, kind="sketch")
+    with pytest.raises(Jz3Error, match="none of the texts drawn"):
+        runs.run(tmp_path / "adapted", corpus, targets)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"question": "q", "answer": ""}, {"question": "p", "answer": " "}],
+            "no usable query .*2 no_completion",
+        ),
+        ([{"question": "q"}], "no usable query .*1 no_completion"),
+        ([{"prompt": "p"}], "no usable query .*1 no_completion"),
+        ([{"title": "q"}], "has the fields title; wanted are question"),
+        ([], "has the fields none"),
+        ([{"question": "long " * 2000, "answer": "7"}], "no query with anything to score .*nothing_to_score"),
+    ],
+)
+def test_target_without_completions(tmp_path: Path, rows: list[Any], message: str, tiny_model: Path) -> None:
+    corpus = runs.make_corpus(tmp_path, 12)
+    target = runs.write_lines(tmp_path / "target.jsonl", rows)
+    with pytest.raises(Jz3Error, match=f"(?s)target 'sums'.*{message}"):
+        runs.start(tmp_path / "out", corpus, {"sums": target})
+    assert not (tmp_path / "out" / "job.json").exists()
+
+
+def test_another_model_is_refused(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    corpus = runs.make_corpus(tmp_path, 24)
+    model: Any = load_model(tiny_model, "float32")
+    copy = tmp_path / "model"
+    model.save_pretrained(copy)
+    load_tokenizer(tiny_model).save_pretrained(copy)
+    plan, _ = runs.start(tmp_path / "out", corpus, targets, model=str(copy))
+    fit = str(tmp_path / "out" / "fit" / "0" / "fit.safetensors")
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(copy)
+    with pytest.raises(Jz3Error, match="the model .* changed"):
+        runs.start(tmp_path / "out", corpus, targets, model=str(copy))
+    with pytest.raises(Jz3Error, match="was fitted for model"):
+        runs.start(tmp_path / "other", corpus, targets, model=str(copy), fit=fit)
+    assert len(missing_shards(tmp_path / "out", plan)) == len(plan.shards)
+
+
+def test_other_settings_and_changed_files_are_refused(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    corpus = runs.make_corpus(tmp_path, 24)
+    plan, job = runs.start(tmp_path / "out", corpus, targets)
+    with pytest.raises(Jz3Error, match="max_tokens: 64 -> 32"):
+        runs.start(tmp_path / "out", corpus, targets, max_tokens=32)
+    with pytest.raises(Jz3Error, match="corpus: 3 files -> 2 files"):
+        runs.start(tmp_path / "out", corpus[:2], targets)
+    with pytest.raises(Jz3Error, match="target 'apples'.*None"):
+        runs.start(tmp_path / "out", corpus, {k: v for k, v in targets.items() if k != "apples"})
+    with pytest.raises(Jz3Error, match="shards are not scored yet"):
+        merge(tmp_path / "out", plan, job, ChooseSettings())
+    with open(corpus[0], "a") as handle:
+        handle.write(json.dumps({"text": "one more text that was not there"}) + "\n")
+    with pytest.raises(Jz3Error, match=r"a.jsonl changed after the plan was made"):
+        work(tmp_path / "out")
+
+
+def test_foreign_and_damaged_scores_are_named(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    corpus = runs.make_corpus(tmp_path, 24)
+    runs.run(tmp_path / "out", corpus, targets)
+    runs.run(tmp_path / "other", corpus, targets, seed=5)
+    path = tmp_path / "out" / "scores" / "000001.parquet"
+    good = path.read_bytes()
+    path.write_bytes((tmp_path / "other" / "scores" / "000001.parquet").read_bytes())
+    with pytest.raises(Jz3Error, match="000001.parquet belongs to another run"):
+        runs.run(tmp_path / "out", corpus, targets)
+    path.write_bytes(good[:-40])
+    with pytest.raises(Jz3Error, match="000001.parquet is damaged"):
+        runs.run(tmp_path / "out", corpus, targets)
+    path.unlink()
+    runs.run(tmp_path / "out", corpus, targets)
+    assert path.read_bytes() == good
+
+
+def _worker(out: Path, limit: int = 0) -> "subprocess.CompletedProcess[str]":
+    def cap() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "jz3.scoring", str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=cap,
+    )
+
+
+def test_full_disk_in_the_middle_of_a_shard(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    """No file may grow beyond 3 KB: the shard's scores can't be written; with room, the run goes on."""
+    corpus = runs.make_corpus(tmp_path, 24)
+    runs.run(tmp_path / "reference", corpus, targets, keep_features=True)
+    plan, job = runs.start(tmp_path / "out", corpus, targets, keep_features=True)
+    done = _worker(tmp_path / "out", limit=3000)
+    assert done.returncode == 2 and "is full (shard 0" in done.stderr and "Traceback" not in done.stderr
+    assert len(missing_shards(tmp_path / "out", plan)) == len(plan.shards)
+    work(tmp_path / "out")
+    merge(tmp_path / "out", plan, job, ChooseSettings(k=8))
+    assert runs.score_files(tmp_path / "out") == runs.score_files(tmp_path / "reference")
+    from jz3.store import Store
+
+    store = Store(tmp_path / "out" / "store", verify=True)
+    assert not store.damaged and len(store) == 24
+
+
+def test_full_file_system(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        corpus = runs.make_corpus(tmp_path, 24)
+        plan, _ = runs.start(small / "out", corpus, targets)
+        filler = small / "filler"
+        with open(filler, "wb", buffering=0) as handle, contextlib.suppress(OSError):
+            while True:
+                handle.write(bytes(1024))
+        with pytest.raises(Jz3Error, match="disk of .* is full"):
+            work(small / "out")
+        assert len(missing_shards(small / "out", plan)) == len(load_plan(small / "out").shards)
+        filler.unlink()
+        runs.run(small / "out", corpus, targets)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
