@@ -1,6 +1,5 @@
 """Hooks against autograd's full gradients, per document, for several architectures."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from jz3.gradients import (
     linear_layers,
     make_batches,
     run_pass,
-    tokenize_query,
-    tokenize_text,
 )
+from jz3.gradients.experts import ExpertLinear
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -29,12 +27,18 @@ MODELS = {
     "qwen2": transformers.Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2),
     "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96),
     "neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=48),
+    "mixtral": transformers.MixtralConfig(
+        **SMALL, intermediate_size=24, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 
 
 def random_model(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float64)
+    if name == "mixtral":
+        # The default has no float64.
+        model.set_experts_implementation("eager")
     return model.eval()
 
 
@@ -63,26 +67,32 @@ def autograd_gradients(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The full gradients of one text alone, by autograd through the weights, and its loss."""
     layers: dict[str, Any] = dict(linear_layers(model))
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    # An expert's matrix is a part of a fused weight.
+    fused = {n: layer._source for n, layer in layers.items() if isinstance(layer, ExpertLinear)}
+    weights = {n: getattr(*fused[n][:2]) if n in fused else layer.weight for n, layer in layers.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
     ids = torch.tensor([text.ids])
     logits = model(ids).logits[0, text.start - 1 : -1]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, text.start :], reduction=reduction)
-    grads = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+    grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
     conv = transformers.pytorch_utils.Conv1D
-    return {
-        name: grad.T if isinstance(layer, conv) else grad
-        for (name, layer), grad in zip(layers.items(), grads, strict=True)
-    }, float(loss.detach())
+    for name, layer in layers.items():
+        if name in fused:
+            grads[name] = grads[name][fused[name][2]]
+        elif isinstance(layer, conv):
+            grads[name] = grads[name].T
+    return grads, float(loss.detach())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", MODELS)
-def test_hooks_match_autograd(name: str) -> None:
+def test_hooks_match_autograd(name: str, packed: bool) -> None:
     model, texts = random_model(name), random_texts()
     layers = linear_layers(model)
     expected = [autograd_gradients(model, text, "mean") for text in texts]
     sink = Whole()
-    for batch, result in run_pass(model, layers, sink, make_batches(texts, 40)):
+    for batch, result in run_pass(model, layers, sink, make_batches(texts, 40), packed=packed):
         for row, position in enumerate(batch.positions):
             full, loss = expected[position]
             assert float(result.loss[row]) == pytest.approx(loss, abs=1e-6)
@@ -144,21 +154,72 @@ def test_batches_hold_every_text_once_within_budget() -> None:
     assert all(b.ids.numel() <= 32 or len(b.positions) == 1 for b in batches)
 
 
-def test_scored_tokens(tiny_model: Path) -> None:
-    from jz3.models import load_tokenizer
-
-    tokenizer = load_tokenizer(tiny_model)
-    query = tokenize_query(tokenizer, "q", "What is 2+2?", "It is 4.", 100)
-    assert tokenizer.decode(query.ids[: query.start]) == "What is 2+2?"
-    assert query.ids[-1] == tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="empty completion"):
-        tokenize_query(tokenizer, "q", "What?", "", 100)
-    with pytest.raises(ValueError, match="prompt alone"):
-        tokenize_query(tokenizer, "q", "What is 2+2?" * 20, "4", 10)
-    with pytest.raises(ValueError, match="at least 2"):
-        tokenize_text(tokenizer, "t", "", 10)
-
-
 def test_no_layer_left_is_told() -> None:
     with pytest.raises(ValueError, match="no linear layer"):
         linear_layers(random_model("llama"), lambda name: False)
+
+
+def test_windows_of_a_long_text_add_up() -> None:
+    model = random_model("llama")
+    ids = torch.randint(0, 96, (21,), generator=torch.Generator().manual_seed(2)).tolist()
+    parts = [Tokens("", part, 1) for part in (ids[:8], ids[7:15], ids[14:])]
+    expected: dict[str, torch.Tensor] = {}
+    total = 0.0
+    for part in parts:
+        full, loss = autograd_gradients(model, part, "sum")
+        total += loss / 20
+        for name, gradient in full.items():
+            expected[name] = expected.get(name, torch.zeros(())) + gradient / 20
+    layers = linear_layers(model)
+    for packed in (False, True):
+        sink = Whole()
+        texts = [Tokens("long", ids, 1, window=8), *random_texts(2)]
+        for batch, result in run_pass(model, layers, sink, make_batches(texts, 100), packed=packed):
+            if batch.positions != [0]:
+                continue
+            assert batch.windowed and result.loss.shape == (1,) and result.hidden.shape == (1, 32)
+            assert float(result.loss[0]) == pytest.approx(total, rel=1e-6)
+            for name, gradient in expected.items():
+                torch.testing.assert_close(sink.gradients[name][0], gradient, atol=1e-7, rtol=1e-5)
+
+
+def lora_model() -> Any:
+    import peft
+
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(random_model("llama"), config).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def test_adapters() -> None:
+    model, texts = lora_model(), random_texts(4)
+    layers = linear_layers(model)
+    assert len(layers) == 8 and all(".lora_" in name for name in layers)
+    everything = linear_layers(model, lora_only=False)
+    assert len(everything) == 8 + 14 and set(layers) < set(everything)
+    expected = [autograd_gradients(model, text, "mean")[0] for text in texts]
+    sink = Whole()
+    [batch] = make_batches(texts, 10_000)
+    with GradientPass(model, layers, sink) as gradients:
+        gradients.run(batch)
+    for row, position in enumerate(batch.positions):
+        for name in layers:
+            torch.testing.assert_close(
+                sink.gradients[name][row], expected[position][name], atol=1e-7, rtol=1e-5
+            )
+
+
+def test_uncovered_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model("mixtral")
+    linear_layers(model)
+    assert not caplog.records
+    for module in model.modules():
+        if hasattr(module, "has_bias"):
+            module.has_bias = True
+    layers = linear_layers(model)
+    assert not any("experts." in name for name in layers)
+    assert "not covered" in caplog.text and "experts.gate_up_proj" in caplog.text

@@ -8,7 +8,7 @@ G_i / ||G_i||, so that an inner product with a query's is the cosine up to what 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,19 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, canonical_json, hash_file
-from jz3.gradients import InputGrams, Tokens, gram, layer_shape, make_batches, run_pass
+from jz3.gradients import Batch, InputGrams, Tokens, gram, layer_shape, make_batches, run_pass
 from jz3.seeding import seed_for
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-FORMAT = "jz3-adapted-1"
+FORMAT = "jz3-adapted-2"
 OVERSAMPLING = 8
+GRAM_TOKENS = 128
+"""Longest text whose norm is taken by the Gram identity."""
+NORM_SKETCH = 32
+"""Sign projections per side and layer of longer texts' norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +48,40 @@ class AdaptedFit:
     """[K] float32, subtracted before coding."""
     scale: "torch.Tensor"
     """[K] float32, the standard deviation over the sample."""
+    energy: "torch.Tensor"
+    """[K] float32, by which the coordinates were chosen."""
 
     @property
     def k(self) -> int:
         """Numbers per document."""
         return len(self.mean)
 
+    def top_positions(self, k: int) -> "torch.Tensor":
+        """Return the positions, ascending, of the `k` coordinates with the most energy."""
+        import torch
+
+        if not 1 <= k <= self.k:
+            raise ValueError(f"k must lie between 1 and the fit's {self.k}, got {k}")
+        return torch.topk(self.energy, k).indices.sort().values
+
+    def top(self, k: int) -> "AdaptedFit":
+        """Return the smaller fit of the `k` coordinates with the most energy."""
+        positions = self.top_positions(k)
+        left, right, coordinates, start = {}, {}, {}, 0
+        for name in self.layers:
+            own = self.coordinates[name]
+            inside = (positions >= start) & (positions < start + len(own))
+            mine, start = own[positions[inside] - start], start + len(own)
+            if len(mine):
+                left[name], right[name], coordinates[name] = _needed(self.left[name], self.right[name], mine)
+        parts = (x[positions] for x in (self.mean, self.scale, self.energy))
+        return AdaptedFit(self.model_hash, list(left), left, right, coordinates, *parts)
+
     def save(self, path: Path) -> str:
         """Write the fit to one safetensors file and return the file's hash."""
         from safetensors.torch import save_file
 
-        tensors = {"mean": self.mean, "scale": self.scale}
+        tensors = {"mean": self.mean, "scale": self.scale, "energy": self.energy}
         for name in self.layers:
             tensors[f"left/{name}"] = self.left[name].contiguous()
             tensors[f"right/{name}"] = self.right[name].contiguous()
@@ -87,46 +114,106 @@ class AdaptedFit:
             side: {name: tensors[f"{side}/{name}"] for name in layers}
             for side in ("left", "right", "coordinates")
         }
-        return cls(model_hash, layers, **parts, mean=tensors["mean"], scale=tensors["scale"])
+        vectors = {key: tensors[key] for key in ("mean", "scale", "energy")}
+        return cls(model_hash, layers, **parts, **vectors)
 
 
 class AdaptedSink:
-    """Projects each text's gradient on a fit's coordinates and measures its exact norm."""
+    """Projects each text's gradient on a fit's coordinates and measures its norm.
+
+    ||G||^2 is summed over layers by the Gram identity, exactly, for texts of up to GRAM_TOKENS tokens.
+    For longer ones it is ||L^T G R||^2, exactly, plus a two-sided sign sketch of what the fit's bases
+    leave: its error is theirs, and its cost doesn't grow with the text. The choice depends on the
+    text's own length alone; `norms` counts both.
+    """
+
+    wide = True
 
     def __init__(self, fit: AdaptedFit, dtype: "torch.dtype", device: "torch.device") -> None:
-        self._left = {n: t.to(device, dtype) for n, t in fit.left.items()}
-        self._right = {n: t.to(device, dtype) for n, t in fit.right.items()}
+        self._fit, self._device = fit, device
         self._coordinates = {n: t.to(device) for n, t in fit.coordinates.items()}
         self._offset = dict(
             zip(fit.layers, np.cumsum([0] + [len(fit.coordinates[n]) for n in fit.layers]), strict=False)
         )
-        self._k, self._grams = fit.k, InputGrams()
+        self._grams = InputGrams()
+        self._matrices: dict[tuple[str, str, bool, Any], Any] = {}
+        self._long = 0
         self._values: Any = None
         self._square: Any = None
+        self.norms = {"gram": 0, "sketch": 0}
 
-    def forward(self, name: str, a: "torch.Tensor") -> Any:
-        """Keep a R and the Gram matrix of a; a itself is dropped."""
-        return (a @ self._right[name] if name in self._right else None), self._grams.of(a)
+    def begin(self, lengths: "torch.Tensor") -> None:
+        """Take the lengths of the next batch's texts, the longest first (else all norms are by Gram)."""
+        ordered = bool((lengths[1:] <= lengths[:-1]).all())
+        self._long = int((lengths > GRAM_TOKENS).sum()) if ordered else 0
+        self.norms["sketch"] += self._long
+        self.norms["gram"] += len(lengths) - self._long
 
-    def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
-        """Add ||G||^2 by the Gram identity and, for a kept layer, its coordinates."""
+    def _matrix(self, side: str, name: str, size: int, dtype: "torch.dtype") -> "torch.Tensor":
+        """Return what a layer's factors of one side are multiplied with: basis, signs, or both beside each other."""
         import torch
 
-        from jz3.ops.segment_project import segment_project
+        from jz3.ops.signs import signs
 
-        projected, input_gram = kept
+        key = (side, name, bool(self._long), dtype)
+        if key not in self._matrices:
+            parts = [getattr(self._fit, side)[name]] if name in self._coordinates else []
+            if self._long:
+                parts.append(signs(0, f"norm {name} {side}", NORM_SKETCH, size).T / NORM_SKETCH**0.5)
+            self._matrices[key] = torch.cat([p.to(self._device, dtype) for p in parts], 1).contiguous()
+        return self._matrices[key]
+
+    def forward(self, name: str, a: "torch.Tensor") -> Any:
+        """Keep a R with the sketch of a, and for short texts the Gram matrix of a; a itself is dropped."""
+        projected = None
+        if name in self._coordinates:
+            projected = a @ self._matrix("right", name, a.shape[2], a.dtype)
+        elif self._long:
+            projected = a[: self._long] @ self._matrix("right", name, a.shape[2], a.dtype)
+        grams = None
+        if self._long < len(a):
+            grams = self._grams.of(a if not self._long else a[self._long :])
+        return projected, grams
+
+    def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
+        """Add the layer's part of ||G||^2 and, for a kept layer, its coordinates."""
+        import torch
+
+        projected, grams = kept
         if self._square is None:
             self._square = torch.zeros(len(g), device=g.device)
-            self._values = torch.zeros(len(g), self._k, device=g.device)
-        self._square += (input_gram * gram(g)).sum((1, 2))
-        if projected is not None:
-            count, width, _ = g.shape
-            bounds = torch.arange(0, count * width + 1, width, device=g.device)
-            # Pads have no gradient, so that a row of the batch is its text's segment.
-            blocks = segment_project(projected.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds)
+            self._values = torch.zeros(len(g), self._fit.k, device=g.device)
+        if grams is not None:
+            self._square[self._long :] += (grams * gram(g[self._long :])).sum((1, 2))
+        if projected is None:
+            return
+        left = self._matrix("left", name, g.shape[2], g.dtype)
+        blocks = _segment_blocks(projected, g[: len(projected)], left)
+        rest = blocks[: self._long]
+        if name in self._coordinates:
+            rows, columns = self._fit.left[name].shape[1], self._fit.right[name].shape[1]
+            known = blocks[:, :rows, :columns]
             chosen = self._coordinates[name]
             start = self._offset[name]
-            self._values[:, start : start + len(chosen)] = blocks.flatten(1)[:, chosen].float()
+            self._values[:, start : start + len(chosen)] = known.flatten(1)[:, chosen]
+            if not self._long:
+                return
+            known = known[: self._long]
+            self._square[: self._long] += known.square().sum((1, 2))
+            turned = self._turn("left", name).T @ known @ self._turn("right", name)
+            rest = rest[:, rows:, columns:] - turned
+        self._square[: self._long] += rest.square().sum((1, 2))
+
+    def _turn(self, side: str, name: str) -> "torch.Tensor":
+        """Return L^T S or R^T S: how the sketch sees a layer's basis."""
+        import torch
+
+        key = (f"{side} turned", name, True, torch.float32)
+        if key not in self._matrices:
+            basis = getattr(self._fit, side)[name].to(self._device)
+            both = self._matrix(side, name, len(basis), torch.float32)
+            self._matrices[key] = basis.T @ both[:, basis.shape[1] :]
+        return self._matrices[key]
 
     def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return (unit-norm values [B, K], norms [B]) of the batch just run and forget it."""
@@ -134,6 +221,18 @@ class AdaptedSink:
         values = self._values / norm[:, None]
         self._values = self._square = None
         return values.cpu(), norm.cpu()
+
+
+def _segment_blocks(projected: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor") -> "torch.Tensor":
+    """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""
+    import torch
+
+    from jz3.ops.segment_project import segment_project
+
+    count, width, _ = g.shape
+    bounds = torch.arange(0, count * width + 1, width, device=g.device)
+    # Pads have no gradient, so that a row of the batch is its text's segment.
+    return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()
 
 
 class _FactorSink:
@@ -155,6 +254,37 @@ class _FactorSink:
         return factors, sum(squares.values()), squares  # pyright: ignore[reportReturnType]
 
 
+class _EnergySink:
+    """Adds up every coordinate's first and second moment; nothing of a text is kept."""
+
+    wide = True
+
+    def __init__(
+        self, left: dict[str, "torch.Tensor"], right: dict[str, "torch.Tensor"], groups: int
+    ) -> None:
+        import torch
+
+        self._left, self._right = left, right
+        shapes = {n: (left[n].shape[1], right[n].shape[1]) for n in left}
+        self.sums = {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()}
+        self.energies = [
+            {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(groups)
+        ]
+        self.group = 0
+        self.inverse: Any = None
+        """[B] 1 / norm of the batch's texts; 0 for those that are left out."""
+
+    def forward(self, name: str, a: "torch.Tensor") -> "torch.Tensor":
+        return (a @ self._right[name].to(a)).float()
+
+    def backward(self, name: str, kept: "torch.Tensor", g: "torch.Tensor") -> None:
+        rows = (g @ self._left[name].to(g)).float().transpose(1, 2)
+        good = self.inverse > 0
+        blocks = (rows @ kept)[good] * self.inverse[good][:, None, None]
+        self.sums[name] += blocks.sum(0).double().cpu()
+        self.energies[self.group][name] += blocks.square().sum(0).double().cpu()
+
+
 def fit_adapted(
     model: "PreTrainedModel",
     model_hash: str,
@@ -172,11 +302,12 @@ def fit_adapted(
 ) -> AdaptedFit:
     """Choose bases and coordinates from a sample of queries, documents or both.
 
-    Two passes over the sample. The first finds each layer's leading `rank` eigenvectors of
-    sum G G^T and sum G^T G, mean over queries plus mean over documents, every G divided by its
-    text's norm, by a randomised range finder on the factors: G G^T Omega = g^T (a a^T) (g Omega).
+    Two passes over the sample, in memory that doesn't grow with it. The first finds each layer's
+    leading `rank` eigenvectors of sum G G^T and sum G^T G, mean over queries plus mean over documents,
+    every G divided by its text's norm, by a randomised range finder on the factors:
+    G G^T Omega = g^T (a a^T) (g Omega).
     The second measures every coordinate's energy e_q (queries) and e_d (documents), keeps the `k`
-    largest e_q e_d over all layers, and takes the kept coordinates' mean and scale.
+    largest (e_q + e_d / 2) e_d over all layers, and takes the kept coordinates' mean and scale.
 
     Args:
         model: frozen, in evaluation mode.
@@ -185,7 +316,8 @@ def fit_adapted(
         queries: tokenised queries; may be empty.
         documents: tokenised documents; may be empty.
         k: coordinates to keep.
-        rank: basis vectors per layer and side, at most.
+        rank: basis vectors per layer, mean of its two sides: 3/2 of it for the output gradient, 1/2
+            for the input.
         max_layers: layers, those with the most energy, whose coordinates are measured.
         batch_tokens: padded tokens per pass.
         reduction: see GradientPass.
@@ -205,60 +337,86 @@ def fit_adapted(
         raise ValueError("the fit needs at least one query or document")
     finder = _RangeFinder(layers, rank, seed)
     sink = _FactorSink()
+    norms: list[torch.Tensor] = []
     for group, texts in enumerate(groups):
+        norm = torch.zeros(len(texts))
         for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
             factors, square, squares = sink.take()
             finder.add(group, factors, square, squares, 1.0 / len(texts))
+            norm[batch.positions] = square.float().sqrt().cpu()
             advance(len(batch.positions))
+        norms.append(norm)
     kept, left, right = finder.bases(max_layers)
-
-    energies = [{n: torch.zeros(left[n].shape[1], right[n].shape[1]) for n in kept} for _ in groups]
-    blocks: list[dict[str, list[torch.Tensor]]] = [{n: [] for n in kept} for _ in groups]
+    moments = _EnergySink(left, right, len(groups))
+    chosen = {n: layers[n] for n in kept}
     for group, texts in enumerate(groups):
-        for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
-            factors, square, _ = sink.take()
-            good = (torch.isfinite(square) & (square > 0)).cpu()
-            inverse = square.rsqrt()[:, None, None]
-            for name in kept:
-                a, _, g, _ = factors[name]
-                l_side = (g @ left[name].to(g)).float() * inverse
-                block = (l_side.transpose(1, 2) @ (a @ right[name].to(a)).float()).cpu()[good]
-                energies[group][name] += block.square().sum(0)
-                blocks[group][name].append(block.half())
+        moments.group = group
+        inverse = torch.where(torch.isfinite(norms[group]) & (norms[group] > 0), 1 / norms[group], 0.0)
+        batches = _announced(make_batches(texts, batch_tokens), moments, inverse, finder.device)
+        for batch, _ in run_pass(model, chosen, moments, batches, reduction):
             advance(len(batch.positions))
+    count = sum(int((torch.isfinite(n) & (n > 0)).sum()) for n in norms)
 
-    # e_q * e_d, or the square of the only energy there is.
-    total = {n: energies[0][n] * energies[-1][n] for n in kept}
-    flat = torch.cat([total[n].flatten() for n in kept])
+    energies = moments.energies
+    flat = torch.cat(
+        [
+            _worth([e[n] / len(texts) for e, texts in zip(energies, groups, strict=True)]).flatten()
+            for n in kept
+        ]
+    )
+    first = torch.cat([moments.sums[n].flatten() for n in kept])
+    second = torch.cat([sum(e[n] for e in energies).flatten() for n in kept])  # pyright: ignore[reportAttributeAccessIssue]
     top = torch.topk(flat, min(k, len(flat))).indices.sort().values
-    bounds = np.cumsum([0] + [total[n].numel() for n in kept])
-    fit_left, fit_right, coordinates, names, samples = {}, {}, {}, [], []
+    mean = first[top] / count
+    spread = ((second[top] - count * mean.square()) / max(count - 1, 1)).clamp(min=0).sqrt()
+    bounds = np.cumsum([0] + [energies[0][n].numel() for n in kept])
+    fit_left, fit_right, coordinates, names = {}, {}, {}, []
     for name, start, stop in zip(kept, bounds, bounds[1:], strict=False):
         mine = top[(top >= int(start)) & (top < int(stop))] - int(start)
         if not len(mine):
             continue
-        width = right[name].shape[1]
-        rows, columns = mine // width, mine % width
-        used_rows, new_rows = rows.unique(return_inverse=True)
-        used_columns, new_columns = columns.unique(return_inverse=True)
-        fit_left[name], fit_right[name] = (
-            left[name][:, used_rows].clone(),
-            right[name][:, used_columns].clone(),
-        )
-        coordinates[name] = new_rows * len(used_columns) + new_columns
+        fit_left[name], fit_right[name], coordinates[name] = _needed(left[name], right[name], mine)
         names.append(name)
-        sample = torch.cat([torch.cat(b[name]).flatten(1)[:, mine] for b in blocks]).float()
-        samples.append(sample)
-    values = torch.cat(samples, 1)
     return AdaptedFit(
         model_hash,
         names,
         {n: t.cpu() for n, t in fit_left.items()},
         {n: t.cpu() for n, t in fit_right.items()},
         coordinates,
-        values.mean(0),
-        values.std(0).clamp(min=1e-8) if len(values) > 1 else values.abs().mean(0).clamp(min=1e-8),
+        mean.float(),
+        (spread if count > 1 else mean.abs()).clamp(min=1e-8).float(),
+        flat[top].float(),
     )
+
+
+def _worth(energies: "Sequence[torch.Tensor]") -> "torch.Tensor":
+    """Return (e_q + e_d / 2) e_d of mean energies, or the square of the only energy there is.
+
+    Unseen queries differ from the sample's: half of the documents' energy stands for what they have more.
+    """
+    if len(energies) == 1:
+        return energies[0].square()
+    queries, documents = energies
+    return (queries + documents / 2) * documents
+
+
+def _announced(
+    batches: Sequence[Batch], sink: _EnergySink, inverse: "torch.Tensor", device: Any
+) -> Iterator[Batch]:
+    """Tell the sink the norms of each batch's texts right before it runs."""
+    for batch in batches:
+        sink.inverse = inverse[batch.positions].to(device)
+        yield batch
+
+
+def _needed(
+    left: "torch.Tensor", right: "torch.Tensor", coordinates: "torch.Tensor"
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """Drop the basis vectors that no coordinate needs; return the rest and the coordinates among them."""
+    width = right.shape[1]
+    used_rows, rows = (coordinates // width).unique(return_inverse=True)
+    used_columns, columns = (coordinates % width).unique(return_inverse=True)
+    return left[:, used_rows].clone(), right[:, used_columns].clone(), rows * len(used_columns) + columns
 
 
 class _RangeFinder:
@@ -267,14 +425,16 @@ class _RangeFinder:
     def __init__(self, layers: dict[str, "torch.nn.Module"], rank: int, seed: int) -> None:
         import torch
 
-        self.rank = rank
+        # Inputs have most of their energy in few directions, output gradients spread theirs.
+        self.rank = {"left": rank + rank // 2, "right": rank - rank // 2}
         self.omega: dict[tuple[str, str], torch.Tensor] = {}
         self.sketch: dict[tuple[str, str], torch.Tensor] = {}
         self.energy: dict[tuple[int, str], float] = {}
         for name, layer in layers.items():
             device: Any = layer.weight.device
+            self.device = device
             for side, size in zip(("left", "right"), layer_shape(layer), strict=True):
-                columns = min(rank + OVERSAMPLING, size)
+                columns = min(self.rank[side] + OVERSAMPLING, size)
                 generator = torch.Generator().manual_seed(seed_for(seed, "range finder", name, side) >> 1)
                 omega = torch.randn(size, columns, generator=generator)
                 self.omega[name, side] = torch.linalg.qr(omega).Q.to(device)
@@ -321,4 +481,4 @@ class _RangeFinder:
         good = values > shift * 1e-3
         factor = y @ (vectors[:, good] / values[good].sqrt())
         u = torch.linalg.svd(factor, full_matrices=False).U
-        return u[:, : self.rank].float()
+        return u[:, : self.rank[side]].float()

@@ -1,0 +1,260 @@
+"""Per-document gradient features per second against the hardware and peers: `python bench/gradients.py`.
+
+SmolLM2-135M, real texts of at most 512 tokens (the folder `../shared/data` beside the checkout, or docstrings of
+installed packages), norms over all linear layers of the blocks, `adapted` features of 2,048 numbers. The floor is
+4 N floating point operations per token for N parameters (forward, and backward to the activations) at the fastest
+product of two 2048 x 2048 matrices in this process, in whatever number format is the faster.
+
+Peers run in an environment of their own, named by JZ3_PEER_PYTHON; see bench/peer_bergson.py. Without it they
+are "absent".
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jz3.corpus.config import SourceConfig
+from jz3.corpus.sources import read_texts
+from jz3.features.adapted import fit_adapted
+from jz3.features.extract import open_sink
+from jz3.files import write_json
+from jz3.gradients import GradientPass, Tokens, linear_layers, llama, make_batches, passes, tokenize_text
+from jz3.models import EMBEDDED, ModelConfig, load_model, load_tokenizer, resolve_model
+from jz3.ops import ce_hidden_grad
+from jz3.records import Reject
+
+HERE = Path(__file__).resolve().parent
+SAMPLES = HERE.parents[1] / "shared" / "data" / "samples"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+SHORTEST, LONGEST = 64, 512
+FIT_TEXTS = 8
+"""Enough for a fit whose cost per text is that of any other."""
+
+
+class Nothing:
+    """Takes factors and keeps none: the pass alone."""
+
+    wide = True
+
+    def forward(self, name: str, a: torch.Tensor) -> None:
+        """Drop a."""
+
+    def backward(self, name: str, kept: None, g: torch.Tensor) -> None:
+        """Drop g."""
+
+
+class Timed:
+    """Adds up the time spent in functions while it is active."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, owner: Any, name: str, label: str) -> Callable[[], None]:
+        """Time a function of a module, class or object; return what undoes it."""
+        inner, own = getattr(owner, name), name in vars(owner)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*arguments, **options)
+            finally:
+                self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, inner) if own else delattr(owner, name)
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor's name, the instruction sets that matter and the threads."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = found.get("flags", "").split()
+    return {
+        "model": found.get("model name", platform.processor() or platform.machine()),
+        "flags": [f for f in FLAGS if f in flags],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_gflops() -> dict[str, float]:
+    """Return the fastest of ten products of 2048 x 2048 matrices per number format."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(2048, 2048).to(dtype)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - start)
+        found[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / min(times) / 1e9
+    return found
+
+
+def read_documents() -> list[str]:
+    """Return real texts, in an order that doesn't depend on the machine."""
+    texts = []
+    for path in sorted(SAMPLES.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines()[:200]:
+            row = json.loads(line)
+            if "input" in row and "output" in row:
+                texts.append(row["input"] + row["output"])
+    if texts:
+        return texts
+    records = read_texts(SourceConfig(name="sympy", kind="docstrings"))
+    return [r.text for r in records if not isinstance(r, Reject)]
+
+
+def load_texts(tokenizer: Any, count: int) -> list[Tokens]:
+    """Tokenise `count` texts of 64 to 512 tokens, spread over all there are."""
+    found = []
+    for i, text in enumerate(read_documents()):
+        try:
+            tokens = tokenize_text(tokenizer, str(i), text, LONGEST)
+        except ValueError:
+            continue
+        if len(tokens.ids) >= SHORTEST:
+            found.append(tokens)
+    if len(found) < count:
+        raise SystemExit(f"only {len(found)} of {count} texts of at least {SHORTEST} tokens are to be had")
+    return found[:: len(found) // count][:count]
+
+
+def seconds_of_pass(model: Any, layers: Any, sink: Any, batches: Any, repeats: int) -> float:
+    """Return the sum over batches of the median time of `repeats` runs."""
+    total = 0.0
+    with GradientPass(model, layers, sink) as gradients:
+        for batch in batches:
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                gradients.run(batch)
+                if hasattr(sink, "take"):
+                    sink.take()
+                times.append(time.perf_counter() - start)
+            total += statistics.median(times)
+    return total
+
+
+def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, float]:
+    """Return the seconds of one pass by what they were spent on; products are what is left."""
+    timed = Timed()
+    undo = [
+        timed.wrap(llama._Native, "attention", "attention"),
+        timed.wrap(llama._Native, "norm", "norms and activations"),
+        timed.wrap(llama._Native, "norm_backward", "norms and activations"),
+        timed.wrap(llama._Native, "swiglu", "norms and activations"),
+        timed.wrap(llama._Native, "swiglu_backward", "norms and activations"),
+        timed.wrap(ce_hidden_grad, "ce_hidden_grad", "loss and output layer"),
+        timed.wrap(type(sink), "forward", "projection and norms of inputs"),
+        timed.wrap(type(sink), "backward", "projection and norms of gradients"),
+    ]
+    start = time.perf_counter()
+    for _ in passes.run_pass(model, layers, sink, batches):
+        sink.take()
+    whole = time.perf_counter() - start
+    for each in undo:
+        each()
+    rest = whole - sum(timed.seconds.values())
+    return {"products of the blocks and the rest": rest, **timed.seconds}
+
+
+def peers(folder: Path, texts: list[Tokens], repeats: int) -> dict[str, float | str]:
+    """Return tokens per second of every peer, or why there is none."""
+    python = os.environ.get("JZ3_PEER_PYTHON", "")
+    names = {"bergson": "bfloat16", "bergson float32": "float32"}
+    if not python:
+        return dict.fromkeys(names, "absent")
+    found: dict[str, float | str] = {}
+    count = sum(len(t.ids) for t in texts)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokens = Path(temporary) / "tokens.json"
+        tokens.write_text(json.dumps([t.ids for t in texts]), encoding="utf-8")
+        for name, dtype in names.items():
+            command = [python, str(HERE / "peer_bergson.py"), str(folder), str(tokens), dtype, str(repeats)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                found[name] = f"failed: {done.stderr.strip().splitlines()[-1:]}"
+            else:
+                seconds = json.loads(done.stdout.strip().splitlines()[-1])
+                found[name] = count / statistics.median(seconds)
+    return found
+
+
+def main() -> None:
+    """Measure, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of every batch; peers: of everything")
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default="bfloat16", help="of the model: bfloat16 or float32")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+
+    before = peak_gflops()
+    folder = resolve_model(ModelConfig(name=EMBEDDED))
+    model, tokenizer = load_model(folder, arguments.dtype), load_tokenizer(folder)
+    layers = linear_layers(model)
+    texts = load_texts(tokenizer, arguments.texts)
+    batches = make_batches(texts, arguments.batch_tokens)
+    tokens = sum(len(t.ids) for t in texts)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
+    weight = next(model.parameters())
+    sink = open_sink(fit, weight.dtype, weight.device)
+    seconds = seconds_of_pass(model, layers, sink, batches, arguments.repeats)
+    bare = seconds_of_pass(model, layers, Nothing(), batches, arguments.repeats)
+    parts = breakdown(model, layers, sink, batches)
+    # The higher of two measurements: a machine that was busy at one of them must not flatter the fraction.
+    peak = {k: max(v, before[k]) for k, v in peak_gflops().items()}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    others = peers(folder, texts, arguments.repeats)
+    floor = max(peak.values()) * 1e9 / (4 * parameters)
+    rival = others["bergson"]
+    result = {
+        "machine": machine(),
+        "model": {"name": EMBEDDED, "dtype": arguments.dtype, "parameters": parameters},
+        "texts": len(texts),
+        "tokens": tokens,
+        "padded_tokens": sum(b.ids.numel() for b in batches),
+        "fast": not llama.obstacle(model, layers),
+        "peak_gflops": max(peak.values()),
+        "peak_gflops_by_dtype": peak,
+        "floor_tokens_per_s": floor,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_without_features": tokens / bare,
+        "fraction_of_floor": tokens / seconds / floor,
+        "fraction_of_floor_without_features": tokens / bare / floor,
+        "norms": getattr(sink, "norms", {}),
+        "peers": others,
+        "ratio_vs_bergson": None if isinstance(rival, str) else tokens / seconds / rival,
+        "breakdown_s": parts,
+        "peak_memory_mb": memory,
+    }
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, part in value.items():
+                print(f"    {name:40}{part:>14.2f}" if isinstance(part, float) else f"    {name:40} {part}")
+        else:
+            print(f"{key:44}{value:>14.2f}" if isinstance(value, float) else f"{key:44} {value}")
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Llama blocks on a CPU: forward and backward without autograd, for activation gradients alone.
+
+The model's own code spends about half of its time outside of matrix products: in attention, in a dozen
+element-wise operations per block, in autograd. Here a block is eight products, with the native parts
+of csrc/cpu/block.cpp and csrc/cpu/attention.cpp between them; queries, keys and values, and gate and
+up, are one product each. It is used if it agrees with the model's own code on a small input.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jz3 import backend
+from jz3.machine import fast_bfloat16_cpu
+
+log = logging.getLogger(__name__)
+
+MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
+"""Relative difference from the model's own code, whose rounding errors alone reach 0.015 and 1e-5."""
+
+_said: set[str] = set()
+
+
+def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
+    """Return why a model's blocks can't be computed here, or an empty string."""
+    weight = next(model.parameters())
+    config = model.config.get_text_config()
+    if type(model).__name__ not in MODELS:
+        return f"{type(model).__name__} is none of {', '.join(MODELS)}"
+    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE:
+        return f"the model is in {weight.dtype} on {weight.device}, not in bfloat16 or float32 on the CPU"
+    if backend.extension_missing():
+        return backend.extension_missing()
+    if not getattr(backend.extension(), "has_bf16", bool)():
+        return "this CPU has no AVX-512 with bfloat16 (or jz3._C was built without it)"
+    width = model.model.layers[0].self_attn.head_dim
+    if width % 32 or config.hidden_size % 16 or config.intermediate_size % 16:
+        return f"head size {width} is no multiple of 32, or another size none of 16"
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or (
+        "Mistral" in type(model).__name__ and config.sliding_window
+    ):
+        return "its attention has a sliding window"
+    own: dict[int, torch.nn.Module] = {}
+    for block in model.model.layers:
+        own |= {id(m): m for m in (block.get_submodule(p) for p in PARTS)}
+    if any(type(m) is not torch.nn.Linear for m in own.values()):
+        return "its linear layers are replaced by others"
+    if any(id(m) not in own for m in layers.values()):
+        return "layers outside of the blocks are asked for"
+    if model.get_output_embeddings().bias is not None:
+        return "its output layer has a bias"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "something else has hooked the model"
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    copies = sum(p.numel() for p in model.parameters()) * _dtype(model).itemsize
+    if copies > pages * size / 4:
+        return f"copies of the weights may take {copies >> 30} GiB, more than a quarter of the memory"
+    return ""
+
+
+def say(model: Any, reason: str) -> None:
+    """Log once why the model's own code runs."""
+    message = f"{type(model).__name__} runs on its own code: {reason}"
+    if message not in _said:
+        _said.add(message)
+        log.info(message)
+
+
+def blocks_of(model: Any, layers: dict[str, torch.nn.Module]) -> "Blocks | None":
+    """Return the model's blocks, prepared once and checked against its own code; None if they disagree."""
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    known: Any = model.__dict__.get("_jz3_blocks")
+    if known is None or known[0] != state:
+        blocks = Blocks(model)
+        difference = blocks.difference(model)
+        if not difference <= TOLERANCE[blocks.model_dtype]:
+            log.warning(
+                "the fast pass of %s is off: it differs by %.3g from the model's own code",
+                type(model).__name__,
+                difference,
+            )
+            blocks = None
+        known = model.__dict__["_jz3_blocks"] = (state, blocks)
+    found: Blocks | None = known[1]
+    if found is not None:
+        found.name_layers(model, layers)
+    return found
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """Return what the products are computed in: bfloat16 only where the processor is faster with it."""
+    own = next(model.parameters()).dtype
+    return own if own == torch.float32 or fast_bfloat16_cpu() else torch.float32
+
+
+class _Native:
+    """The functions of jz3._C for one type of rows."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        kind = str(dtype).removeprefix("torch.")
+        module = backend.extension()
+        names = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "attention")
+        self._run: dict[str, Any] = {name: getattr(module, f"{name}_{kind}") for name in names}
+
+    def norm(
+        self, x: torch.Tensor, add: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (x + add, its RMSNorm, 1 / rms)."""
+        total = x if add is None else torch.empty_like(x)
+        y, scale = torch.empty_like(x), torch.empty(len(x))
+        pointers = (x, add, weight, total, y, scale)
+        self._run["rms_norm"](*map(_address, pointers), *x.shape, epsilon, backend.threads())
+        return total, y, scale
+
+    def norm_backward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        dy: torch.Tensor,
+        add: torch.Tensor | None,
+        scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return add + the gradient with respect to the norm's input."""
+        dx = torch.empty_like(x)
+        pointers = (x, weight, dy, add, scale, dx)
+        self._run["rms_norm_backward"](*map(_address, pointers), *x.shape, backend.threads())
+        return dx
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up."""
+        y = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._run["swiglu"](_address(gate_up), _address(y), *y.shape, backend.threads())
+        return y
+
+    def swiglu_backward(self, gate_up: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        """Return the gradient with respect to gate and up."""
+        out = torch.empty_like(gate_up)
+        self._run["swiglu_backward"](*map(_address, (gate_up, dy, out)), *dy.shape, backend.threads())
+        return out
+
+    def attention(self, *tensors: torch.Tensor | None, sizes: Sequence[int], scale: float) -> None:
+        """Run jz3::attention of csrc/cpu/ops.h, backward if `dout` is given."""
+        self._run["attention"](*map(_address, tensors), *sizes, scale, backend.threads())
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block's weights in the dtype of the computation, and the names of its hooked layers."""
+
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+class Blocks:
+    """All blocks of a model."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        attention = model.model.layers[0].self_attn
+        self.dtype = _dtype(model)
+        self.native = _Native(self.dtype)
+        self.model_dtype = next(model.parameters()).dtype
+        self.width, self.scale = attention.head_dim, float(attention.scaling)
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.epsilon = float(config.rms_norm_eps)
+        self.embedding = model.get_input_embeddings()
+        self.rotary = model.model.rotary_emb
+        self.head = model.get_output_embeddings().weight.detach().to(self.dtype)
+        self.norm = model.model.norm.weight.detach().to(self.dtype)
+        self.blocks = [self._block(block) for block in model.model.layers]
+        self.names: list[dict[str, str]] = []
+
+    def _block(self, block: Any) -> _Block:
+        def together(field: str, *names: str) -> Any:
+            parts = [getattr(block.get_submodule(n), field) for n in names]
+            if parts[0] is None:
+                return None
+            parts = [p.detach().to(self.dtype) for p in parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        q, k, v, o, gate, up, down = PARTS
+        return _Block(
+            block.input_layernorm.weight.detach().to(self.dtype),
+            together("weight", q, k, v),
+            together("bias", q, k, v),
+            together("weight", o),
+            together("bias", o),
+            block.post_attention_layernorm.weight.detach().to(self.dtype),
+            together("weight", gate, up),
+            together("bias", gate, up),
+            together("weight", down),
+            together("bias", down),
+        )
+
+    def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
+        """Note under which names a sink wants which layers."""
+        names = {id(m): n for n, m in layers.items()}
+        self.names = [
+            {p: names[i] for p in PARTS if (i := id(block.get_submodule(p))) in names}
+            for block in model.model.layers
+        ]
+
+    def forward(self, ids: torch.Tensor, sink: Any, texts: int) -> "Run":
+        """Run a padded batch; `Run.backward` takes the gradient of `Run.hidden`."""
+        x = self.embedding(ids).detach().to(self.dtype)
+        return Run(self, x.flatten(0, 1).contiguous(), len(ids), sink, texts, self.names)
+
+    @torch.no_grad()
+    def difference(self, model: Any) -> float:
+        """Return the largest relative difference from the model's own first and last block."""
+        tokens, size = 19, len(self.norm)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(2 * tokens, size, generator=generator)
+        grad = torch.randn(2 * tokens, size, generator=generator)
+        worst = 0.0
+        for index in (0, len(self.blocks) - 1):
+            part = Run(self, states.to(self.dtype), 2, None, 2, [{}] * 2, blocks=[self.blocks[index]] * 2)
+            # Two blocks, as the first one's gradient is not taken: the second is the one that is compared.
+            middle = part.saved[1]["x"]
+            found = part.through(grad.to(self.dtype))
+            with torch.enable_grad():
+                x = middle.to(self.model_dtype).view(2, tokens, size).requires_grad_()
+                angles = model.model.rotary_emb(x, torch.arange(tokens)[None])
+                unseen = torch.finfo(x.dtype).min
+                mask = torch.full((1, 1, tokens, tokens), unseen, dtype=x.dtype).triu(1)
+                own = model.model.layers[index](x, attention_mask=mask, position_embeddings=angles)
+                (back,) = torch.autograd.grad(own, x, grad.to(self.model_dtype).view_as(own))
+            pairs = ((part.states, own.flatten(0, 1), middle), (found, back.flatten(0, 1), grad))
+            for ours, theirs, through in pairs:
+                # In float32 what the block adds is compared; in bfloat16 its rounding hides that.
+                base = through.float() if self.model_dtype == torch.float32 else torch.zeros(())
+                error = (ours.float() - theirs.float()).norm() / (theirs.float() - base).norm()
+                worst = max(worst, float(error)) if error == error else float("inf")
+        return worst
+
+
+class Run:
+    """One batch on its way through the blocks."""
+
+    def __init__(
+        self,
+        model: Blocks,
+        x: torch.Tensor,
+        rows: int,
+        sink: Any,
+        texts: int,
+        names: list[dict[str, str]],
+        blocks: list[_Block] | None = None,
+    ) -> None:
+        self.model, self.native, self.sink, self.texts, self.names = model, model.native, sink, texts, names
+        self.blocks = model.blocks if blocks is None else blocks
+        self.rows, self.tokens = rows, len(x) // rows
+        positions = torch.arange(self.tokens)[None]
+        self.angles = [t[0].contiguous() for t in model.rotary(torch.zeros(1), positions)]
+        self.saved: list[dict[str, Any]] = []
+        with torch.no_grad():
+            add = None
+            for block, name in zip(self.blocks, names, strict=True):
+                x, add = self._forward(block, name, x, add)
+            self.states, y, self.scale = self.native.norm(x, add, model.norm, model.epsilon)
+        self.hidden = y.view(rows, self.tokens, -1)
+
+    def _offer(self, x: torch.Tensor, names: list[str]) -> dict[str, Any]:
+        """Give a layer's input to the sink."""
+        if not names:
+            return {}
+        seen = self._seen(x)
+        return {n: self.sink.forward(n, seen) for n in names}
+
+    def _seen(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor as a sink wants it: [texts, tokens, features]."""
+        if not getattr(self.sink, "wide", False):
+            x = x.to(self.model.model_dtype)
+        return x.view(self.texts, -1, x.shape[-1])
+
+    def _forward(
+        self, block: _Block, name: dict[str, str], x: torch.Tensor, add: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the block's two summands: the residual stream and what the block adds last."""
+        linear, own = torch.nn.functional.linear, self.model
+        x, y, scale = self.native.norm(x, add, block.norm, own.epsilon)
+        q, k, v, o, gate, up, down = PARTS
+        kept = self._offer(y, [name[p] for p in (q, k, v) if p in name])
+        qkv = linear(y, block.qkv, block.qkv_bias)
+        mixed = x.new_empty(len(x), own.heads * own.width)
+        statistics = torch.empty(self.rows, own.heads, 2, self.tokens)
+        sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
+        self.native.attention(qkv, *self.angles, mixed, statistics, None, None, sizes=sizes, scale=own.scale)
+        kept |= self._offer(mixed, [name[o]] if o in name else [])
+        middle, y, mlp_scale = self.native.norm(
+            x, linear(mixed, block.o, block.o_bias), block.mlp_norm, own.epsilon
+        )
+        kept |= self._offer(y, [name[p] for p in (gate, up) if p in name])
+        gate_up = linear(y, block.gate_up, block.gate_up_bias)
+        y = self.native.swiglu(gate_up)
+        kept |= self._offer(y, [name[down]] if down in name else [])
+        self.saved.append(
+            {
+                "x": x,
+                "scale": scale,
+                "qkv": qkv,
+                "mixed": mixed,
+                "statistics": statistics,
+                "middle": middle,
+                "mlp_scale": mlp_scale,
+                "gate_up": gate_up,
+                "kept": kept,
+            }
+        )
+        return middle, linear(y, block.down, block.down_bias)
+
+    @torch.no_grad()
+    def backward(self, grad: torch.Tensor) -> None:
+        """Take the gradient of `hidden` back to the first block's queries, keys and values."""
+        g = grad.reshape(len(self.states), -1).contiguous()
+        self.through(self.native.norm_backward(self.states, self.model.norm, g, None, self.scale))
+
+    def through(self, g: torch.Tensor) -> torch.Tensor:
+        """Take the gradient of the last block's output back to the second block's input."""
+        for index in reversed(range(len(self.blocks))):
+            back = self._backward(self.blocks[index], self.names[index], self.saved.pop(), g, index == 0)
+            g = g if back is None else back
+        return g
+
+    def _backward(
+        self, block: _Block, name: dict[str, str], saved: dict[str, Any], g: torch.Tensor, last: bool
+    ) -> Any:
+        own, native, kept = self.model, self.native, saved["kept"]
+        q, k, v, o, gate, up, down = PARTS
+        self._give(name, kept, g, [down], [g.shape[1]])
+        d = native.swiglu_backward(saved["gate_up"], g @ block.down)
+        self._give(name, kept, d, [gate, up], [d.shape[1] // 2] * 2)
+        g = native.norm_backward(saved["middle"], block.mlp_norm, d @ block.gate_up, g, saved["mlp_scale"])
+        self._give(name, kept, g, [o], [g.shape[1]])
+        sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
+        d = torch.empty_like(saved["qkv"])
+        tensors = (saved["qkv"], *self.angles, saved["mixed"], saved["statistics"], g @ block.o, d)
+        native.attention(*tensors, sizes=sizes, scale=own.scale)
+        self._give(
+            name, kept, d, [q, k, v], [h * own.width for h in (own.heads, own.key_heads, own.key_heads)]
+        )
+        if last:
+            return None
+        return native.norm_backward(saved["x"], block.norm, d @ block.qkv, g, saved["scale"])
+
+    def _give(
+        self, name: dict[str, str], kept: dict[str, Any], g: torch.Tensor, parts: list[str], sizes: list[int]
+    ) -> None:
+        """Give the output gradients of layers that are one product here to the sink, one by one."""
+        if not any(p in name for p in parts):
+            return
+        for part, piece in zip(parts, self._seen(g).split(sizes, dim=2), strict=True):
+            if part in name:
+                self.sink.backward(name[part], kept.pop(name[part]), piece)

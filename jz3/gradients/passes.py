@@ -1,0 +1,259 @@
+"""Forward and backward passes that hand every layer's factors to a sink."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jz3.gradients.layers import plain_model
+from jz3.gradients.tokens import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Sink(Protocol):
+    """Consumes the factors of every hooked layer.
+
+    A sink may also have `begin(lengths)`, which is called before a batch with the number of tokens of
+    every text [B] int64, and an attribute `wide`: true if it takes factors in float32 of a bfloat16
+    model too, which is where some CPUs compute faster (other sinks get them rounded to bfloat16).
+    """
+
+    def forward(self, name: str, a: "torch.Tensor") -> Any:
+        """Take a layer's input a [B, S, I]; what is returned is kept for `backward`."""
+        ...
+
+    def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
+        """Take what `forward` returned and the gradient g [B, S, O] of the layer's output."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass gives besides the factors."""
+
+    loss: "torch.Tensor"
+    """[B] float32 (float64 of a float64 model), mean (or summed) cross-entropy of each text's scored tokens."""
+    hidden: "torch.Tensor"
+    """[B, d] float32, last hidden states averaged with weights growing with the position (RDS+)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the rows that the model sees become the rows of texts that a sink sees."""
+
+    document: "torch.Tensor"
+    """[T] int64, the text of every token that the model sees, in its order."""
+    texts: int
+    packed: Any = None
+    """(text, position) of every token of a packed row [1, T]; None if the rows are padded texts."""
+    width: int = 0
+
+    def rows(self, x: "torch.Tensor") -> "torch.Tensor":
+        """Lay out a layer's input or output gradient as [texts, tokens, features]."""
+        if self.packed is not None:
+            out = x.new_zeros(self.texts, self.width, x.shape[-1])
+            out[self.packed] = x.reshape(-1, x.shape[-1])
+            return out
+        return x.reshape(self.texts, -1, x.shape[-1])
+
+
+class GradientPass:
+    """Forward and backward over batches of texts, feeding each layer's factors to a sink."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        layers: dict[str, "torch.nn.Module"],
+        sink: Sink,
+        reduction: str = "mean",
+        *,
+        fast: bool | None = None,
+        packed: bool | None = None,
+    ) -> None:
+        """Freeze the model and hook the layers.
+
+        Args:
+            model: in evaluation mode; its parameters stop requiring gradients.
+            layers: from `linear_layers`.
+            sink: takes the factors.
+            reduction: `mean` (the loss of a text is the mean over its scored tokens, so that its
+                gradient doesn't depend on its batch) or `sum`.
+            fast: compute Llama blocks on a CPU by jz3's own code (jz3/gradients/llama.py). By default
+                wherever it can and agrees with the model's own code.
+            packed: put a batch's texts behind one another in one row instead of padding them. By
+                default with FlashAttention 2, which then runs over the texts' own lengths.
+
+        Raises:
+            ValueError: `reduction` is unknown, the model's loss is no plain softmax, or `fast` or
+                `packed` asks for what can't be had.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        core = plain_model(model)
+        config = core.config.get_text_config()
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(
+                    f"models that set {key} are not covered: their loss is no plain softmax of the output layer"
+                )
+        self.model, self.reduction, self.sink = core, reduction, sink
+        model.requires_grad_(False)
+        attention = getattr(config, "_attn_implementation", "")
+        if packed and attention == "eager":
+            raise ValueError(
+                "packed rows need attn_implementation 'sdpa' or 'flash_attention_2', got 'eager'"
+            )
+        self._packed = attention == "flash_attention_2" if packed is None else packed
+        self._layout: Any = None
+        self._hooks: list[Any] = []
+        self._fast = None if fast is False or self._packed else self._open_fast(core, layers, bool(fast))
+        if self._fast is None:
+            self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+
+    def _open_fast(self, core: Any, layers: dict[str, Any], wanted: bool) -> Any:
+        from jz3.gradients import llama
+
+        reason = llama.obstacle(core, layers)
+        if not reason:
+            return llama.blocks_of(core, layers)
+        if wanted:
+            raise ValueError(f"the fast pass can't run: {reason}")
+        llama.say(core, reason)
+        return None
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        from jz3.gradients.experts import ExpertLinear
+
+        def hook(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            layout: _Layout = self._layout
+            # Experts lay their tokens out themselves; routers return their logits first.
+            rows = (lambda x: x) if isinstance(layer, ExpertLinear) else layout.rows
+            kept = self.sink.forward(name, rows(inputs[0].detach()))
+            out = output[0] if isinstance(output, tuple) else output
+            out.register_hook(lambda g: self.sink.backward(name, kept, rows(g)))
+
+        return hook
+
+    def __enter__(self) -> "GradientPass":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def run(self, batch: Batch) -> PassResult:
+        """Run one batch; the sink has seen every layer when this returns."""
+        import torch
+
+        from jz3.ops.ce_hidden_grad import ce_hidden_grad
+
+        model = self.model
+        device = next(model.parameters()).device
+        ids, lengths, starts = (x.to(device) for x in (batch.ids, batch.lengths, batch.starts))
+        index = torch.arange(ids.shape[1], device=device)
+        real = index < lengths[:, None]
+        texts = 1 if batch.windowed else len(ids)
+        # Row by row, the text that a row belongs to.
+        owner = torch.zeros_like(lengths) if batch.windowed else torch.arange(len(ids), device=device)
+        if begin := getattr(self.sink, "begin", None):
+            begin(lengths.sum()[None] if batch.windowed else lengths)
+        hidden, backward = self._forward(ids, real, owner, texts)
+        # Token t is predicted at position t - 1.
+        predicts = (index + 1 >= starts[:, None]) & (index + 1 < lengths[:, None])
+        rows, columns = predicts.nonzero(as_tuple=True)
+        counts = torch.zeros(texts, dtype=torch.int64, device=device).index_add_(0, owner, predicts.sum(1))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale = torch.ones(len(rows), dtype=wide, device=device)
+        if self.reduction == "mean":
+            scale /= counts[owner[rows]]
+        head: Any = self._fast.head if self._fast else model.get_output_embeddings().weight.detach()
+        loss, grad = ce_hidden_grad(hidden[rows, columns], head, ids[rows, columns + 1], scale)
+        full = torch.zeros_like(hidden)
+        full[rows, columns] = grad.to(hidden.dtype)
+        backward(full)
+        total = torch.zeros(texts, dtype=wide, device=device).index_add_(0, owner[rows], loss * scale)
+        # Windows overlap by one token, which counts where it ends a window.
+        place = (
+            index + 1 + (torch.arange(len(ids), device=device)[:, None] * (len(index) - 1)) * batch.windowed
+        )
+        weights = place * real
+        pooled = torch.zeros(texts, hidden.shape[2], dtype=torch.float32, device=device)
+        pooled.index_add_(0, owner, (hidden.float() * weights[:, :, None]).sum(1))
+        mass = torch.zeros(texts, dtype=weights.dtype, device=device).index_add_(0, owner, weights.sum(1))
+        return PassResult(total, pooled / mass[:, None])
+
+    def _forward(
+        self, ids: "torch.Tensor", real: "torch.Tensor", owner: "torch.Tensor", texts: int
+    ) -> tuple["torch.Tensor", Callable[["torch.Tensor"], None]]:
+        """Return the last hidden states [B, S, d] and what takes their gradient back through the layers."""
+        import torch
+
+        from jz3.gradients.experts import by_document
+
+        if self._fast:
+            run = self._fast.forward(ids, self.sink, texts)
+            return run.hidden, run.backward
+        model: Any = self.model
+        embed = model.get_input_embeddings()
+        options: dict[str, Any] = {"use_cache": False}
+        if self._packed:
+            rows, columns = real.nonzero(as_tuple=True)
+            bounds = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+            longest = int(real.sum(1).max())
+            options["position_ids"] = columns[None]
+            if model.config.get_text_config()._attn_implementation == "flash_attention_2":
+                options |= {f"cu_seq_lens_{x}": bounds for x in "qk"}
+                options |= {f"max_length_{x}": longest for x in "qk"}
+            place = (rows, columns) if texts == len(ids) else (owner[rows], rows * ids.shape[1] + columns)
+            width = ids.shape[1] * (len(ids) // texts)
+            self._layout = _Layout(owner[rows], texts, place, width)
+            embedded = embed(ids[rows, columns][None]).detach().requires_grad_()
+        else:
+            self._layout = _Layout(owner.repeat_interleave(ids.shape[1]), texts)
+            embedded = embed(ids).detach().requires_grad_()
+        # The experts' backward pass needs nothing of the context: it is recorded by then.
+        with by_document(model, self._layout.document) if self._hooks else nullcontext():
+            states = model.base_model(inputs_embeds=embedded, **options).last_hidden_state
+        if not self._packed:
+            return states.detach(), states.backward
+        padded = states.new_zeros(*ids.shape, states.shape[-1])
+        padded[rows, columns] = states.detach()[0]
+        return padded, lambda grad: states.backward(grad[rows, columns][None])
+
+
+def run_pass(
+    model: "PreTrainedModel",
+    layers: dict[str, "torch.nn.Module"],
+    sink: Sink,
+    batches: Iterable[Batch],
+    reduction: str = "mean",
+    *,
+    fast: bool | None = None,
+    packed: bool | None = None,
+) -> Iterator[tuple[Batch, PassResult]]:
+    """Run batches through a GradientPass, handing each back when the sink has seen it."""
+    with GradientPass(model, layers, sink, reduction, fast=fast, packed=packed) as gradients:
+        for batch in batches:
+            yield batch, gradients.run(batch)
+
+
+def gram(x: "torch.Tensor") -> "torch.Tensor":
+    """Return the inner products of each text's tokens: [B, S, D] to [B, S, S] float32."""
+    return (x @ x.transpose(1, 2)).float()
+
+
+class InputGrams:
+    """Computes a a^T once for layers that share their input (q, k, v; gate, up)."""
+
+    def __init__(self) -> None:
+        self._input: Any = None
+        self._gram: Any = None
+
+    def of(self, a: "torch.Tensor") -> "torch.Tensor":
+        """Return gram(a), remembered while the same tensor comes again."""
+        if self._input is None or a.data_ptr() != self._input.data_ptr() or a.shape != self._input.shape:
+            self._input, self._gram = a, gram(a)
+        return self._gram

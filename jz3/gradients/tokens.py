@@ -1,0 +1,189 @@
+"""Texts as token numbers with the part whose loss counts, and batches of them."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenised text with the part whose loss counts."""
+
+    id: str
+    ids: list[int]
+    start: int
+    """First scored token: 1 for a plain text, the completion's first token for a query."""
+    cut: int = 0
+    """Tokens that were left out at the end because the text was too long."""
+    window: int = 0
+    """A longer text than this is run in windows of so many tokens, gradients summed; 0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts of similar length, padded on the right: with causal attention no real token sees a pad."""
+
+    positions: list[int]
+    """Where each text stands in the sequence the batches were made of."""
+    ids: "torch.Tensor"
+    """[B, S] int64; the windows of the batch's one text if `windowed`."""
+    lengths: "torch.Tensor"
+    """[B] int64."""
+    starts: "torch.Tensor"
+    """[B] int64, see Tokens.start."""
+    windowed: bool = False
+    """All rows belong to one text; each begins with the last token of the row before."""
+
+
+@functools.lru_cache(maxsize=16)
+def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Return the tokens that a tokenizer puts before every text by default (a BOS, as a rule).
+
+    Training and evaluation see them, so gradients do too; they are never scored.
+    """
+    plain: Any = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    marked: Any = tokenizer("a", verbose=False).input_ids
+    for count in range(len(marked) - len(plain) + 1):
+        if marked[count : count + len(plain)] == plain:
+            return tuple(marked[:count])
+    return ()
+
+
+def tokenize_text(
+    tokenizer: "PreTrainedTokenizerBase", key: str, text: str, max_tokens: int, long: str = "truncate"
+) -> Tokens:
+    """Tokenise a corpus text: every token is scored, but for start tokens and a first one without any.
+
+    Args:
+        tokenizer: the model's.
+        key: the text's id.
+        text: the text.
+        max_tokens: the longest sequence that the model is given, start tokens included.
+        long: what becomes of a longer text: `truncate` (cut at its end, counted in `Tokens.cut`) or
+            `split` (run in windows, see `Tokens.window`; every token is scored once).
+
+    Returns:
+        The tokens.
+
+    Raises:
+        ValueError: there is nothing to predict, or `long` is neither.
+    """
+    if long not in ("truncate", "split"):
+        raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
+    head = start_tokens(tokenizer)
+    ids = [*head, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+    start = max(len(head), 1)
+    if len(ids) <= start:
+        raise ValueError(f"text {key} has {len(ids)} token(s); at least {start + 1} are needed")
+    if long == "split":
+        return Tokens(key, ids, start, window=max_tokens)
+    if max_tokens <= start:
+        raise ValueError(f"text {key}: nothing is left to score within {max_tokens} token(s)")
+    return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
+
+
+def tokenize_query(
+    tokenizer: "PreTrainedTokenizerBase", key: str, prompt: str, completion: str, max_tokens: int
+) -> Tokens:
+    """Tokenise a prompt with its completion, followed by the end token: only the completion is scored.
+
+    A sequence longer than `max_tokens` is cut at its end (counted in `Tokens.cut`).
+
+    Raises:
+        ValueError: nothing of the completion is left to score.
+    """
+    prefix = start_tokens(tokenizer)
+    head = [*prefix, *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
+    tail = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
+    if not tail:
+        raise ValueError(f"query {key} has an empty completion")
+    if tokenizer.eos_token_id is not None:
+        tail = [*tail, tokenizer.eos_token_id]
+    return _scored_tail(key, head, tail, max_tokens)
+
+
+def tokenize_chat(
+    tokenizer: "PreTrainedTokenizerBase", key: str, messages: Sequence[dict[str, str]], max_tokens: int
+) -> Tokens:
+    """Tokenise a conversation by the tokenizer's chat template: only the last message is scored.
+
+    Args:
+        tokenizer: with a chat template.
+        key: the conversation's id.
+        messages: dictionaries with `role` and `content`; the last one is the assistant's.
+        max_tokens: a longer sequence is cut at its end.
+
+    Returns:
+        The tokens; what the template itself puts before the answer is not scored.
+
+    Raises:
+        ValueError: there is no template or no answer, or nothing of it is left to score.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use tokenize_query")
+    if not messages or messages[-1].get("role") != "assistant" or not messages[-1].get("content"):
+        raise ValueError(f"conversation {key} does not end with an answer of the assistant")
+
+    def ids(part: Sequence[dict[str, str]], **options: Any) -> list[int]:
+        text = tokenizer.apply_chat_template(list(part), tokenize=False, **options)
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # pyright: ignore[reportArgumentType, reportReturnType]
+
+    head, whole = ids(messages[:-1], add_generation_prompt=True), ids(messages)
+    if whole[: len(head)] != head:
+        raise ValueError(f"conversation {key}: the template changes the prompt when the answer is there")
+    return _scored_tail(key, head, whole[len(head) :], max_tokens)
+
+
+def _scored_tail(key: str, head: list[int], tail: list[int], max_tokens: int) -> Tokens:
+    ids = [*head, *tail]
+    start = max(len(head), 1)
+    if min(len(ids), max_tokens) <= start:
+        raise ValueError(f"query {key}: its prompt alone has {len(head)} tokens, the limit is {max_tokens}")
+    return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
+
+
+def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> list[Batch]:
+    """Group texts by length into batches of at most `batch_tokens` padded tokens (at least one text).
+
+    A text that is run in windows has a batch of its own, whatever its length.
+    """
+    import torch
+
+    batches: list[Batch] = []
+    order: list[int] = []
+    for i in sorted(range(len(texts)), key=lambda i: (-len(texts[i].ids), i)):
+        if 0 < texts[i].window < len(texts[i].ids):
+            batches.append(_windows(i, texts[i], pad))
+        else:
+            order.append(i)
+    while order:
+        width = len(texts[order[0]].ids)
+        count = max(1, batch_tokens // width)
+        rows, order = order[:count], order[count:]
+        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+        for r, i in enumerate(rows):
+            ids[r, : len(texts[i].ids)] = torch.tensor(texts[i].ids)
+        lengths = torch.tensor([len(texts[i].ids) for i in rows])
+        starts = torch.tensor([texts[i].start for i in rows])
+        batches.append(Batch(rows, ids, lengths, starts))
+    return batches
+
+
+def _windows(position: int, text: Tokens, pad: int) -> Batch:
+    """Cut a long text into windows that overlap by one token, which predicts the next window's first."""
+    import torch
+
+    if text.window < 2:
+        raise ValueError(f"a window must hold at least 2 tokens, got {text.window}")
+    begins = range(0, len(text.ids) - 1, text.window - 1)
+    parts = [text.ids[b : b + text.window] for b in begins]
+    ids = torch.full((len(parts), text.window), pad, dtype=torch.int64)
+    for r, part in enumerate(parts):
+        ids[r, : len(part)] = torch.tensor(part)
+    starts = torch.tensor([max(1, text.start - b) for b in begins])
+    return Batch([position], ids, torch.tensor([len(p) for p in parts]), starts, windowed=True)

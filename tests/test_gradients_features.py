@@ -1,0 +1,127 @@
+"""What the passes promise to the features: norms, the fit's statistics, bad texts, repetition."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gradients import random_model, random_texts
+
+from jz3.features import adapted
+from jz3.features.adapted import AdaptedFit, AdaptedSink, fit_adapted
+from jz3.features.exact import exact_cosines
+from jz3.features.extract import extract
+from jz3.gradients import Tokens, linear_layers, make_batches, run_pass
+
+TOKENS = Path(__file__).parent
+
+
+def fitted(model: Any, texts: list[Tokens], **options: Any) -> AdaptedFit:
+    return fit_adapted(model, "m", linear_layers(model), texts[:4], texts[4:], **options)
+
+
+def test_sketched_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = random_model("llama"), random_texts(12, 30)
+    layers = linear_layers(model)
+    fit = fitted(model, texts, k=200, rank=16)
+    exact = extract(model, layers, texts, fit)
+    monkeypatch.setattr(adapted, "GRAM_TOKENS", 10)
+    long = torch.tensor([len(t.ids) > 10 for t in texts])
+    assert 2 < int(long.sum()) < 10
+    found, alone = (extract(model, layers, texts, fit, batch_tokens=n) for n in (10_000, 1))
+    torch.testing.assert_close(found.norm, alone.norm, atol=0, rtol=1e-5)
+    torch.testing.assert_close(found.norm[~long], exact.norm[~long], atol=0, rtol=1e-6)
+    ratio = found.norm[long] / exact.norm[long]
+    assert bool((ratio != 1).all()) and float((ratio - 1).abs().max()) < 0.05
+    # Without the part that the fit knows, the sketch alone is worse.
+    monkeypatch.setattr(adapted, "NORM_SKETCH", 4)
+    with_fit = extract(model, layers, texts, fit).norm[long] / exact.norm[long]
+    bare = extract(model, layers, texts, fitted(model, texts, k=1, rank=1)).norm[long] / exact.norm[long]
+    assert float((with_fit - 1).square().mean()) < float((bare - 1).square().mean())
+
+
+def test_norms_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = random_model("llama"), random_texts(9, 30)
+    monkeypatch.setattr(adapted, "GRAM_TOKENS", 10)
+    sink = AdaptedSink(fitted(model, texts, k=8, rank=2), torch.float64, torch.device("cpu"))
+    for _ in run_pass(model, linear_layers(model), sink, make_batches(texts, 60)):
+        sink.take()
+    long = sum(len(t.ids) > 10 for t in texts)
+    assert sink.norms == {"gram": 9 - long, "sketch": long}
+
+
+def test_mean_and_scale_are_those_of_the_sample() -> None:
+    model, texts = random_model("llama"), random_texts(15)
+    fit = fitted(model, texts, k=50, rank=6, batch_tokens=40)
+    values = extract(model, linear_layers(model), texts, fit).values
+    torch.testing.assert_close(fit.mean, values.mean(0), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(fit.scale, values.std(0), atol=1e-6, rtol=1e-3)
+
+
+def test_fit_holds_nothing_per_text() -> None:
+    model, texts = random_model("llama"), random_texts(6)
+    seen: list[int] = []
+
+    class Watched(adapted._EnergySink):
+        def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
+            super().backward(name, kept, g)
+            tables = [self.sums, *self.energies]
+            seen.append(sum(t.numel() for table in tables for t in table.values()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapted, "_EnergySink", Watched)
+        for count in (1, 4):
+            fitted(model, texts * count, k=8, rank=2)
+    assert len(set(seen)) == 1
+
+
+def overflowing(dtype: torch.dtype) -> tuple[Any, list[Tokens]]:
+    """A model and texts of which the second one's hidden states overflow."""
+    model, texts = random_model("llama").to(dtype), random_texts(9)
+    embeddings: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        # Ten times the largest number: infinite. The token is never one to be predicted.
+        embeddings.weight[95] = 3e38
+        embeddings.weight[95] *= 10
+        output.weight[95] = 0.0
+    texts = [Tokens(t.id, [min(i, 94) for i in t.ids], t.start) for t in texts]
+    texts[1] = Tokens(texts[1].id, [95, *texts[1].ids[1:]], 1)
+    return model, texts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_overflow_is_flagged_and_stays_in_its_text(dtype: torch.dtype) -> None:
+    model, texts = overflowing(dtype)
+    layers = linear_layers(model)
+    others = [t for i, t in enumerate(texts) if i != 1]
+    fit, clean = (fit_adapted(model, "m", layers, t[:3], t[3:], k=32, rank=4) for t in (texts, others))
+    assert all(torch.isfinite(x).all() for x in (fit.mean, fit.scale, fit.energy, *fit.left.values()))
+    found, kept = extract(model, layers, texts, clean), extract(model, layers, others, clean)
+    flagged = ~(torch.isfinite(found.norm) & torch.isfinite(found.values).all(1))
+    assert flagged.nonzero().flatten().tolist() == [1]
+    torch.testing.assert_close(found.norm[~flagged], kept.norm, atol=0, rtol=1e-2)
+    cosines = exact_cosines(model, layers, texts, others[:2])
+    assert torch.isfinite(cosines).all(1).tolist() == [i != 1 for i in range(len(texts))]
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_gradients import random_model, random_texts
+from jz3.features.adapted import fit_adapted
+from jz3.features.extract import extract
+from jz3.gradients import linear_layers
+model, texts = random_model("llama").to(torch.bfloat16), random_texts(8)
+fit = fit_adapted(model, "m", linear_layers(model), texts[:4], texts[4:], k=32, rank=4)
+found = extract(model, linear_layers(model), texts, fit)
+print(found.values.numpy().tobytes().hex(), found.norm.numpy().tobytes().hex())
+"""
+
+
+def test_processes_agree_bit_for_bit() -> None:
+    command = [sys.executable, "-c", SCRIPT.format(folder=str(TOKENS))]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert runs[0] == runs[1] and len(runs[0]) > 1000

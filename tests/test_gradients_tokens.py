@@ -1,0 +1,90 @@
+"""What of a text is scored: start tokens, completions, conversations, texts that are too long."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jz3.gradients import make_batches, start_tokens, tokenize_chat, tokenize_query, tokenize_text
+from jz3.models import load_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_start(folder: Path) -> Any:
+    """The tiny tokenizer, but with a token that it puts before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer: Any = load_tokenizer(folder)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def test_completion_is_scored(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    query = tokenize_query(tokenizer, "q", "What is 2+2?", "It is 4.", 100)
+    assert tokenizer.decode(query.ids[: query.start]) == "What is 2+2?"
+    assert query.ids[-1] == tokenizer.eos_token_id and query.cut == 0
+    with pytest.raises(ValueError, match="empty completion"):
+        tokenize_query(tokenizer, "q", "What?", "", 100)
+    with pytest.raises(ValueError, match="prompt alone"):
+        tokenize_query(tokenizer, "q", "What is 2+2?" * 20, "4", 10)
+    with pytest.raises(ValueError, match="at least 2"):
+        tokenize_text(tokenizer, "t", "", 10)
+
+
+def test_start_token_is_added_and_never_scored(tiny_model: Path) -> None:
+    plain, marked = load_tokenizer(tiny_model), with_start(tiny_model)
+    assert start_tokens(plain) == () and start_tokens(marked) == (marked.eos_token_id,)
+    text, same = tokenize_text(marked, "t", "one two", 100), tokenize_text(plain, "t", "one two", 100)
+    assert text.ids == [marked.eos_token_id, *same.ids] and text.start == same.start == 1
+    query = tokenize_query(marked, "q", "one", " two", 100)
+    assert query.ids[0] == marked.eos_token_id and marked.decode(query.ids[1 : query.start]) == "one"
+    alone = tokenize_query(marked, "q", "", "two", 100)
+    assert alone.start == 1 and alone.ids[0] == marked.eos_token_id
+    with pytest.raises(ValueError, match="1 token"):
+        tokenize_text(marked, "t", "", 100)
+
+
+def test_conversation_scores_the_last_answer(tiny_model: Path) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model)
+    question, answer = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize_chat(tokenizer, "c", [question, answer], 100)
+    tokenizer.chat_template = TEMPLATE
+    tokens = tokenize_chat(tokenizer, "c", [question, answer], 100)
+    assert tokenizer.decode(tokens.ids[: tokens.start]) == "<user>one?</><assistant>"
+    assert tokenizer.decode(tokens.ids[tokens.start :]) == "two</>"
+    with pytest.raises(ValueError, match="does not end with an answer"):
+        tokenize_chat(tokenizer, "c", [question], 100)
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    with pytest.raises(ValueError, match="changes the prompt"):
+        tokenize_chat(tokenizer, "c", [question, answer], 100)
+
+
+def test_long_texts_are_cut_or_split_and_counted(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    text = "one two three four five " * 10
+    whole = tokenize_text(tokenizer, "t", text, 10_000)
+    cut = tokenize_text(tokenizer, "t", text, 16)
+    assert cut.ids == whole.ids[:16] and cut.cut == len(whole.ids) - 16 and whole.cut == 0
+    split = tokenize_text(tokenizer, "t", text, 16, long="split")
+    [batch] = make_batches([split], 32)
+    assert split.ids == whole.ids and batch.windowed and batch.ids.shape[1] == 16
+    # Every token after the first is scored in exactly one window.
+    scored = [
+        token
+        for row, begin, end in zip(
+            batch.ids.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True
+        )
+        for token in row[begin:end]
+    ]
+    assert scored == whole.ids[1:]
+    with pytest.raises(ValueError, match="'truncate' or 'split'"):
+        tokenize_text(tokenizer, "t", text, 16, long="drop")
