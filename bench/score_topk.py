@@ -170,11 +170,12 @@ def main() -> None:
     torch.manual_seed(0)
     features = backend.extension().cpu_features()
     machine = f"{platform.processor() or platform.machine()}, {backend.threads()} threads, {features}"
-    sizes = {name: getattr(arguments, name) for name in ("rows", "dim", "queries", "k")}
+    rows, dim, queries, k = arguments.rows, arguments.dim, arguments.queries, arguments.k
+    sizes = {"rows": rows, "dim": dim, "queries": queries, "k": k}
     print(machine, *(f"{name}={size}" for name, size in sizes.items()))
     kinds = {}
     for kind in KINDS:
-        kinds[kind] = measure(kind, *sizes.values(), arguments.repeats)
+        kinds[kind] = measure(kind, rows, dim, queries, k, arguments.repeats)
         print(kind, json.dumps(kinds[kind]))
     result = {"machine": machine, **sizes, **summary(kinds), "kinds": kinds}
     print(json.dumps({name: value for name, value in result.items() if name != "kinds"}, indent=2))

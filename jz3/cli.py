@@ -17,6 +17,7 @@ STAGE_COMMANDS = {
     "index": ("index", "Build the FAISS index over the features."),
     "influence": ("influence", "Score every text for every target, with baselines and fidelity."),
     "select": ("selection", "Choose the texts worth most."),
+    "compare": ("comparison", "Train on each chooser's texts and tell which choice pays."),
     "teach": ("distillation", "Have the teacher write problems about random and about chosen texts."),
     "synthesize": ("synthesis", "Train the synthesiser and have it write problems."),
     "filter": ("filtering", "Verify, execute, deduplicate and decontaminate the problems."),
@@ -83,23 +84,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = _recipe(recipe)
         _run(loaded, out or Path("runs") / loaded.name, until, dry_run)
 
-    def query(run: Positional[Path], text: str, solution: str = "", k: int = 5) -> None:
+    def query(
+        run: Positional[Path],
+        text: str | None = None,
+        file: Path | None = None,
+        solution: str = "",
+        k: int = 5,
+        exact: bool = False,
+    ) -> None:
         """Print the texts of a run's corpus that help most with a problem.
+
+        Without --text and --file it asks for problems until the input ends.
 
         Args:
             run: the folder of a run whose index is built.
             text: the problem.
-            solution: its solution, if known: then only its tokens are scored.
+            file: many problems: JSON lines with `problem` and perhaps `solution`; answers are JSON lines.
+            solution: the solution of --text, if known: then only its tokens are scored.
             k: how many texts.
+            exact: scan all codes instead of asking the index.
         """
-        from jz3.index import query_run
+        from jz3.index.query import command
         from jz3.stage import StageContext
 
         _quiet_libraries()
         ctx = StageContext(recipe=stored_recipe(run), run_dir=run, name="index")
-        for rank, match in enumerate(query_run(ctx, text, solution, k), 1):
-            print(f"{rank}. cosine {match.score:.4f}  {match.doc.source}  {match.doc.id}")
-            print("   " + " ".join(match.doc.text.split())[:300])
+        command(ctx, text, file, solution, k, exact)
+
+    def store(
+        action: Positional[str], folders: Positional[tuple[Path, ...]], out: Path | None = None
+    ) -> None:
+        """Describe, check or merge feature stores.
+
+        Args:
+            action: `info`, `verify` (reads every byte) or `merge`.
+            folders: of stores, or of runs with one.
+            out: merge: the new store's folder.
+        """
+        from jz3.store.tools import command
+
+        command(action, folders, out)
+
+    def explore(run: Positional[Path], port: int = 7860, host: str = "127.0.0.1") -> None:
+        """Serve a local page: type a problem, see the texts that help it; scores, sources, best and worst.
+
+        Args:
+            run: the folder of a run whose index is built.
+            port: of the page.
+            host: the address to listen on; anything but this machine's own is open to the network.
+        """
+        from jz3.explore import serve
+
+        _quiet_libraries()
+        serve(run, host, port)
 
     def doctor() -> None:
         """Report the machine, the back ends and what is missing, with the remedy."""
@@ -110,11 +147,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if check.remedy:
                 print(f"{'':27} {check.remedy}")
 
+    from jz3.explain_command import explain
+    from jz3.fit_command import fit
+    from jz3.scoring.command import score
+
     commands: dict[str, Callable[..., Any]] = {
         "quickstart": quickstart,
         "run": run,
         "query": query,
+        "store": store,
+        "explore": explore,
         "doctor": doctor,
+        "fit": fit,
+        "explain": explain,
+        "score": score,
     }
     for name, (stage, text) in STAGE_COMMANDS.items():
         commands[name] = _stage_command(stage, text, Positional)
@@ -181,6 +227,11 @@ def _run(recipe: Any, out: Path, last: str, dry_run: bool) -> None:
     run_pipeline(recipe, out, last, say=lambda line: print(line, file=sys.stderr, flush=True))
     if last == "report":
         print_results(out)
+    if last == "comparison":
+        from jz3.comparison.table import text_table
+        from jz3.files import read_json
+
+        print(text_table(read_json(out / "comparison" / "manifest.json")["summary"]))
 
 
 def _quiet_libraries() -> None:

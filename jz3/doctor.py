@@ -23,6 +23,8 @@ PACKAGES = {
     "faiss": "pip install 'jz3[index]', or 'jz3[gpu]' on a GPU (`jz3 query`)",
     "math-verify": "pip install 'jz3[grading]' (grading)",
     "reasoning-gym": "pip install 'jz3[corpus]' (the quickstart's problems)",
+    "gradio": "pip install 'jz3[explore]' (`jz3 explore`)",
+    "ray": "pip install 'jz3[cluster]' (`jz3 score --ray`)",
     "openai": "pip install 'jz3[teacher]' (teacher or engine behind an endpoint)",
     "triton": "pip install 'jz3[gpu]' (GPU kernels)",
     "vllm": "pip install 'jz3[synth]', in an environment of its own on a CPU (fast generation)",

@@ -29,7 +29,7 @@ class Adapted:
     """How many of the documents the fit's sample holds."""
     k: int = 2048
     rank: int = 128
-    layers: int = 96
+    layers: int = 256
     seed: int = 0
 
 
@@ -63,7 +63,12 @@ class Features:
         """Return the features [Q, K] float32 of queries."""
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         found = extract(
-            self.model, linear_layers(self.model), tokens, self.projection, reduction=self.reduction
+            self.model,
+            linear_layers(self.model),
+            tokens,
+            self.projection,
+            reduction=self.reduction,
+            side="query",
         )
         return found.values.numpy()
 

@@ -62,6 +62,25 @@ def test_adapted_keeps_the_coordinates_with_most_energy() -> None:
     assert error[256] < error[16]
 
 
+def test_a_smaller_fit_is_the_one_fitted_smaller() -> None:
+    model, texts = random_model("llama"), random_texts(12)
+    layers = linear_layers(model)
+    large, small = (
+        fit_adapted(model, "m", layers, texts[:4], texts[4:], k=k, rank=6, max_layers=8) for k in (200, 20)
+    )
+    cut = large.top(20)
+    assert cut.layers == small.layers and cut.k == 20 and len(cut.layers) < len(large.layers)
+    one, other = (extract(model, layers, texts, f).values for f in (cut, small))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(
+        one, extract(model, layers, texts, large).values[:, large.top_positions(20)], atol=1e-6, rtol=1e-5
+    )
+    assert torch.equal(cut.mean, small.mean) and torch.equal(cut.scale, small.scale)
+    for k in (0, 201):
+        with pytest.raises(ValueError, match="between 1 and the fit's 200"):
+            large.top(k)
+
+
 def test_fit_is_deterministic_and_refuses_another_model(tmp_path: Path) -> None:
     model, texts = random_model("llama"), random_texts(6)
     hashes = [

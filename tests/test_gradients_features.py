@@ -79,7 +79,8 @@ def test_fit_holds_nothing_per_text() -> None:
 
 def overflowing(dtype: torch.dtype) -> tuple[Any, list[Tokens]]:
     """A model and texts of which the second one's hidden states overflow."""
-    model, texts = random_model("llama").to(dtype), random_texts(9)
+    model: Any = random_model("llama")
+    model, texts = model.to(dtype), random_texts(9)
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
     with torch.no_grad():

@@ -67,7 +67,7 @@ class Machine:
     def put(self, array: torch.Tensor | np.ndarray) -> int:
         """Copy an array to the device."""
         if isinstance(array, torch.Tensor):
-            whole = array.contiguous()
+            whole: torch.Tensor = array.contiguous()
             array = (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy()
         return self.device.put(np.ascontiguousarray(array))
 

@@ -1,6 +1,34 @@
 """What is stored per document instead of its gradient: feature kinds behind one interface."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+KINDS = ("adapted", "sketch", "less", "readout")
+"""What the stage can store. `known` (jz3.features.known) stores nothing: it is for `jz3 score`; `hidden`,
+`bm25`, `loss` and `random` are columns of every influence stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LessConfig:
+    """The warm-up and the direction of `less`; the defaults are the LESS recipe."""
+
+    share: float = 0.05
+    """Share of the corpus, drawn at random, that warms the adapters up."""
+    epochs: int = 4
+    """Of the warm-up; each leaves a checkpoint, weighted by its learning rate."""
+    learning_rate: float = 2e-5
+    batch_texts: int = 128
+    """Texts per step of the warm-up."""
+    rank: int = 128
+    """Of the adapters."""
+    alpha: float = 512.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Last parts of the names of the layers that get adapters, or `all-linear` alone."""
+    eps: float = 1e-8
+    eps_inside: bool = True
+    """m' / sqrt(v' + eps), as LESS has it, instead of Adam's m' / (sqrt(v') + eps)."""
+    bias_correction: bool = False
+    """Adam's division by 1 - beta^t, which LESS's code leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8,15 +36,20 @@ class FeaturesConfig:
     """How documents become features."""
 
     kind: str = "adapted"
-    """`adapted` (coordinates fitted to queries and documents) or `sketch` (random, needs no fit)."""
+    """`adapted` (coordinates fitted to queries and documents), `sketch` (random, needs no fit), `less`
+    (Adam's step on warmed-up adapters) or `readout` (the output layer's gradient: forward pass only)."""
     k: int = 2048
-    """Numbers per document; `sketch` usually wants 8192."""
+    """Numbers per document (`less`: and checkpoint); all kinds but `adapted` usually want 8192."""
     bits: int = 4
     """Bits per number: 1, 4 or 8."""
     rank: int = 128
-    """adapted: basis vectors per layer and side before the coordinates are chosen."""
-    layers: int = 96
+    """adapted: basis vectors per layer before the coordinates are chosen, mean of its two sides (3/2 of
+    it for the output gradient, 1/2 for the input)."""
+    layers: int = 256
     """adapted: how many layers, those with the most energy, may give coordinates."""
+    completion: int = 32768
+    """adapted: coordinates beyond `k` that queries are computed on and that their features stand for as
+    far as the fit's documents allow (jz3.features.completion); 0 for none."""
     fit_documents: int = 400
     """adapted: documents in the fit's sample."""
     fit_queries: int = 200
@@ -40,3 +73,20 @@ class FeaturesConfig:
     """Documents, unseen by the fit, on which the features are compared with exact gradients."""
     exact_queries: int = 16
     """Unseen queries of that comparison."""
+    readout_left: int = 1024
+    """readout: buckets that the vocabulary is hashed into."""
+    less: LessConfig = field(default_factory=LessConfig)
+    """less: its warm-up and direction."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"features.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"features.reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        if self.completion < 0:
+            raise ValueError(f"features.completion must be 0 (none) or more, got {self.completion}")
+        if not 0 < self.less.share <= 1 or self.less.epochs < 1 or self.less.batch_texts < 1:
+            raise ValueError(
+                "features.less: share must lie in (0, 1], epochs and batch_texts must be at least 1, "
+                f"got {self.less.share}, {self.less.epochs} and {self.less.batch_texts}"
+            )

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 
 from jz3.features.adapted import AdaptedFit, AdaptedSink
+from jz3.features.known import Known, KnownSink
+from jz3.features.less import SIDES, Less, less_batches
+from jz3.features.readout import Readout, readout_batches
 from jz3.features.sketch import Sketch, SketchSink
 from jz3.files import hash_file
 from jz3.gradients import Tokens, make_batches, run_pass
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Projection(Protocol):
-    """What turns a gradient into K numbers: an AdaptedFit or a Sketch."""
+    """What turns a gradient into K numbers: an AdaptedFit, a Sketch, a Known, a Readout or a Less."""
 
     @property
     def k(self) -> int:
@@ -56,7 +59,14 @@ def open_sink(projection: Projection, dtype: "torch.dtype", device: "torch.devic
         return AdaptedSink(projection, dtype, device)
     if isinstance(projection, Sketch):
         return SketchSink(projection, dtype, device)
-    raise TypeError(f"projection must be an AdaptedFit or a Sketch, got {type(projection).__name__}")
+    if isinstance(projection, Known):
+        return KnownSink(projection, dtype, device)
+    if isinstance(projection, (Readout, Less)):
+        # They run the model in their own way; see `extract`.
+        return None
+    raise TypeError(
+        f"projection must be an AdaptedFit, Sketch, Known, Readout or Less, got {type(projection).__name__}"
+    )
 
 
 def extract(
@@ -67,6 +77,7 @@ def extract(
     *,
     batch_tokens: int = 2048,
     reduction: str = "mean",
+    side: str = "document",
     advance: Callable[[int], None] = lambda n: None,
     sink: Any = None,
 ) -> Extracted:
@@ -76,9 +87,10 @@ def extract(
         model: in evaluation mode.
         layers: all layers whose gradients count, from `linear_layers` (norms are of all of them).
         texts: tokenised texts.
-        projection: the fit or sketch.
+        projection: what the numbers are.
         batch_tokens: padded tokens per pass.
         reduction: see GradientPass.
+        side: `document` or `query`; only `less` makes a difference between them.
         advance: called with the number of texts just done.
         sink: from `open_sink`, to use one for several calls.
 
@@ -87,16 +99,27 @@ def extract(
     """
     import torch
 
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
     weight = next(model.parameters())
     sink = sink or open_sink(projection, weight.dtype, weight.device)
     count, width = len(texts), model.config.get_text_config().hidden_size
     values, norm = torch.zeros(count, projection.k), torch.zeros(count)
     loss, hidden = torch.zeros(count), torch.zeros(count, width)
-    for batch, result in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
-        rows = torch.tensor(batch.positions)
-        values[rows], norm[rows] = sink.take()
-        loss[rows], hidden[rows] = result.loss.float().cpu(), result.hidden.cpu()
-        advance(len(batch.positions))
+
+    def take(positions: list[int], found: tuple[Any, ...]) -> None:
+        rows = torch.tensor(positions)
+        values[rows], norm[rows], loss[rows], hidden[rows] = found
+        advance(len(positions))
+
+    options = {"batch_tokens": batch_tokens, "reduction": reduction}
+    if isinstance(projection, Readout):
+        readout_batches(model, texts, projection, take=take, **options)
+    elif isinstance(projection, Less):
+        less_batches(model, texts, projection, side=side, take=take, **options)
+    else:
+        for batch, result in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
+            take(batch.positions, (*sink.take(), result.loss.float().cpu(), result.hidden.cpu()))
     return Extracted(values, norm, loss, hidden)
 
 

@@ -1,5 +1,6 @@
 """The `features` stage: fit, queries, documents into the store, exact cosines for the fidelity."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,28 +11,40 @@ import numpy as np
 from jz3 import backend
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.completion import fit_completion
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Extracted, Projection, extract, model_hash, open_sink
+from jz3.features.less import AdamDirection, Less
+from jz3.features.lora import LoraShape, WarmUp, warm_up
+from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.files import atomic_path, hash_file, write_jsonl
-from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, layer_shape, linear_layers, tokenize_query, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext, release_memory
-from jz3.store import CODES, Coding, StoreInfo, has_shard, open_store, write_shard
+from jz3.store import CODES, Coding, StoreInfo, has_shard, module_hash, open_store, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
+PROJECTIONS: dict[str, tuple[str, Any]] = {
+    "adapted": ("fit.safetensors", AdaptedFit),
+    "sketch": ("sketch.json", Sketch),
+    "less": ("less.json", Less),
+    "readout": ("readout.json", Readout),
+}
+"""Per kind the file of its projection in the stage's folder, and its class."""
+LARGE_FIT = "queries-fit.safetensors"
+"""The fit that queries are computed on; there until they are."""
+
 
 def run(ctx: StageContext) -> dict[str, Any]:
     """Compute the features of all queries and documents; see the store's and the fit's formats."""
     config = ctx.recipe.features
-    if config.kind not in ("adapted", "sketch"):
-        raise ValueError(f"features.kind must be 'adapted' or 'sketch', got {config.kind!r}")
     if config.bits not in CODES:
         raise ValueError(f"features.bits must be one of {sorted(CODES)}, got {config.bits}")
     folder = resolve_model(ctx.recipe.model)
@@ -45,7 +58,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     name = model_hash(folder)
 
     sample, held_out = split_sample(ctx, documents)
-    projection = _projection(ctx, model, layers, name, queries, sample)
+    projection = _projection(ctx, model, layers, name, queries, sample, documents)
     path = projection_path(ctx.out)
     store = ctx.out / "store"
     open_store(
@@ -57,14 +70,17 @@ def run(ctx: StageContext) -> dict[str, Any]:
             model_hash=name,
             projection_hash=hash_file(path),
             reduction=config.reduction,
+            module_hash=module_hash({n: layer_shape(m) for n, m in layers.items()}),
+            seed=ctx.seed,
         ),
     )
     options = {"batch_tokens": config.batch_tokens, "reduction": config.reduction}
     everything = [t for texts in queries.values() for t in texts]
     if not (ctx.out / "queries.safetensors").exists():
-        with ctx.progress(len(everything), "queries") as advance:
-            found = extract(model, layers, everything, projection, advance=advance, **options)
+        found = _queries(ctx, model, layers, name, projection, everything, sample)
         _write_extracted(ctx.out / "queries.safetensors", [t.id for t in everything], found, with_values=True)
+        (ctx.out / LARGE_FIT).unlink(missing_ok=True)
+        release_memory()
 
     weight = next(model.parameters())
     sink = open_sink(projection, weight.dtype, weight.device)
@@ -119,15 +135,21 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def projection_path(folder: Path) -> Path:
-    """Return the file of a features folder's fit or sketch."""
-    fit = folder / "fit.safetensors"
-    return fit if fit.exists() or not (folder / "sketch.json").exists() else folder / "sketch.json"
+    """Return the file of a features folder's projection.
+
+    Raises:
+        Jz3Error: there is none.
+    """
+    for file, _ in PROJECTIONS.values():
+        if (folder / file).exists():
+            return folder / file
+    raise Jz3Error(f"{folder} holds no fit, sketch or other projection; run `jz3 features` first")
 
 
 def load_projection(folder: Path, model: str) -> Projection:
-    """Read the fit or sketch of a features folder and refuse one of another model."""
+    """Read the projection of a features folder and refuse one of another model."""
     path = projection_path(folder)
-    return AdaptedFit.load(path, model) if path.suffix == ".safetensors" else Sketch.load(path, model)
+    return next(kind for file, kind in PROJECTIONS.values() if file == path.name).load(path, model)
 
 
 def tokenize_documents(
@@ -184,13 +206,20 @@ def _projection(
     name: str,
     queries: dict[str, list[Tokens]],
     sample: list[Tokens],
+    documents: list[Tokens],
 ) -> Projection:
     config = ctx.recipe.features
-    path = ctx.out / ("fit.safetensors" if config.kind == "adapted" else "sketch.json")
+    path = ctx.out / PROJECTIONS[config.kind][0]
     if path.exists():
         return load_projection(ctx.out, name)
     if config.kind == "sketch":
         Sketch.of(name, layers, config.k, config.sketch_left, config.sketch_right, ctx.seed).save(path)
+        return load_projection(ctx.out, name)
+    if config.kind == "readout":
+        Readout(name, config.k, config.readout_left, ctx.seed).save(path)
+        return load_projection(ctx.out, name)
+    if config.kind == "less":
+        _warmed_up(ctx, model, name, documents).save(path)
         return load_projection(ctx.out, name)
     seen = queries["fit"][: config.fit_queries]
     with ctx.progress(2 * (len(seen) + len(sample)), "fit") as advance:
@@ -200,7 +229,7 @@ def _projection(
             layers,
             seen,
             sample,
-            k=config.k,
+            k=config.k + config.completion,
             rank=config.rank,
             max_layers=config.layers,
             batch_tokens=config.fit_batch_tokens,
@@ -208,10 +237,63 @@ def _projection(
             seed=ctx.seed,
             advance=advance,
         )
-    fit.save(path)
+    fit.save(ctx.out / LARGE_FIT)
+    fit.top(min(config.k, fit.k)).save(path)
     del fit
     release_memory()
     return load_projection(ctx.out, name)
+
+
+def _queries(
+    ctx: StageContext,
+    model: Any,
+    layers: Any,
+    name: str,
+    projection: Projection,
+    queries: list[Tokens],
+    sample: list[Tokens],
+) -> Extracted:
+    """Compute the queries' features; those of `adapted` are completed from the fit's documents."""
+    config = ctx.recipe.features
+    options = {"batch_tokens": config.batch_tokens, "reduction": config.reduction}
+    completed = config.kind == "adapted" and config.completion > 0 and len(sample) > 1
+    source = AdaptedFit.load(ctx.out / LARGE_FIT, name) if completed else projection
+    with ctx.progress(len(queries), "queries") as advance:
+        found = extract(model, layers, queries, source, side="query", advance=advance, **options)
+    if not isinstance(source, AdaptedFit) or not completed:
+        return found
+    with ctx.progress(len(sample), "completion of the queries") as advance:
+        completion = fit_completion(model, layers, source, projection.k, sample, advance=advance, **options)
+    return dataclasses.replace(found, values=completion.fold(found.values))
+
+
+def _warmed_up(ctx: StageContext, model: Any, name: str, documents: list[Tokens]) -> Less:
+    """Train the adapters of `less` on a part of the corpus."""
+    config = ctx.recipe.features
+    less = config.less
+    shape = LoraShape(rank=less.rank, alpha=less.alpha, dropout=less.dropout, targets=less.targets)
+    settings = WarmUp(
+        share=less.share,
+        epochs=less.epochs,
+        learning_rate=less.learning_rate,
+        batch_texts=less.batch_texts,
+    )
+    count = max(1, round(less.share * len(documents))) * less.epochs
+    with ctx.progress(count, "warm-up") as advance:
+        checkpoints = warm_up(
+            model,
+            name,
+            documents,
+            ctx.out / "warm-up",
+            shape=shape,
+            settings=settings,
+            batch_tokens=config.batch_tokens,
+            seed=ctx.seed,
+            advance=advance,
+        )
+    release_memory()
+    direction = AdamDirection(eps=less.eps, eps_inside=less.eps_inside, bias_correction=less.bias_correction)
+    return Less(name, checkpoints, config.k, ctx.seed, direction)
 
 
 def _write_exact(

@@ -45,14 +45,14 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("selected", f"{selection['chosen']}: {mix}"))
     control = selection["negative_control"]
     if control:
-        overlap = ", ".join(f"{task} {x:.0%}" for task, x in control["overlap"].items())
-        low, high = control["chance_interval"]
-        lines.append(
-            (
-                "control",
-                f"overlap with an unrelated target's choice: {overlap} (chance {low:.0%} to {high:.0%})",
-            )
-        )
+        parts = []
+        for task, overlap in control["overlap"].items():
+            low, high = control["interval_given_sources"][task]
+            parts.append(f"{task} {overlap:.0%} (chance given the sources {low:.0%} to {high:.0%})")
+        lines.append(("control", f"overlap with an unrelated target's choice: {', '.join(parts)}"))
+        within = ", ".join(f"{task} {x:.0%}" for task, x in control["within_sources"].items())
+        low, high = control["within_interval"]
+        lines.append(("", f"of the best within each source: {within} (chance {low:.0%} to {high:.0%})"))
     comparison = selection["comparison"]
     rows = [row for row in comparison["table"] if row["budget"] == comparison["tokens"]]
     for task in dict.fromkeys(row["task"] for row in rows):

@@ -106,6 +106,7 @@ def run_ray(
         return
     try:
         import ray
+        from ray.exceptions import RayError
     except ImportError as error:
         raise Jz3Error("--ray needs the package ray: pip install 'jz3[cluster]'") from error
     options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
@@ -131,7 +132,7 @@ def run_ray(
                 number = pending.pop(reference)
                 try:
                     ray.get(reference)
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     cause = getattr(error, "cause", None) or error
                     failed[number] = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             if line := progress.line():

@@ -32,7 +32,7 @@ class ScoreSettings:
     """Numbers per document; `sketch` usually wants 8192."""
     rank: int = 128
     """adapted, known: basis vectors per layer and side."""
-    layers: int = 96
+    layers: int = 256
     """adapted: layers that may give coordinates."""
     fit_documents: int = 400
     """adapted: documents in the fit's sample, drawn by row number; 0: the queries alone."""

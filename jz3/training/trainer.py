@@ -125,7 +125,9 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
 def _checkpointing(on: bool) -> dict[str, Any]:
     """Return the setting that recomputes activations under its name here: it changed in transformers 5.21."""
     known = {field.name for field in dataclasses.fields(SFTConfig)}
-    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": on}
+    return {
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": on
+    }
 
 
 def schedule(settings: TrainSettings, steps: int) -> dict[str, Any]:

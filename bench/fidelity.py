@@ -1,0 +1,392 @@
+"""Feature kinds against exact gradients: `python bench/fidelity.py [--json FILE] [--tokens 128]`.
+
+Real mathematical texts (the folder `../shared/data` beside the checkout, or --data, and docstrings of
+installed packages) and queries of GSM8K and MATH. Texts and queries are split by the hash of their
+text: those with an even one may be seen by the fit, those with an odd one are measured. One pass over
+the measured documents gives the exact cosines and every kind's features; `plain adapted` leaves out the
+completion of the queries (jz3/features/completion.py). A kind's seconds are those of its fit and of its own
+pass over some of the documents, scaled to all of them.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jz3 import backend
+from jz3.corpus.config import SourceConfig
+from jz3.corpus.sources import read_texts
+from jz3.features import FeaturesConfig
+from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.completion import Completion
+from jz3.features.extract import Projection, extract, open_sink
+from jz3.features.known import fit_known
+from jz3.features.readout import Readout
+from jz3.features.sketch import Sketch
+from jz3.files import hash_text, write_json
+from jz3.gradients import (
+    Tokens,
+    layer_shape,
+    linear_layers,
+    make_batches,
+    run_pass,
+    tokenize_query,
+    tokenize_text,
+)
+from jz3.influence import agreement
+from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
+from jz3.ops.encode import CODEBOOKS, decode, encode
+from jz3.ops.signs import signs
+from jz3.records import Reject
+from jz3.seeding import rng
+from jz3.stage import progress_bar
+from jz3.targets import clean_solution
+from jz3.templates import prompt_for
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SAMPLES = ("cot_pretrain_sampled", "tool_pretrain_sampled", "finetune_sampled")
+PACKAGES = ("sympy", "scipy", "networkx", "mpmath")
+QUERIES = {
+    "gsm8k": ("targets/gsm8k_train.jsonl", "question", "answer"),
+    "math": ("eval/math-oai.jsonl", "problem", "solution"),
+}
+SHORTEST = 16
+"""Tokens of a text or of a query's solution, at least."""
+ADAPTED = ((1024, "4bit"), (2048, "4bit"), (8192, "4bit"), (1024, "int8"), (2048, "int8"), (4096, "int8"))
+LARGEST = max(k for k, _ in ADAPTED)
+SKETCH = FeaturesConfig(kind="sketch", k=8192)
+PEER = 16
+"""Directions per layer and side of the random projection that peers store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The four parts; queries per task."""
+
+    fit_documents: list[Tokens]
+    documents: list[Tokens]
+    fit_queries: dict[str, list[Tokens]]
+    queries: dict[str, list[Tokens]]
+
+
+def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (source, text) of the samples and of the packages' docstrings."""
+    for name in SAMPLES:
+        for line in (folder / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield name, row["input"] + row["output"]
+    for package in PACKAGES:
+        for record in read_texts(SourceConfig(name=package, kind="docstrings")):
+            if not isinstance(record, Reject):
+                yield "docstrings", record.text
+
+
+def take(rows: Sequence[tuple[str, Any]], count: int, seen: bool, label: str, tokenize: Any) -> list[Tokens]:
+    """Draw `count` usable rows of the half that the fit may see, or of the other one."""
+    half = [(key, row) for key, row in rows if (int(key, 16) % 2 == 0) == seen]
+    found: list[Tokens] = []
+    for i in rng(0, "fidelity", label, seen).permutation(len(half)):
+        if len(found) == count:
+            break
+        try:
+            tokens = tokenize(*half[i])
+        except ValueError:
+            # Too short, or a prompt that leaves no room: the next one takes its place.
+            continue
+        if len(tokens.ids) - tokens.start >= SHORTEST:
+            found.append(tokens)
+    if len(found) < count:
+        raise SystemExit(f"{label}: only {len(found)} of {count} texts are to be had")
+    return found
+
+
+def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> Texts:
+    """Read, split and tokenise documents and queries."""
+    limit = arguments.tokens
+    sources: dict[str, list[tuple[str, str]]] = {}
+    for source, text in read_documents(folder):
+        sources.setdefault(source, []).append((hash_text(text), text))
+    problems: dict[str, list[tuple[str, Any]]] = {}
+    for task, (file, problem, solution) in QUERIES.items():
+        rows = [json.loads(x) for x in (folder / file).read_text(encoding="utf-8").splitlines()]
+        problems[task] = [(hash_text(r[problem]), (r[problem], r[solution])) for r in rows]
+
+    def document(key: str, text: str) -> Tokens:
+        return tokenize_text(tokenizer, key, text, limit)
+
+    def query(key: str, row: tuple[str, str]) -> Tokens:
+        return tokenize_query(tokenizer, key, prompt_for(row[0], "cot"), clean_solution(row[1])[0], limit)
+
+    def documents(count: int, seen: bool) -> list[Tokens]:
+        each = -(-count // len(sources))
+        parts = [take(rows, each, seen, source, document) for source, rows in sources.items()]
+        return [t for part in parts for t in part][:count]
+
+    def queries(count: int, seen: bool) -> dict[str, list[Tokens]]:
+        each = -(-count // len(problems))
+        return {task: take(rows, each, seen, task, query) for task, rows in problems.items()}
+
+    return Texts(
+        documents(arguments.fit_documents, True),
+        documents(arguments.documents, False),
+        queries(arguments.fit_queries, True),
+        queries(arguments.queries, False),
+    )
+
+
+class Exact:
+    """Forms every text's gradient: kept (queries), then multiplied with what was kept (documents)."""
+
+    def __init__(self) -> None:
+        self.queries: dict[str, Any] = {}
+        self.keep = True
+        self._products: Any = 0.0
+        self._square: Any = 0.0
+
+    def forward(self, name: str, a: torch.Tensor) -> Any:
+        return a
+
+    def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
+        full = (g.float().transpose(1, 2) @ kept.float()).flatten(1)
+        self._square = self._square + full.square().sum(1)
+        if self.keep:
+            self.queries.setdefault(name, []).append(full.to(g.dtype))
+        else:
+            self._products = self._products + full @ self.queries[name].to(full.dtype).T
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (inner products over the document's norm [B, Q], norms [B])."""
+        norm, products = self._square.sqrt(), self._products
+        self._products = self._square = 0.0
+        return (norm if self.keep else products / norm[:, None]).cpu(), norm.cpu()
+
+
+class Peer:
+    """A random two-sided projection of every layer, stored whole, as bergson and TrackStar do."""
+
+    def __init__(self, layers: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self._sides: dict[str, tuple[Any, Any]] = {}
+        for name, layer in layers.items():
+            left, right = (
+                signs(0, f"peer {name} {side}", PEER, size).T.to(device, dtype) / size**0.5
+                for side, size in zip(("left", "right"), layer_shape(layer), strict=True)
+            )
+            self._sides[name] = left, right
+        self._blocks: list[torch.Tensor] = []
+
+    def forward(self, name: str, a: torch.Tensor) -> Any:
+        return a @ self._sides[name][1]
+
+    def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
+        block = (g @ self._sides[name][0]).float().transpose(1, 2) @ kept.float()
+        self._blocks.append(block.flatten(1))
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (unit vectors, as bfloat16 keeps them, and norms)."""
+        values, self._blocks = torch.cat(self._blocks, 1), []
+        norm = values.norm(dim=1, keepdim=True)
+        return (values / norm).bfloat16().float().cpu(), norm[:, 0].cpu()
+
+
+class Several:
+    """Hands the same factors to several sinks."""
+
+    def __init__(self, sinks: dict[str, Any]) -> None:
+        self.sinks = sinks
+
+    def forward(self, name: str, a: torch.Tensor) -> Any:
+        return [sink.forward(name, a) for sink in self.sinks.values()]
+
+    def backward(self, name: str, kept: Any, g: torch.Tensor) -> None:
+        for sink, mine in zip(self.sinks.values(), kept, strict=True):
+            sink.backward(name, mine, g)
+
+
+class Bench:
+    """The model with the options of all passes."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder = resolve_model(ModelConfig(name=arguments.model))
+        self.tokenizer = load_tokenizer(self.folder)
+        model: Any = load_model(self.folder, arguments.dtype)
+        self.model = model.to(best_device())
+        self.layers = linear_layers(model)
+        self.weight = next(model.parameters())
+        self.batch_tokens = arguments.batch_tokens
+
+    def several(self, label: str, texts: Sequence[Tokens], sinks: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return what every sink says of every text, and the hidden states."""
+        found: dict[str, torch.Tensor] = {}
+        batches = make_batches(texts, self.batch_tokens)
+        with progress_bar(len(texts), label) as advance:
+            for batch, result in run_pass(self.model, self.layers, Several(sinks), batches):
+                parts = {name: sink.take()[0] for name, sink in sinks.items()}
+                for name, rows in (*parts.items(), ("hidden", result.hidden.cpu())):
+                    if name not in found:
+                        found[name] = torch.zeros(len(texts), *rows.shape[1:])
+                    found[name][batch.positions] = rows.float()
+                advance(len(batch.positions))
+        return found
+
+    def sinks(self, projections: dict[str, Projection]) -> dict[str, Any]:
+        """Open the projections' sinks, the peer's and the exact one."""
+        opened = {n: open_sink(p, self.weight.dtype, self.weight.device) for n, p in projections.items()}
+        return {**opened, "random": Peer(self.layers, self.weight.dtype, self.weight.device)}
+
+    def seconds(self, sample: Sequence[Tokens], sink: Any, documents: int) -> float:
+        """Time a pass with one sink over some texts, scaled to all documents."""
+        start = time.perf_counter()
+        for _ in run_pass(self.model, self.layers, sink, make_batches(sample, self.batch_tokens)):
+            sink.take()
+        return (time.perf_counter() - start) * documents / len(sample)
+
+    def timed(self, sample: Sequence[Tokens], projection: Projection, documents: int) -> float:
+        """The same for a projection that runs the model in its own way."""
+        start = time.perf_counter()
+        extract(self.model, self.layers, sample, projection, batch_tokens=self.batch_tokens)
+        return (time.perf_counter() - start) * documents / len(sample)
+
+
+def coded(values: torch.Tensor, fit: AdaptedFit | Sketch | Readout, code: str) -> torch.Tensor:
+    """Return the values as their codes give them back."""
+    return decode(encode(values, fit.mean, fit.scale, code), fit.mean, fit.scale, code)
+
+
+def row(
+    kind: str, size: int, queries: str, scores: torch.Tensor, exact: torch.Tensor, tasks: Any, seconds: float
+) -> dict[str, Any]:
+    """Return a line of the table: scores [N, Q] against exact cosines."""
+    found, wanted = scores.double().numpy(), exact.double().numpy()
+    whole = agreement(found, wanted)
+    return {
+        "kind": kind,
+        "bytes": size,
+        "queries": queries,
+        "spearman": whole["spearman"],
+        "task_spearman": {t: agreement(found[:, c], wanted[:, c])["task_spearman"] for t, c in tasks.items()},
+        "recall": whole["recall"],
+        "seconds": seconds,
+    }
+
+
+def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the table."""
+    queries = [t for group in texts.queries.values() for t in group]
+    bounds = np.cumsum([0] + [len(group) for group in texts.queries.values()])
+    tasks = {t: slice(a, b) for t, a, b in zip(texts.queries, bounds, bounds[1:], strict=False)}
+    seen = [t for group in texts.fit_queries.values() for t in group]
+    documents, sample = texts.documents, texts.documents[:: max(1, len(texts.documents) // 32)][:32]
+    model, layers, many = bench.model, bench.layers, len(documents)
+
+    start = time.perf_counter()
+    options = {"rank": arguments.rank, "max_layers": arguments.layers}
+    k_large = LARGEST + arguments.completion
+    with progress_bar(2 * (len(seen) + len(texts.fit_documents)), "fit") as advance:
+        fit = fit_adapted(model, "", layers, seen, texts.fit_documents, k=k_large, advance=advance, **options)
+    with progress_bar(len(texts.fit_documents), "completion") as advance:
+        sample_values = extract(model, layers, texts.fit_documents, fit, advance=advance).values
+    fit_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    known = fit_known(model, "", layers, texts.queries, rank=arguments.known_rank)
+    known_seconds = time.perf_counter() - start
+    sketch = Sketch.of("", layers, SKETCH.k, SKETCH.sketch_left, SKETCH.sketch_right, 0)
+    readout = Readout("")
+
+    exact = Exact()
+    asked = bench.several(
+        "queries", queries, {**bench.sinks({"adapted": fit, "sketch": sketch}), "exact": exact}
+    )
+    back = torch.tensor([p for b in make_batches(queries, bench.batch_tokens) for p in b.positions]).argsort()
+    for name in layers:
+        exact.queries[name] = torch.cat(exact.queries[name])[back]
+    exact.keep = False
+    sinks = bench.sinks({"adapted": fit, "sketch": sketch, "known": known})
+    found = bench.several("documents", documents, {**sinks, "exact": exact})
+    exact.queries.clear()
+    target = found["exact"] / asked["exact"]
+
+    small = open_sink(fit.top(LARGEST), bench.weight.dtype, bench.weight.device)
+    pass_seconds = bench.seconds(sample, small, many)
+    for k, code in ADAPTED:
+        completion = Completion.of(fit, k, sample_values)
+        values = coded(found["adapted"][:, completion.positions], fit.top(k), code)
+        size, seconds = k * CODEBOOKS[code].bits // 8, fit_seconds + pass_seconds
+        for kind, psi in (
+            ("adapted", completion.fold(asked["adapted"])),
+            ("plain adapted", asked["adapted"][:, completion.positions]),
+        ):
+            yield row(f"{kind} {code}", size, "unseen", values @ psi.T, target, tasks, seconds)
+    scores = coded(found["sketch"], sketch, "int8") @ asked["sketch"].T
+    seconds = bench.seconds(sample, sinks["sketch"], many)
+    yield row("sketch int8", sketch.k, "unseen", scores, target, tasks, seconds)
+    seconds = known_seconds + bench.seconds(sample, sinks["known"], many)
+    yield row("known", 0, "known", found["known"], target, tasks, seconds)
+    mine, theirs = (extract(model, layers, x, readout).values for x in (documents, queries))
+    scores = coded(mine, readout, "int8") @ theirs.T
+    seconds = bench.timed(sample, readout, many)
+    yield row("readout int8", readout.k, "unseen", scores, target, tasks, seconds)
+    unit = [torch.nn.functional.normalize(x["hidden"], dim=1) for x in (found, asked)]
+    yield row("hidden", 2 * unit[0].shape[1], "unseen", unit[0] @ unit[1].T, target, tasks, seconds)
+    scores = found["random"] @ asked["random"].T
+    size = 2 * found["random"].shape[1]
+    seconds = bench.seconds(sample, sinks["random"], many)
+    yield row(f"random {PEER}x{PEER}", size, "unseen", scores, target, tasks, seconds)
+
+
+def machine() -> str:
+    """Return the line that the table begins with."""
+    features = backend.extension().cpu_features() if not backend.extension_missing() else "not compiled"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads, {features}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Parse the arguments, print the table, write the JSON."""
+    defaults = FeaturesConfig()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with samples/, targets/ and eval/")
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--tokens", type=int, default=128, help="of a text or query")
+    parser.add_argument("--documents", type=int, default=1000, help="measured ones")
+    parser.add_argument("--queries", type=int, default=40, help="measured ones, 0.2 GB each for SmolLM2-135M")
+    parser.add_argument("--fit-documents", type=int, default=defaults.fit_documents)
+    parser.add_argument("--fit-queries", type=int, default=defaults.fit_queries)
+    parser.add_argument("--rank", type=int, default=defaults.rank)
+    parser.add_argument("--layers", type=int, default=defaults.layers)
+    parser.add_argument("--completion", type=int, default=defaults.completion, help="more numbers of a query")
+    parser.add_argument("--known-rank", type=int, default=64)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    arguments = parser.parse_args()
+    if not (arguments.data / "samples").is_dir():
+        raise SystemExit(f"{arguments.data} has no folder samples; say where the texts are with --data")
+    print(machine())
+    bench = Bench(arguments)
+    texts = load_texts(arguments.data, bench.tokenizer, arguments)
+    counts = {name: len(getattr(texts, name)) for name in ("documents", "fit_documents")}
+    print(f"{counts}, {arguments.queries} measured queries, {arguments.fit_queries} in the fit")
+    print(f"{'kind':20}{'bytes':>8}{'queries':>9}{'Spearman':>10}{'task Spearman':>26}{'recall':>8}{'s':>8}")
+    rows = []
+    for line in measure(bench, texts, arguments):
+        rows.append(line)
+        per_task = ", ".join(f"{t} {x:.3f}" for t, x in line["task_spearman"].items())
+        print(
+            f"{line['kind']:20}{line['bytes']:>8}{line['queries']:>9}{line['spearman']:>10.3f}{per_task:>26}"
+            f"{line['recall']:>8.2f}{line['seconds']:>8.0f}",
+            flush=True,
+        )
+    if arguments.json:
+        table = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
+        write_json(arguments.json, {"machine": machine(), "arguments": table, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

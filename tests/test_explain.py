@@ -1,0 +1,114 @@
+"""Values per token against the full gradients, and how they are shown."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gradients import autograd_gradients, random_model, random_texts
+
+from jz3.cli import main
+from jz3.explain import explain, render, token_strings, token_values, write_html
+from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.models import load_model, load_tokenizer
+
+TEXT = "The sum of 7 and 9 is 16 — naïvely 🙂 done.\n\nNext: 3 * 12 = 36."
+QUERY = ("Question: what is 7 plus 9?\n", "The sum of 7 and 9 is 16.")
+
+
+def cosine(model: torch.nn.Module, one: Tokens, other: Tokens) -> float:
+    """By autograd through the weights."""
+    first, _ = autograd_gradients(model, one, "mean")  # pyright: ignore[reportArgumentType]
+    second, _ = autograd_gradients(model, other, "mean")  # pyright: ignore[reportArgumentType]
+    x, y = (torch.cat([g.flatten() for g in gs.values()]) for gs in (first, second))
+    return float(x @ y / (x.norm() * y.norm()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_values_sum_to_the_exact_cosine(name: str) -> None:
+    model, texts = random_model(name), random_texts(5)
+    values = token_values(model, linear_layers(model), texts[0], texts[1:], batch_tokens=30)
+    assert values.shape == (4, len(texts[0].ids))
+    for row, query in enumerate(texts[1:]):
+        assert float(values[row].sum()) == pytest.approx(cosine(model, texts[0], query), abs=1e-6)
+
+
+def test_a_value_is_its_token_s_part_of_the_gradient() -> None:
+    """Against g_t a_t^T formed token by token."""
+    from test_gradients import Whole
+
+    from jz3.gradients import make_batches, run_pass
+
+    model, texts = random_model("llama"), random_texts(2)
+    layers = linear_layers(model)
+
+    class Factors(Whole):
+        def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
+            self.gradients[name] = torch.einsum("to,ti->toi", g[0], kept[0])
+
+    parts, query = Factors(), Whole()
+    for sink, text in ((parts, texts[0]), (query, texts[1])):
+        for _ in run_pass(model, layers, sink, make_batches([text], 100)):
+            pass
+    target = torch.cat([query.gradients[n].flatten() for n in layers])
+    per_token = torch.cat([parts.gradients[n].flatten(1) for n in layers], 1)
+    expected = per_token @ target / (per_token.sum(0).norm() * target.norm())
+    found = token_values(model, layers, texts[0], [texts[1]])[0]
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_explain_a_text(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float64"), load_tokenizer(tiny_model)
+    second = ("", "3 * 12 = 36, so there are 36 rows.")
+    values = explain(model, tokenizer, TEXT, [QUERY, second])
+    assert "".join(piece for piece, _ in values) == TEXT
+    text = tokenize_text(tokenizer, "t", TEXT, 512)
+    asked = [tokenize_query(tokenizer, "q", *QUERY, 512), tokenize_text(tokenizer, "r", second[1], 512)]
+    expected = sum(cosine(model, text, q) for q in asked) / 2
+    assert sum(value for _, value in values) == pytest.approx(expected, abs=1e-6)
+    short = explain(model, tokenizer, TEXT, [second], max_tokens=9)
+    assert len(short) == 9 and TEXT.startswith("".join(piece for piece, _ in short))
+
+
+def test_strings_of_tokens(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    ids = tokenizer(TEXT).input_ids
+    pieces = token_strings(tokenizer, TEXT, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == TEXT and "🙂" in pieces
+
+
+def test_page_and_terminal(tmp_path: Path) -> None:
+    values = [("<b>", 0.2), (" bad", -0.4), ("\n", 0.0)]
+    write_html(tmp_path / "page.html", values, "A & B", "what is 1 < 2?")
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;</span>" in page and "A &amp; B" in page and "1 &lt; 2" in page and "-0.2000" in page
+    assert "rgba(0,140,60,0.50)" in page and "rgba(210,40,40,1.00)" in page and "http" not in page
+    text = render(values)
+    assert text.plain == "<b> bad\n"
+    assert {str(span.style) for span in text.spans} == {"#ffffff on #005000", "#ffffff on #a00000"}
+
+
+def test_errors(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    with pytest.raises(ValueError, match="no query"):
+        explain(model, tokenizer, TEXT, [])
+    with pytest.raises(ValueError, match="empty completion"):
+        explain(model, tokenizer, TEXT, [("What?", "")])
+    with torch.no_grad():
+        output: Any = model.get_output_embeddings()
+        output.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="gradient norm of text 0 is nan"):
+        explain(model, tokenizer, TEXT, [QUERY])
+
+
+def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    arguments = ["explain", "tiny", "--text", TEXT, "--problem", "7 + 9?", "--dtype", "float32"]
+    assert main([*arguments, "--solution", "16", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "cosine of gradients" in out and "helps most" in out and page.is_file()
+    assert main(["explain", "tiny", "--text", TEXT]) == 2
+    assert "needs --problem" in capsys.readouterr().err
+    assert main(["explain", "tiny", "--problem", "7 + 9?"]) == 2
+    assert "either --text or --doc" in capsys.readouterr().err

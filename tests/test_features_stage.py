@@ -1,0 +1,73 @@
+"""The features stage, kind by kind, on the tiny preset's corpus and targets."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jz3.config import Recipe, shipped_recipe
+from jz3.errors import Jz3Error
+from jz3.features import FeaturesConfig, LessConfig
+from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
+from jz3.files import read_json
+from jz3.influence import feature_blocks
+from jz3.pipeline import run_pipeline
+from jz3.stage import StageContext
+
+
+def features_of(out: Path, **settings: Any) -> tuple[Recipe, dict[str, Any]]:
+    """Run the tiny preset up to the features with other settings of theirs; return its summary."""
+    recipe = shipped_recipe("tiny")
+    recipe = dataclasses.replace(recipe, features=dataclasses.replace(recipe.features, **settings))
+    run_pipeline(recipe, out, "features")
+    return recipe, read_json(out / "features" / "manifest.json")["summary"]
+
+
+@pytest.mark.parametrize("kind", ["sketch", "readout", "less"])
+def test_every_kind_fills_the_store(tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    less = LessConfig(share=0.2, epochs=2, batch_texts=4, rank=4, alpha=16.0)
+    recipe, summary = features_of(tmp_path / "run", kind=kind, k=512, bits=8, less=less)
+    k = 1024 if kind == "less" else 512
+    assert (summary["kind"], summary["k"], summary["bytes_per_document"]) == (kind, k, k)
+    ctx = StageContext(recipe=recipe, run_dir=tmp_path / "run", name="influence")
+    values = np.concatenate([block.values for block in feature_blocks(ctx)])
+    assert values.shape == (summary["documents"], k)
+    # Codes of 8 bits keep the unit length of projections (hashed ones are of unit length on average).
+    assert np.abs(np.linalg.norm(values, axis=1) - 1).mean() < 0.2
+    with pytest.raises(Jz3Error, match="this model is another"):
+        load_projection(tmp_path / "run" / "features", "another")
+    if kind == "less":
+        assert sorted(p.name for p in (tmp_path / "run" / "features" / "warm-up").iterdir()) == [
+            "epoch-1.safetensors",
+            "epoch-2.safetensors",
+        ]
+
+
+def test_queries_are_completed_and_documents_are_not(tmp_path: Path, tiny_model: Path) -> None:
+    documents, queries = {}, {}
+    for completion in (0, 512):
+        out = tmp_path / str(completion)
+        recipe, summary = features_of(out, completion=completion)
+        ctx = StageContext(recipe=recipe, run_dir=out, name="influence")
+        documents[completion] = np.concatenate([block.values for block in feature_blocks(ctx)])
+        queries[completion] = read_extracted(out / "features" / "queries.safetensors")[1]["values"]
+        assert summary["k"] == 256 and not (out / "features" / LARGE_FIT).exists()
+    assert np.array_equal(documents[0], documents[512])
+    assert queries[0].shape == queries[512].shape
+    assert not np.allclose(queries[0], queries[512], atol=1e-4)
+
+
+def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:
+    with pytest.raises(Jz3Error, match="no fit, sketch or other projection"):
+        projection_path(tmp_path)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"features\.kind must be one of adapted, sketch, less, readout"):
+        FeaturesConfig(kind="hidden")
+    with pytest.raises(ValueError, match=r"features\.reduction"):
+        FeaturesConfig(reduction="max")
+    with pytest.raises(ValueError, match="share must lie in"):
+        FeaturesConfig(less=LessConfig(share=0.0))

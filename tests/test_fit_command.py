@@ -1,0 +1,55 @@
+"""`jz3 fit` from files of queries and documents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jz3.cli import main
+from jz3.errors import Jz3Error
+from jz3.features.adapted import AdaptedFit
+from jz3.features.extract import model_hash
+
+SMALL = ["--k", "64", "--rank", "8", "--dtype", "float32"]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_fit_from_both(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries = write(
+        tmp_path / "q.jsonl",
+        [{"prompt": f"What is {i} + 2?", "completion": f"It is {i + 2}."} for i in range(5)]
+        + [{"prompt": "What?", "completion": ""}, {"question": "?"}],
+    )
+    documents = write(tmp_path / "d.jsonl", [{"text": f"The number {i} is even or odd."} for i in range(6)])
+    digests = []
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}.safetensors"
+        arguments = ["fit", "tiny", "--queries", queries, "--documents", documents, "--out", str(out)]
+        assert main([*arguments, *SMALL]) == 0
+        said = capsys.readouterr().out
+        assert "2 rows are unusable" in said and "fitted to 5 queries and 6 documents" in said
+        digests.append(said.rsplit(None, 1)[1])
+    assert digests[0] == digests[1]
+    assert AdaptedFit.load(tmp_path / "a.safetensors", model_hash(tiny_model)).k == 64
+    with pytest.raises(Jz3Error, match="was fitted for model"):
+        AdaptedFit.load(tmp_path / "a.safetensors", "another")
+
+
+def test_sample_is_drawn(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = write(tmp_path / "d.jsonl", [{"text": f"The number {i} is even or odd."} for i in range(6)])
+    arguments = ["fit", "tiny", "--documents", documents, "--max-documents", "4", *SMALL]
+    assert main([*arguments, "--out", str(tmp_path / "f.safetensors")]) == 0
+    assert "fitted to 0 queries and 4 documents" in capsys.readouterr().out
+
+
+def test_errors(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "tiny"]) == 2
+    assert "needs --queries, --documents, or both" in capsys.readouterr().err
+    empty = write(tmp_path / "e.jsonl", [{"other": 1}])
+    assert main(["fit", "tiny", "--documents", empty]) == 2
+    assert "holds no usable row with text" in capsys.readouterr().err
