@@ -182,6 +182,7 @@ def test_first_loss_is_the_mean_over_the_predicted_tokens_of_the_step(tiny_model
 
 def test_the_end_is_learned_and_the_model_is_whole(tiny_model, tmp_path):
     import torch
+    from safetensors.torch import load_file
 
     same = [("Say it: ", "apples.")] * 60
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-2, epochs=3, max_length=64)
@@ -192,7 +193,8 @@ def test_the_end_is_learned_and_the_model_is_whole(tiny_model, tmp_path):
         **prompt, max_new_tokens=20, do_sample=False
     )[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(out) == f"apples.{tokenizer.eos_token}"
-    assert model.dtype == torch.bfloat16
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     before, after = (read_json(folder / "config.json") for folder in (tiny_model, tmp_path / "model"))
     assert after == before | {"dtype": "bfloat16"}
 
