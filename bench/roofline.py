@@ -191,55 +191,70 @@ def loop_products(kernel: KernelReport) -> list[int]:
     return [sum(x.ops[op] for op in ("HMMA", "IMMA", "HGMMA")) for x in kernel.nest]
 
 
+SCORES = (("int8", 64), ("int8", 4), ("4bit", 64))
+"""Kinds of codes and numbers of queries."""
+
+
 def score_topk(gpu: str) -> list[Case]:
-    """A million documents of 8,192 int8 codes, 64 queries."""
-    module, reports = compiled("score_topk.cu", GPUS[gpu], 128, 0)
-    kernel, machine = module.kernels["jz3_score_8bit"], reports["jz3_score_8bit"]
-    rows = 128
+    """A million documents of 8,192 codes."""
+    return [scores_of_kind(gpu, kind, queries) for kind, queries in SCORES]
 
-    def run(width: int) -> Run:
-        import torch
 
-        from jz3.ops.score_topk import fragments
+def scores_of_kind(gpu: str, kind: str, queries: int) -> Case:
+    """The scores of one kind of codes, of 4, 16 or 64 queries."""
+    import torch
 
-        device = Device()
-        planes = torch.zeros(2, 4, width, dtype=torch.int8)
+    from jz3.ops.encode import CODEBOOKS
+    from jz3.ops.score_topk import fragments, level_words
+
+    rows, bits = 256, CODEBOOKS[kind].bits
+    step = 32 if bits == 1 else 64  # bytes of a row
+    stages, coordinates = {8: 4, 4: 3}.get(bits, 2), step * 8 // bits
+    shared = stages * (rows * step + 2 * queries * coordinates)
+    symbol = f"jz3_score_{bits}bit_{queries}"
+    module, reports = compiled("score_topk.cu", GPUS[gpu], 256, shared)
+    machine = reports[symbol]
+
+    def run(steps: int) -> Run:
+        device, width = Device(), steps * step
+        planes = torch.zeros(2, queries, steps * coordinates, dtype=torch.int8)
         parameters = struct(
             ("codes", np.uint64, device.put(np.zeros((rows, width), np.uint8))),
-            ("fragments", np.uint64, device.put(fragments(planes, 8, width).numpy())),
-            ("step", np.uint64, device.put(np.ones(4))),
-            ("bias", np.uint64, device.put(np.ones(4))),
+            ("fragments", np.uint64, device.put(fragments(planes, bits, width).numpy())),
+            ("step", np.uint64, device.put(np.ones(queries))),
+            ("bias", np.uint64, device.put(np.ones(queries))),
             ("row_scale", np.uint64, device.put(np.ones(rows, np.float32))),
-            ("scores", np.uint64, device.put(np.zeros((4, rows), np.float32))),
+            ("scores", np.uint64, device.put(np.zeros((queries, rows), np.float32))),
             ("rows", np.int64, rows),
             ("row_bytes", np.int64, width),
-            ("queries", np.int64, 4),
-            ("bits", np.int32, 8),
-            ("levels", (np.uint32, 4), [0] * 4),
+            ("queries", np.int64, queries),
+            ("first_query", np.int64, 0),
+            ("bits", np.int32, bits),
+            ("levels", (np.uint32, 4), level_words(kind)),
         )
-        return device.launch(kernel, (1,), (128,), [parameters], metrics=True)
-
-    def traffic(count: int, width: int, queries: int) -> float:
-        return count * (width + 4 + 4 * queries) + 2 * queries * width + 16 * queries
-
-    short, long = run(128), run(256)
-    count, width, queries = 1_000_000, 8192, 64
-    return [
-        Case(
-            "score_topk",
-            f"N={count} K={width} int8 Q={queries}",
-            gpu,
-            count * (width + 4) + queries * 2 * width,
-            traffic(count, width, queries),
-            2.0 * 2 * count * width * queries,
-            "s8",
-            count / rows * queries / 4 * width / 64,
-            loop_cycles(machine, max(loop_products(machine)), {}),
-            difference(short, long, 2),
-            machine.warps_per_sm,
-            roofline.counts(long)["dram_bytes"] / traffic(rows, 256, 4),
+        return device.launch(
+            module.kernels[symbol], (1,), (256,), [parameters], dyn_smem=shared, metrics=True
         )
-    ]
+
+    def traffic(count: int, dim: int) -> float:
+        return count * (dim * bits // 8 + 4 + 4 * queries) + 2 * queries * dim + 16 * queries
+
+    short, long = run(4), run(8)
+    count, dim = 1_000_000, 8192
+    return Case(
+        "score_topk",
+        f"N={count} K={dim} {kind} Q={queries}",
+        gpu,
+        count * (dim * bits // 8 + 4) + queries * 2 * dim,
+        traffic(count, dim),
+        2.0 * 2 * count * dim * queries,
+        "s8",
+        count / rows * dim / coordinates,
+        loop_cycles(machine, max(loop_products(machine)), {}),
+        difference(short, long, 4),
+        machine.warps_per_sm,
+        roofline.counts(long)["dram_bytes"] / traffic(rows, 8 * coordinates),
+    )
 
 
 def segment_traffic(documents: int, tokens: int, width: int, plan: Plan | None = None) -> float:

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
           jz3::ScoreCodes p{at<const uint8_t>(codes), at<const uint32_t>(fragments), at<const double>(step),
                             at<const double>(bias),   at<const float>(row_scale),    at<float>(scores),
                             rows,                     row_bytes,                     queries,
-                            bits,                     {0, 0, 0, 0}};
+                            0,                        bits,                          {0, 0, 0, 0}};
           for (size_t i = 0; i < levels.size() && i < 4; ++i) p.levels[i] = levels[i];
           check(jz3::launch_score_codes(p, at<CUstream_st>(stream)));
         });

@@ -1,12 +1,14 @@
-// A CUDA runtime that launches nothing: it notes what the launchers of segment_project ask for, so that their host
-// code runs in tests without a driver. Linked with the objects that nvcc makes of csrc/cuda/segment_project*.cu.
+// A CUDA runtime that launches nothing: it notes what the launchers of segment_project and score_topk ask for, so that
+// their host code runs in tests without a driver. Linked with the objects that nvcc makes of their csrc/cuda/*.cu.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cuda/launch.h"
 
@@ -18,6 +20,7 @@ dim3 grid, block;
 size_t shared;
 cudaStream_t stream;
 int allowed = 0;
+std::vector<int64_t> first_queries;  // of each launch of score_topk
 
 CUresult encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
                 const cuuint64_t* pitch, const cuuint32_t* box, const cuuint32_t* steps,
@@ -54,8 +57,10 @@ cudaError_t __cudaPopCallConfiguration(dim3* g, dim3* b, size_t* bytes, void* s)
   *g = grid, *b = block, *bytes = shared, *static_cast<cudaStream_t*>(s) = stream;
   return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 g, dim3 b, void**, size_t bytes, cudaStream_t s) {
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 g, dim3 b, void** arguments, size_t bytes, cudaStream_t s) {
   char line[400];
+  if (names[kernel].rfind("jz3_score_", 0) == 0)
+    first_queries.push_back(static_cast<const jz3::ScoreCodes*>(arguments[0])->first_query);
   snprintf(line, sizeof line, "%s grid=%u,%u,%u block=%u,%u,%u shared=%zu allowed=%d stream=%p\n",
            names[kernel].c_str(), g.x, g.y, g.z, b.x, b.y, b.z, bytes, allowed, static_cast<void*>(s));
   record += line;
@@ -94,6 +99,14 @@ const char* launch(const jz3::SegmentProject* p, int kind, int bf16, int64_t gro
 const char* launch_sum(const jz3::SegmentSum* p, int64_t documents) {
   record.clear();
   jz3::launch_segment_sum(*p, documents, reinterpret_cast<cudaStream_t>(0x5));
+  return record.c_str();
+}
+
+const char* launch_score(const jz3::ScoreCodes* p, int64_t* first) {
+  record.clear();
+  first_queries.clear();
+  jz3::launch_score_codes(*p, reinterpret_cast<cudaStream_t>(0x5));
+  std::copy(first_queries.begin(), first_queries.end(), first);
   return record.c_str();
 }
 }

@@ -1,4 +1,4 @@
-"""Stands in for `jz3._cuda` in tests: runs the PTX of segment_project's kernels on the memory of CPU tensors."""
+"""Stands in for `jz3._cuda` in tests: runs the PTX of its kernels on the memory of CPU tensors."""
 
 import ctypes
 import subprocess
@@ -34,7 +34,8 @@ def memory(address: int, kind: Any, count: int) -> np.ndarray:
 def build_launchers(folder: Path) -> Any:
     """Build the launchers on a CUDA runtime that takes notes instead of launching (recorded_launches.cpp)."""
     sources = [Path(__file__).with_name("recorded_launches.cpp")]
-    sources += [SOURCES / "cuda" / f"{name}.cu" for name in ("segment_project", "segment_project_sm90")]
+    names = ("segment_project", "segment_project_sm90", "score_topk")
+    sources += [SOURCES / "cuda" / f"{name}.cu" for name in names]
     library = folder / "launchers.so"
     options = ["-O1", "-std=c++17", "-gencode", "arch=compute_90a,code=compute_90a", "-I", str(SOURCES)]
     options += ["-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-o", str(library)]
@@ -43,12 +44,15 @@ def build_launchers(folder: Path) -> Any:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     launchers.launch.argtypes = [pointer, number, number, size, size, number]
     launchers.launch_sum.argtypes = [pointer, size]
-    launchers.launch.restype = launchers.launch_sum.restype = ctypes.c_char_p
+    launchers.launch_score.argtypes = [pointer, pointer]
+    for launcher in (launchers.launch, launchers.launch_sum, launchers.launch_score):
+        launcher.restype = ctypes.c_char_p
     return launchers
 
 
 class SimulatedCuda:
-    """The extension's functions, with its names of arguments; `runs` keeps what the simulator found.
+    """The extension's functions, with its names of arguments; `runs` keeps what the simulator found and
+    `launched` the names of the kernels.
 
     The launchers are the extension's own (`build_launchers`): they say what is launched, how, and on which
     tensor maps.
@@ -61,6 +65,7 @@ class SimulatedCuda:
     ) -> None:
         self.modules, self.launchers, self._archs, self.options = modules, launchers, list(archs), options
         self.runs: list[Any] = []
+        self.launched: list[str] = []
 
     def archs(self) -> list[str]:
         return self._archs
@@ -123,12 +128,45 @@ class SimulatedCuda:
         self._launch(device, self.launchers.launch_sum(parameters.ctypes, x["count"]), parameters)
         out[:] = device.get(at[1], np.float32, out.shape)
 
+    def score_codes(self, *x: Any) -> None:
+        from gpu_without_gpu.ptxsim import Device
+
+        codes, fragments, step, bias, row_scale, scores, rows, width, queries, bits, levels, _ = x
+        steps, products = (-(-width // 32), 8) if bits == 1 else (-(-width // 64), 16 // bits)
+        out = memory(scores, np.float32, queries * rows)
+        device = Device()
+        arrays = {
+            "codes": memory(codes, np.uint8, rows * width),
+            "fragments": memory(fragments, np.uint32, steps * -(-queries // 4) * products * 64),
+            "step": memory(step, np.float64, queries),
+            "bias": memory(bias, np.float64, queries),
+            "row_scale": memory(row_scale, np.float32, rows),
+            "scores": out,
+        }
+        at = {name: device.put(array) for name, array in arrays.items()}
+
+        def parameters(first: int) -> np.ndarray:
+            sizes = {"rows": rows, "row_bytes": width, "queries": queries, "first_query": first}
+            return struct(
+                *((name, np.uint64, address) for name, address in at.items()),
+                *((name, np.int64, size) for name, size in sizes.items()),
+                ("bits", np.int32, bits),
+                ("levels", (np.uint32, 4), levels),
+            )
+
+        first = np.zeros(2, np.int64)
+        asked = self.launchers.launch_score(parameters(0).ctypes, first.ctypes).splitlines()
+        for line, begin in zip(asked, first.tolist(), strict=False):
+            self._launch(device, line, parameters(begin))
+        out[:] = device.get(at["scores"], np.float32, out.shape)
+
     def _launch(self, device: Any, asked: bytes, parameters: np.ndarray) -> None:
         """Run what a launcher asked for."""
         from gpu_without_gpu.ptxsim import TensorMap
 
         *maps, launch = asked.decode().splitlines()
-        name, fields = launch.split(" ")[0], dict(field.split("=") for field in launch.split(" ")[1:])
+        self.launched.append(launch.split(" ")[0])
+        name, fields = self.launched[-1], dict(field.split("=") for field in launch.split(" ")[1:])
         shared = int(fields["shared"])
         assert shared <= int(fields["allowed"]) or shared == 0, launch
         assert fields["stream"] == "0x5", launch

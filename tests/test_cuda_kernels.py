@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
+from simulated_cuda import SimulatedCuda, build_launchers, install
 
 from jz3 import backend
 from jz3.ops.encode import CODEBOOKS, encode
 from jz3.ops.score_topk import (
+    _score_topk_cuda,
     chunk_topk,
     fold_queries,
-    fragments,
-    level_words,
     score_topk,
     score_topk_reference,
     top_k,
@@ -99,55 +99,46 @@ def test_sign_project(modules: dict, arch: str, rows: int, columns: int, k: int)
         assert_as_accurate(got, plain, exact)
 
 
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build_launchers(tmp_path_factory.mktemp("launchers"))
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
-    ("kind", "dim"), [("1bit", 600), ("2bit", 290), ("4bit", 32), ("4bit", 290), ("int8", 16), ("int8", 200)]
+    ("kind", "dim", "queries", "kernels"),
+    [
+        ("1bit", 900, 5, [16]),
+        ("1bit", 600, 67, [64, 4]),
+        ("2bit", 290, 3, [4]),
+        ("2bit", 900, 40, [64]),
+        ("4bit", 32, 64, [64]),
+        ("4bit", 700, 80, [64, 16]),
+        ("4bit", 290, 16, [16]),
+        ("int8", 16, 1, [4]),
+        ("int8", 400, 81, [64]),
+    ],
 )
-def test_scores_are_exact(modules: dict, arch: str, kind: str, dim: int) -> None:
-    from gpu_without_gpu.ptxsim import Device
-
-    rows, queries, bits = 150, 5, CODEBOOKS[kind].bits
+def test_scores_are_exact(
+    modules: dict, launchers: Any, arch: str, kind: str, dim: int, queries: int, kernels: list[int]
+) -> None:
+    rows, bits = 270, CODEBOOKS[kind].bits
     width = -(-dim * bits // 8 // 16) * 16
     dim = width * 8 // bits
     mean, scale = normal(1, dim), normal(2, dim).abs()
     codes = encode(normal(0, rows, dim) * 2, mean, scale, kind)
     digits = fold_queries(normal(3, queries, dim) * 1e3, mean, scale, CODEBOOKS[kind].unit)
-    row_scale = normal(4, rows)
+    ids, groups = torch.arange(rows), torch.arange(queries)
+    arguments = (codes, kind, digits.planes, digits.step, digits.bias, normal(4, rows), ids, groups)
+    expected = score_topk_reference(*arguments, queries, rows)
     for options in SCHEDULES:
-        device = Device()
-        scores = device.put(np.full((queries, rows), np.nan, np.float32))
-        parameters = struct(
-            ("codes", np.uint64, device.put(codes.numpy())),
-            ("fragments", np.uint64, device.put(fragments(digits.planes, bits, width).numpy())),
-            ("step", np.uint64, device.put(digits.step.numpy())),
-            ("bias", np.uint64, device.put(digits.bias.numpy())),
-            ("row_scale", np.uint64, device.put(row_scale.numpy())),
-            ("scores", np.uint64, scores),
-            ("rows", np.int64, rows),
-            ("row_bytes", np.int64, width),
-            ("queries", np.int64, queries),
-            ("bits", np.int32, bits),
-            ("levels", (np.uint32, 4), level_words(kind)),
-        )
-        kernel = modules["score_topk", arch].kernels[f"jz3_score_{bits}bit"]
-        device.launch(kernel, (-(-rows // 128), 2), (128,), [parameters], **options)
-        got = torch.from_numpy(device.get(scores, np.float32, (queries, rows)).copy())
-        ids, groups = torch.arange(rows), torch.arange(queries)
-        arguments = (
-            codes,
-            kind,
-            digits.planes,
-            digits.step,
-            digits.bias,
-            row_scale,
-            ids,
-            groups,
-            queries,
-            rows,
-        )
-        values, found = score_topk_reference(*arguments)
-        assert torch.equal(got.gather(1, found), values)
+        extension = SimulatedCuda({"": modules["score_topk", arch]}, launchers, ("80", "90a"), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            install(patch, extension, (8, 0))
+            values, found = _score_topk_cuda(*arguments, queries, rows)
+        assert extension.launched == [f"jz3_score_{bits}bit_{size}" for size in kernels]
+        assert torch.equal(values, expected[0]) and torch.equal(found, expected[1])
 
 
 def test_chunk_topk_is_top_k() -> None:

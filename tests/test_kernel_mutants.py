@@ -32,13 +32,24 @@ SIGN_PROJECT = {
     "signs of another block": ("/ BLOCK + block;", "/ BLOCK;"),
 }
 SCORE_TOPK = {
-    "wrong stride": ("r * p.row_bytes", "r * (p.row_bytes - 16)"),
-    "rows of the tile": ("const int64_t r = first_row + m * 16 + h * 8 + g;\n      row", 
-                         "const int64_t r = first_row + m * 16 + h * 4 + g;\n      row"),
-    "reads beyond the row": ("|| byte >= row_bytes", "|| byte > row_bytes"),
-    "reads beyond the last row": ("r < p.rows ? p.codes", "r <= p.rows ? p.codes"),
-    "sign of int8": ("word[m][h][2 * product] ^ 0x80808080u", "word[m][h][2 * product]"),
-}  # fmt: skip
+    "no barrier": (
+        "cp_async_wait<S::STAGES - 2>();\n    __syncthreads();",
+        "cp_async_wait<S::STAGES - 2>();",
+    ),
+    "no wait": ("cp_async_wait<S::STAGES - 2>();\n    __syncthreads();", "__syncthreads();"),
+    "waits for a stage too few": ("cp_async_wait<S::STAGES - 2>", "cp_async_wait<S::STAGES - 1>"),
+    "next step into this": ("base + step % S::STAGES", "base + (step + 1) % S::STAGES"),
+    "wrong stride": ("(first_row + row) * p.row_bytes", "(first_row + row) * (p.row_bytes - 16)"),
+    "wrong stride of the queries": ("fragments + step * fours", "fragments + step * FOURS"),
+    "rows of the tile": ("+ h * 8 + g) * S::BYTES", "+ h * 4 + g) * S::BYTES"),
+    "reads beyond the row": ("byte + in_row < p.row_bytes", "byte + in_row <= p.row_bytes"),
+    "reads beyond the last row": ("row + i * AT_ONCE < height", "row + i * AT_ONCE <= height"),
+    "reads beyond the queries": ("unit < units", "unit <= units"),
+    "writes beyond the queries": ("query >= p.queries", "query > p.queries"),
+    "the first layer's queries": ("blockIdx.x % layers * FOURS, fours", "0, fours"),
+    "products of another pair": ("S::UNITS + pair * 32", "S::UNITS + (pair ^ 1) * 32"),
+    "sign of int8": ("[2 * product] ^ 0x80808080u", "[2 * product]"),
+}
 
 
 def compiled(file: str, kernel: str, change: tuple[str, str] | None = None) -> Kernel:
@@ -75,8 +86,8 @@ def sign_project(kernel: Kernel, options: dict[str, Any]) -> bool:
 
 
 def score_topk(kernel: Kernel, options: dict[str, Any]) -> bool:
-    """Whether the scores of 135 rows of 80 int8 codes come out right."""
-    rows, queries, width = 135, 5, 80
+    """Whether the scores of 270 rows of 400 int8 codes and 21 queries come out right, in two layers of 16 queries."""
+    rows, queries, width = 270, 21, 400
     codes = encode(normal(0, rows, width) * 2, torch.zeros(width), torch.ones(width), "int8")
     digits = fold_queries(
         normal(3, queries, width), torch.zeros(width), torch.ones(width), CODEBOOKS["int8"].unit
@@ -93,10 +104,12 @@ def score_topk(kernel: Kernel, options: dict[str, Any]) -> bool:
         ("rows", np.int64, rows),
         ("row_bytes", np.int64, width),
         ("queries", np.int64, queries),
+        ("first_query", np.int64, 0),
         ("bits", np.int32, 8),
         ("levels", (np.uint32, 4), level_words("int8")),
     )
-    run = device.launch(kernel, (2, 2), (128,), [parameters], **options)
+    shared = 4 * (256 * 64 + 4 * 512)
+    run = device.launch(kernel, (4,), (256,), [parameters], dyn_smem=shared, **options)
     got = device.get(scores, np.float32, (queries, rows))
     planes = digits.planes.double()
     dots = planes[0] * 128 + planes[1]
@@ -106,7 +119,7 @@ def score_topk(kernel: Kernel, options: dict[str, Any]) -> bool:
 
 KERNELS: dict[str, tuple[Callable[[Kernel, dict[str, Any]], bool], str, dict[str, tuple[str, str]]]] = {
     "sign_project": (sign_project, "jz3_sign_project_128", SIGN_PROJECT),
-    "score_topk": (score_topk, "jz3_score_8bit", SCORE_TOPK),
+    "score_topk": (score_topk, "jz3_score_8bit_16", SCORE_TOPK),
 }
 
 

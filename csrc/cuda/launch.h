@@ -21,14 +21,15 @@ struct SignProject {
 cudaError_t launch_sign_project(const SignProject& arguments, cudaStream_t stream);
 
 // scores[query][row] over codes of 1, 2, 4 or 8 bits (jz3/ops/score_topk.py). `fragments` holds the queries' planes in
-// the order of the tensor cores' registers (jz3/ops/score_topk.py: fragments); row_bytes is a multiple of 16.
+// the order of the tensor cores' registers (jz3/ops/score_topk.py: fragments); row_bytes is a multiple of 16 and
+// first_query, which the launcher sets, of 4.
 struct ScoreCodes {
   const uint8_t* codes;
   const uint32_t* fragments;
   const double *step, *bias;
   const float* row_scale;
   float* scores;
-  int64_t rows, row_bytes, queries;
+  int64_t rows, row_bytes, queries, first_query;
   int bits;
   uint32_t levels[4];  // of a sub-byte code, one a byte
 };

@@ -294,19 +294,22 @@ def fragments(planes: "torch.Tensor", bits: int, width: int) -> "torch.Tensor":
         width: bytes of a row of codes.
 
     Returns:
-        int32 [ceil(Q / 4), steps, products, 32, 2]: two registers for each thread of a warp.
+        int32 [steps, ceil(Q / 4), products / 2, 32, 4]: two registers of each of two products for each
+        thread of a warp.
     """
     import torch
 
     count, dim = planes.shape[1:]
-    per_thread = 16 * 8 // bits
-    steps, fours = -(-width // 64), -(-count // 4)
-    padded = planes.new_zeros(2, fours * 4, steps * 4 * per_thread)
+    run = 8 if bits == 1 else 16  # bytes of a row that a thread has at a time
+    steps, fours, products = -(-width // (4 * run)), -(-count // 4), run // bits
+    padded = planes.new_zeros(2, fours * 4, steps * 4 * products * 8)
     padded[:, :count, :dim] = planes
-    # plane, four, query of the four, step, thread of the quad, product, register, byte
-    axes = padded.view(2, fours, 4, steps, 4, per_thread // 8, 2, 4)
-    ordered = axes.permute(1, 3, 5, 2, 0, 4, 6, 7).contiguous()
-    return ordered.view(fours, steps, per_thread // 8, 32, 8).view(torch.int32)
+    # a register's four codes of less than a byte are at the bottom of the nibbles of 16 bits, shifted
+    shifts = max(4 // bits, 1)
+    # plane, four, query of the four, step, thread of the quad, word, register, byte, shift
+    axes = padded.view(2, fours, 4, steps, 4, products // shifts, 2, 4, shifts)
+    ordered = axes.permute(3, 1, 5, 8, 2, 0, 4, 6, 7).reshape(steps, fours, products // 2, 2, 32, 8)
+    return ordered.transpose(3, 4).contiguous().view(steps, fours, products // 2, 32, 16).view(torch.int32)
 
 
 def level_words(kind: str) -> list[int]:
