@@ -37,7 +37,7 @@ class Bm25:
         """Count the queries' words in a corpus or a sample of it.
 
         Args:
-            texts: read once, in pieces.
+            texts: read once, in pieces. A word that none of a sample holds is rare, and weighs most.
             queries: per task its queries (problem and solution together).
         """
         words: dict[str, Counter[str]] = {}
@@ -57,7 +57,6 @@ class Bm25:
             task: {
                 w: n * math.log(1 + (total - holds[w] + 0.5) / (holds[w] + 0.5)) / max(len(queries[task]), 1)
                 for w, n in counts.items()
-                if holds[w]
             }
             for task, counts in words.items()
         }

@@ -171,6 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"jz3: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"jz3: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("jz3: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

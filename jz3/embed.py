@@ -60,7 +60,11 @@ class Features:
     """[N] float32, cross-entropy per text."""
 
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
-        """Return the features [Q, K] float32 of queries."""
+        """Return the features [Q, K] float32 of queries.
+
+        Raises:
+            ValueError: a query is too short, or its gradient is zero or not finite.
+        """
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         found = extract(
             self.model,
@@ -70,7 +74,15 @@ class Features:
             reduction=self.reduction,
             side="query",
         )
-        return found.values.numpy()
+        values, norm = found.values.numpy(), found.norm.numpy()
+        bad = np.flatnonzero(~(np.isfinite(norm) & (norm > 0) & np.isfinite(values).all(1)))
+        if len(bad):
+            number = int(bad[0])
+            raise ValueError(
+                f"the gradient of query {number} has the norm {norm[number]}; leave it out: "
+                f"{queries[number][1][:60]!r}"
+            )
+        return values
 
 
 @dataclass(frozen=True, slots=True)

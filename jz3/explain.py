@@ -103,12 +103,21 @@ def token_values(
         [Q, T] float32; row q sums to cos(G, G_q).
 
     Raises:
-        ValueError: there is no query, or a gradient is zero or not finite.
+        ValueError: there is no query, a layer is an expert of a mixture, or a gradient is zero or not
+            finite.
     """
     import torch
 
+    from jz3.gradients.experts import ExpertLinear
+
     if not queries:
         raise ValueError("there is no query to explain the text by")
+    if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertLinear)]:
+        # An expert sees only the tokens that were sent to it, in an order of its own.
+        raise ValueError(
+            f"texts can't be explained token by token with a mixture of experts: {experts[0]} and "
+            f"{len(experts) - 1} more layers see only a part of the tokens; take a dense model"
+        )
     sink = _TextSink()
     for _ in run_pass(model, layers, sink, make_batches([text], batch_tokens), reduction):
         pass
@@ -151,8 +160,8 @@ def explain(
         `max_tokens`), the values sum to the text's mean cosine with the queries.
 
     Raises:
-        ValueError: the text or a query is too short, there is no query, or a gradient is zero or not
-            finite.
+        ValueError: the text or a query is too short, there is no query, the model is a mixture of
+            experts, or a gradient is zero or not finite.
     """
     model.eval()
     tokens = tokenize_text(tokenizer, "0", text, max_tokens)

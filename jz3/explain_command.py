@@ -66,7 +66,8 @@ def explain(
     values = values_of(model, load_tokenizer(folder), text, pairs, max_tokens=max_tokens, reduction=reduction)
     console = Console(highlight=False)
     console.print(render(values), soft_wrap=True)
-    console.print(f"\ncosine of gradients {sum(value for _, value in values):+.4f}, with {about[:200]}")
+    total = sum(value for _, value in values)
+    console.print(f"\ncosine of gradients {total:+.4f}, with {about[:200]}", markup=False)
     for title, sign in (("helps most", -1), ("harms most", 1)):
         best = [v for v in sorted(values, key=lambda v: sign * v[1])[:8] if sign * v[1] < 0]
         console.print(
@@ -74,7 +75,7 @@ def explain(
         )
     if html is not None:
         write_html(html, values, "Which tokens help", about)
-        console.print(f"{html} written")
+        console.print(f"{html} written", markup=False)
 
 
 def _document(run: Path, key: str) -> str:

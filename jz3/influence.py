@@ -52,7 +52,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         raise ValueError(f"influence.baselines: unknown {unknown[0]!r}; known: {', '.join(METHODS[1:])}")
     queries = {q.id: q for q in (Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl"))}
     query_ids, arrays = read_extracted(ctx.path("features", "queries.safetensors"))
-    groups = query_groups(query_ids, queries)
+    groups = _usable(query_groups(query_ids, queries), arrays)
     means = {task: arrays["values"][members].mean(0) for task, members in groups.items()}
     directions = {task: _unit(arrays["hidden"][members]).mean(0) for task, members in groups.items()}
     corpus = ctx.path("corpus", "docs.jsonl")
@@ -167,6 +167,18 @@ def query_groups(ids: Sequence[str], queries: dict[str, Query]) -> dict[str, lis
     return groups
 
 
+def _usable(groups: dict[str, list[int]], arrays: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    """Leave out the queries without a finite gradient; one of them would spoil its task's mean."""
+    good = np.isfinite(arrays["norm"]) & np.isfinite(arrays["values"]).all(1)
+    kept = {task: [row for row in members if good[row]] for task, members in groups.items()}
+    if empty := [task for task, members in kept.items() if not members]:
+        raise Jz3Error(
+            f"no query of the task {empty[0]!r} has a finite gradient ({len(groups[empty[0]])} have none); "
+            "see features/rejects.jsonl, and try model.dtype 'float32'"
+        )
+    return kept
+
+
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -251,17 +263,25 @@ def fidelity(
     Returns:
         How many were compared, and `agreement` over all queries and per task.
     """
+    known = dict(zip(query_ids, query_values, strict=True))
+    usable = [
+        column
+        for column, i in enumerate(exact.queries)
+        if np.isfinite(known[i]).all() and np.isfinite(exact.cosine[:, column]).any()
+    ]
+    # Queries first: one without a finite gradient would take every document with it.
+    exact = Exact(exact.documents, [exact.queries[c] for c in usable], exact.cosine[:, usable])
     finite = [
         row for row, i in enumerate(exact.documents) if i in values and np.isfinite(exact.cosine[row]).all()
     ]
     if not finite or not exact.queries:
         return {"documents": 0, "queries": 0}
     cosine = exact.cosine[finite]
-    columns = [list(query_ids).index(i) for i in exact.queries]
-    found = np.stack([values[exact.documents[row]] for row in finite]) @ query_values[columns].T
+    asked = np.stack([known[i] for i in exact.queries])
+    found = np.stack([values[exact.documents[row]] for row in finite]) @ asked.T
     result: dict[str, Any] = {
         "documents": len(finite),
-        "queries": len(columns),
+        "queries": len(usable),
         **agreement(found, cosine),
         "tasks": {},
     }

@@ -2,6 +2,7 @@
 
 import heapq
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class StreamingSelection:
             k: rows to choose.
             combine: see SelectionConfig.
             source_limit: rows of one source at most; None: no limit.
-            slack: candidates kept per row to choose, at least 1.
+            slack: candidates kept per row to choose, at least 1; over all sources, and of each.
         """
         if combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
@@ -109,7 +110,10 @@ class StreamingSelection:
         self._limit = k if source_limit is None else source_limit
         self._by_source = source_limit is not None
         self._pool = math.ceil(min(k, self._limit) * slack)
+        self._cap = math.ceil(k * slack)
         self._tops: dict[int, dict[int, TopK]] = {}
+        self._ends: dict[int, tuple[float, Place]] = {}
+        """Per column the last of the candidates, once there were more than enough of them."""
 
     def add(self, scores: np.ndarray, places: np.ndarray, sources: np.ndarray) -> None:
         """Show rows.
@@ -129,6 +133,25 @@ class StreamingSelection:
             for column, values in columns.items():
                 tops = self._tops.setdefault(column, {})
                 tops.setdefault(int(source), TopK(self._pool)).add(values[rows], places[rows])
+        for column, tops in self._tops.items():
+            # With one group its own size is the cap.
+            if self._by_source and sum(top.held for top in tops.values()) > 2 * self._cap:
+                self._shrink(column, tops)
+
+    def _shrink(self, column: int, tops: dict[int, TopK]) -> None:
+        """Cut the sources' candidates to as many in all, so that memory doesn't grow with the sources."""
+        best = {source: top.best() for source, top in tops.items() if top.held}
+        scores = np.concatenate([s for s, _ in best.values()])
+        if len(scores) <= self._cap:
+            return
+        places = np.concatenate([p for _, p in best.values()])
+        owner = np.repeat(list(best), [len(s) for s, _ in best.values()])
+        order = np.lexsort((*places.T[::-1], -scores))[: self._cap]
+        kept = Counter(owner[order].tolist())
+        last = order[-1]
+        self._ends[column] = (float(scores[last]), tuple(places[last].tolist()))
+        for source in best:
+            tops[source].shrink(kept[source], float(scores[last]))
 
     def candidates(self) -> list[Place]:
         """Return every row that may be chosen."""
@@ -147,7 +170,7 @@ class StreamingSelection:
             The choices; the refused rows with their reasons (`source_quota` besides those given);
             whether the candidates sufficed: if not, choose again with more slack.
         """
-        orders = {column: self._order(tops) for column, tops in sorted(self._tops.items())}
+        orders = {c: self._order(tops, self._ends.get(c)) for c, tops in sorted(self._tops.items())}
         chosen: dict[Place, Choice] = {}
         refused: dict[Place, str] = {}
         taken: Counter[int] = Counter()
@@ -174,18 +197,25 @@ class StreamingSelection:
         return list(chosen.values()), refused, True
 
     @staticmethod
-    def _order(tops: dict[int, TopK]) -> Iterator[tuple[float, Place | None, int]]:
-        """Merge the sources' candidates; where those of a source end but its rows don't, give None."""
+    def _order(
+        tops: dict[int, TopK], end: tuple[float, Place] | None
+    ) -> Iterator[tuple[float, Place | None, int]]:
+        """Merge the sources' candidates; where those of a source or all end but the rows don't, give None."""
 
         def rows(source: int, top: TopK) -> Iterator[tuple[float, Place, int, bool]]:
             scores, places = top.best()
             for score, place in zip(scores.tolist(), places.tolist(), strict=True):
                 yield -score, tuple(place), source, False
-            if top.truncated:
+            # With fewer than its size, what is missing comes after the end of all.
+            if top.truncated and len(scores) == top.size:
                 worst = (-scores[-1], tuple(places[-1])) if len(scores) else (-np.inf, ())
                 yield float(worst[0]), worst[1], source, True
 
-        for negative, place, source, ends in heapq.merge(*(rows(s, t) for s, t in sorted(tops.items()))):
+        parts: list[Iterator[tuple[float, Place, int, bool]]] = [rows(s, t) for s, t in sorted(tops.items())]
+        if end is not None:
+            # No source: nothing of it was taken, and its number comes after the others'.
+            parts.append(iter([(-end[0], end[1], sys.maxsize, True)]))
+        for negative, place, source, ends in heapq.merge(*parts):
             yield -negative, None if ends else place, source
 
 

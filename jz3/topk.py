@@ -57,6 +57,24 @@ class TopK:
         if self._held == self.size:
             self._worst = float(scores[order[-1]])
 
+    def shrink(self, keep: int, worst: float) -> None:
+        """Drop all but the best rows, and pass over rows below a score from now on.
+
+        Args:
+            keep: how many stay.
+            worst: the score.
+        """
+        scores, ties = self.best()
+        # Copies, so that what is dropped is freed.
+        self._parts = [(scores[:keep].copy(), ties[:keep].copy())] if keep else []
+        self._held = min(keep, len(scores))
+        self._worst = max(self._worst, worst)
+
+    @property
+    def held(self) -> int:
+        """Rows in memory."""
+        return self._held
+
     @property
     def truncated(self) -> bool:
         """Whether rows were left out."""

@@ -63,6 +63,13 @@ def test_folder_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "is no folder" in complaint(capsys, "quickstart", "--preset", "tiny", "--out", tmp_path / "file")
 
 
+def test_file_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    line = complaint(capsys, "score", tmp_path / "a.jsonl", "--target", "t=x", "--out", out)
+    assert line.endswith(f"{out}: Not a directory")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import pytest
 from jz3.comparison import ComparisonConfig
 from jz3.comparison.sets import coverage, diverse, matching
 from jz3.config import Recipe, shipped_recipe
+from jz3.errors import Jz3Error
 from jz3.files import read_jsonl, write_jsonl
 from jz3.pipeline import run_pipeline
 from jz3.stage import StageContext
@@ -120,6 +121,73 @@ def test_a_text_that_holds_a_test_problem_is_left_out(run_folder: Path, tmp_path
     assert summary["contaminated"] == 1
     reject = next(iter(read_jsonl(folder / "comparison" / "rejects.jsonl")))
     assert reject["id"] == docs[3]["id"] and reject["reason"] == "holds_test_problem"
+
+
+def test_trained_in_float32_is_judged_in_float32(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    from jz3.comparison import stage
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("comparison"))
+    seen: list[str] = []
+
+    def train(*arguments: Any, dtype: str, **_: Any) -> Any:
+        seen.append(dtype)
+        arguments[3].parent.mkdir(parents=True)
+        return SimpleNamespace(tokens=1, steps=1)
+
+    def scored(path: Path, base: Path, dtype: str, queries: dict[str, list]) -> dict[str, list[float]]:
+        seen.append(dtype)
+        return {task: [1.0] * len(rows) for task, rows in queries.items()}
+
+    monkeypatch.setattr(stage, "train", train)
+    monkeypatch.setattr(stage, "_scored", scored)
+    monkeypatch.setattr("jz3.config.best_dtype", lambda: "bfloat16")
+    settings = shipped_recipe("tiny").comparison.train
+    for precision, dtype in (("float32", "float32"), ("mixed", "bfloat16")):
+        seen.clear()
+        shutil.rmtree(folder / "comparison", ignore_errors=True)
+        compared(
+            folder, methods=("random",), workers=1, train=dataclasses.replace(settings, precision=precision)
+        )
+        assert set(seen) == {dtype} and len(seen) >= 3
+
+
+def test_every_task_counts_alike_and_no_candidate_is_lost(run_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from jz3.comparison.choosers import features_of
+    from jz3.features.stage import read_extracted
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("comparison"))
+    rows = list(read_jsonl(folder / "targets" / "queries.jsonl"))
+    fit = [row for row in rows if row["role"] == "fit"]
+    tasks = sorted({row["task"] for row in fit})
+    for row in [row for row in fit if row["task"] == tasks[0]][1:]:
+        row["role"] = "unseen"
+    write_jsonl(folder / "targets" / "queries.jsonl", rows)
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=folder, name="comparison")
+    ids = [row["id"] for row in read_jsonl(folder / "corpus" / "docs.jsonl")][:2]
+    _, queries = features_of(ctx, ids, tasks)
+    names, arrays = read_extracted(folder / "features" / "queries.safetensors")
+    values = dict(zip(names, arrays["values"], strict=True))
+    means = [
+        np.mean([values[r["id"]] for r in rows if (r["role"], r["task"]) == ("fit", task)], 0)
+        for task in tasks
+    ]
+    assert len(tasks) == 2 and len(queries) > 2
+    np.testing.assert_allclose(queries.mean(0), np.mean(means, 0), atol=1e-6)
+    with pytest.raises(Jz3Error, match="lacks 1 of 3 candidates, e.g. 00000000000000ff"):
+        features_of(ctx, [*ids, "00000000000000ff"], tasks)
+    shard = folder / "features" / "store" / "000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(Jz3Error, match="000000"):
+        features_of(ctx, ids, tasks)
 
 
 def test_bad_settings_are_named() -> None:

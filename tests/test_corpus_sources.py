@@ -14,9 +14,10 @@ import pytest
 
 from jz3.corpus import SourceConfig, read_texts
 from jz3.corpus.docstrings import Docstring, docstrings, source_files, topic_of
-from jz3.corpus.readers import SourceText
+from jz3.corpus.readers import SourceText, read_parquet_file
 from jz3.corpus.sources import open_source
 from jz3.errors import Jz3Error
+from jz3.files import write_jsonl
 from jz3.records import Reject
 
 
@@ -153,8 +154,28 @@ def test_globs_are_expanded_in_order_and_once(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"text": name}) + "\n")
-    source = jsonl(tmp_path / "b.jsonl", tmp_path / "**" / "*.jsonl")
+    (tmp_path / "d.jsonl").symlink_to(tmp_path / "a.jsonl")
+    source = jsonl(tmp_path / "b.jsonl", tmp_path / "sub" / ".." / "b.jsonl", tmp_path / "**" / "*.jsonl")
     assert [t.text for t in split(source)[0]] == ["a", "b", "sub/c"]
+
+
+def test_rejects_of_odd_field_names_can_be_written(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"\\ud800": 1}\n{"text": "good"}\n')
+    [row] = split(jsonl(path))[1]
+    assert row.reason == "missing_field" and "fields: ?" in row.detail
+    write_jsonl(tmp_path / "rejects.jsonl", [row.to_json()])
+
+
+@pytest.mark.parametrize(
+    ("skip", "rows", "wanted"), [(0, 4, [0, 1, 2, 3]), (3, 5, [3, 4, 5, 6, 7]), (9, 9, [9]), (0, 0, [])]
+)
+def test_rows_of_a_parquet_file(tmp_path, skip, rows, wanted):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(10)]}), path, row_group_size=3)
+    found = list(read_parquet_file(path, jsonl(path), skip=skip, rows=rows))
+    assert [r.text for r in found if isinstance(r, SourceText)] == [f"text {i}" for i in wanted]
+    assert len(found) == len(wanted)
 
 
 def test_parquet(tmp_path):

@@ -1,9 +1,11 @@
 """The three calls that pipelines embed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import jz3
 from jz3.models import load_model, load_tokenizer
@@ -39,5 +41,10 @@ def test_errors(tiny_model: Path) -> None:
     features = jz3.featurize(model, tokenizer, DOCS[:2], jz3.Sketch(k=64, left=8, right=8))
     with pytest.raises(ValueError, match="at least one query"):
         jz3.influence_scores(features, {"none": []})
+    with torch.no_grad():
+        output: Any = model.get_output_embeddings()
+        output.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="gradient of query 0 has the norm nan"):
+        features.encode([QUERY])
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         jz3.nothing  # noqa: B018

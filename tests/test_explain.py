@@ -95,6 +95,9 @@ def test_errors(tiny_model: Path) -> None:
         explain(model, tokenizer, TEXT, [])
     with pytest.raises(ValueError, match="empty completion"):
         explain(model, tokenizer, TEXT, [("What?", "")])
+    mixture, texts = random_model("mixtral"), random_texts(2)
+    with pytest.raises(ValueError, match="mixture of experts"):
+        token_values(mixture, linear_layers(mixture), texts[0], texts[1:])
     with torch.no_grad():
         output: Any = model.get_output_embeddings()
         output.weight.fill_(math.nan)
@@ -108,6 +111,8 @@ def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*arguments, "--solution", "16", "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "cosine of gradients" in out and "helps most" in out and page.is_file()
+    assert main([*arguments[:-4], "--problem", "[red]7[/b] + 9?", *arguments[-2:]]) == 0
+    assert "[red]7[/b] + 9?" in capsys.readouterr().out
     assert main(["explain", "tiny", "--text", TEXT]) == 2
     assert "needs --problem" in capsys.readouterr().err
     assert main(["explain", "tiny", "--problem", "7 + 9?"]) == 2

@@ -145,6 +145,21 @@ def test_view(small_run: Path) -> None:
     assert view.pictures().count("<svg") == 2
 
 
+def test_start_tokens_stand_for_no_characters(
+    small_run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_gradients_tokens import with_start
+
+    from jz3.explore.view import View
+
+    view = View(StageContext(recipe=stored_recipe(small_run), run_dir=small_run, name="index"))
+    view.searcher.tokenizer = with_start(tiny_model)
+    monkeypatch.setattr(render, "highlighted", lambda text, pieces, values: (pieces, values))
+    doc = Doc(id="0", text="The sum of 12 and 5 is 17.", source="s", tokens=9)
+    pieces, values = view._explained(doc, tokenize_text(view.searcher.tokenizer, "q", "12 and 5", 100))
+    assert len(pieces) == len(values) and pieces[0] == "" and "".join(pieces) == doc.text
+
+
 def test_a_run_without_an_index_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
     assert main(["explore", str(tmp_path)]) == 2

@@ -9,9 +9,9 @@ import pytest
 
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
-from jz3.features import FeaturesConfig, LessConfig
+from jz3.features import FeaturesConfig, LessConfig, stage
 from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
-from jz3.files import read_json
+from jz3.files import read_json, read_jsonl
 from jz3.influence import feature_blocks
 from jz3.pipeline import run_pipeline
 from jz3.stage import StageContext
@@ -57,6 +57,26 @@ def test_queries_are_completed_and_documents_are_not(tmp_path: Path, tiny_model:
     assert np.array_equal(documents[0], documents[512])
     assert queries[0].shape == queries[512].shape
     assert not np.allclose(queries[0], queries[512], atol=1e-4)
+
+
+def test_a_query_that_is_not_finite_is_a_reject(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stage.extract
+
+    def spoilt(*arguments: Any, side: str = "document", **options: Any) -> Any:
+        found = real(*arguments, side=side, **options)
+        if side == "query":
+            found.norm[0] = found.values[0] = np.inf
+        return found
+
+    monkeypatch.setattr(stage, "extract", spoilt)
+    _, summary = features_of(tmp_path / "run", kind="sketch", k=256)
+    folder = tmp_path / "run" / "features"
+    ids, arrays = read_extracted(folder / "queries.safetensors")
+    rejects = [r for r in read_jsonl(folder / "rejects.jsonl") if r["reason"] == "gradient_not_finite"]
+    assert [r["id"] for r in rejects] == [ids[0]] and np.isnan(arrays["norm"][0])
+    assert sum(summary["queries"].values()) == len(ids) - 1
 
 
 def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from jz3.gradients import (
     run_pass,
 )
 from jz3.gradients.experts import ExpertLinear
+from jz3.gradients.layers import plain_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -223,3 +224,19 @@ def test_uncovered_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
     layers = linear_layers(model)
     assert not any("experts." in name for name in layers)
     assert "not covered" in caplog.text and "experts.gate_up_proj" in caplog.text
+
+
+def test_output_layer_with_a_bias_is_refused() -> None:
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL, intermediate_size=48))
+    assert model.lm_head.bias is not None
+    with pytest.raises(ValueError, match=r"output layer has a bias \(PhiForCausalLM\)"):
+        GradientPass(model, linear_layers(model), Whole())
+
+
+def test_adapter_without_a_wrapper_leaves_the_model_plain() -> None:
+    import peft
+
+    model: Any = random_model("llama")
+    assert plain_model(peft.get_peft_model(random_model("llama"), peft.LoraConfig())) is not model
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    assert plain_model(model) is model

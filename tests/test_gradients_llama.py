@@ -134,6 +134,23 @@ def test_changed_weights_are_seen() -> None:
     torch.testing.assert_close(after, plain, atol=1e-5, rtol=1e-3)
 
 
+def test_weights_changed_behind_their_version_are_seen() -> None:
+    """PEFT merges an adapter by writing to `.data`, which leaves the version as it was."""
+    model, texts = small_model("llama", torch.float32), small_texts()
+    before, _ = gradients(model, texts)
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    known = model.__dict__["_jz3_blocks"][1]
+    gradients(model, texts)
+    assert model.__dict__["_jz3_blocks"][1] is known
+    version = weight._version
+    weight.data += normal(5, *weight.shape) * 0.1
+    assert weight._version == version
+    after, _ = gradients(model, texts)
+    plain, _ = gradients(model, texts, fast=False)
+    assert float((after - before).abs().max()) > 1e-4
+    torch.testing.assert_close(after, plain, atol=1e-5, rtol=1e-3)
+
+
 def test_disagreement_is_told_and_switches_it_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -144,6 +161,8 @@ def test_disagreement_is_told_and_switches_it_off(
     plain, _ = gradients(model, texts, fast=False)
     assert "differs by" in caplog.text
     assert torch.equal(found, plain)
+    with pytest.raises(ValueError, match="can't run: it disagrees"):
+        gradients(model, texts, fast=True)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -157,6 +176,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     assert "hooked" in llama.obstacle(model, layers)
     with pytest.raises(ValueError, match="can't run: something else has hooked"):
         GradientPass(model, layers, Whole(), fast=True)
+    with pytest.raises(ValueError, match="can't run: it takes padded rows"):
+        GradientPass(model, layers, Whole(), fast=True, packed=True)
     odd = transformers.LlamaConfig(**{**SMALL, "head_dim": 16})
     assert "no multiple of 32" in llama.obstacle(transformers.LlamaForCausalLM(odd), {})
     windowed = transformers.MistralConfig(**SMALL, sliding_window=64)

@@ -83,6 +83,22 @@ def test_factories(tmp_path: Path, factory: str, least: float) -> None:
     assert abs(built["recall_at_100"] - np.mean(shares)) < 0.15
 
 
+def test_recall_counts_equal_texts_as_often_as_they_come() -> None:
+    class Found:
+        def search(self, queries: np.ndarray, k: int) -> tuple[None, np.ndarray]:
+            return None, np.array([[7, 7, 8, 9]], np.uint64)
+
+    class Stored:
+        def __len__(self) -> int:
+            return 4
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "scan", lambda *_: (None, np.array([[7, 7, 7, 8]], np.uint64)))
+        found: Any = Found()
+        stored: Any = Stored()
+        assert recall(found, stored, CODING, torch.zeros(1, K), 4) == 0.75
+
+
 def test_few_probes_have_less_recall(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 3)
     found = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jz3 import influence
 from jz3.config import shipped_recipe
@@ -114,6 +114,37 @@ def test_table_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert summary["fidelity"]["spearman"] == pytest.approx(1)
     control = summary["negative_control"]
     assert set(control["overlap"]) == {"x", "y"} and control["chance"] == pytest.approx(12 / len(rows))
+
+
+def test_queries_that_are_not_finite_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path, 60)
+    monkeypatch.setattr(influence, "feature_blocks", world.blocks)
+    path = tmp_path / "features" / "queries.safetensors"
+    arrays = load_file(path)
+    arrays["norm"][0], arrays["values"][0], arrays["hidden"][0] = np.nan, np.nan, np.nan
+    save_file(arrays, path)
+    influence.run(world.ctx)
+    table = read_scores(tmp_path / "influence")
+    rows = [i for i in range(60) if i % 7]
+    np.testing.assert_allclose(table["influence:x"], world.values[rows] @ world.query_values[1], atol=1e-5)
+    assert np.isfinite(table["hidden:x"]).all()
+    arrays["norm"][2] = np.nan
+    save_file(arrays, path)
+    with pytest.raises(Jz3Error, match="no query of the task 'y' has a finite gradient"):
+        influence.run(world.ctx)
+
+
+def test_fidelity_drops_queries_before_documents() -> None:
+    generator = np.random.default_rng(0)
+    values, asked = generator.standard_normal((5, K)), generator.standard_normal((3, K))
+    cosine = values @ asked.T
+    cosine[:, 1], asked[1], cosine[2] = np.nan, np.nan, np.nan
+    ids = [f"{i}" for i in range(3)]
+    queries = {i: Query(id=i, task="x", problem="", prompt="", completion="", role="unseen") for i in ids}
+    documents = [f"d{i}" for i in range(5)]
+    exact = influence.Exact(documents, ids, cosine)
+    found = influence.fidelity(exact, dict(zip(documents, values, strict=True)), ids, asked, queries)
+    assert (found["documents"], found["queries"]) == (4, 2) and found["spearman"] == pytest.approx(1)
 
 
 def test_document_that_the_corpus_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

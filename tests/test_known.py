@@ -1,6 +1,7 @@
 """Known queries: cosines in the pass against exact ones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from test_gradients import random_model, random_texts
 
 from jz3.errors import Jz3Error
 from jz3.features.exact import exact_cosines
-from jz3.features.extract import extract
+from jz3.features.extract import extract, open_sink
 from jz3.features.known import Known, fit_known
-from jz3.gradients import linear_layers
+from jz3.features.sketch import Sketch
+from jz3.gradients import linear_layers, make_batches, run_pass
 
 
 def test_all_directions_give_the_exact_cosines() -> None:
@@ -38,6 +40,22 @@ def test_few_directions_are_close() -> None:
         error[rank] = float((extract(model, layers, texts[2:], known).values - exact).abs().mean())
     # 16 directions are all that so short queries can have on most layers; 1 is not.
     assert error[16] < 0.2 * error[1]
+
+
+@pytest.mark.parametrize("kind", ["adapted", "sketch", "known"])
+def test_a_sink_is_fit_for_use_after_a_pass_that_broke_off(kind: str) -> None:
+    model, texts = random_model("llama"), random_texts(6)
+    layers = linear_layers(model)
+    projection: Any = fit_known(model, "m", layers, {"t": texts[:2]}, rank=4)
+    if kind != "known":
+        projection = projection.fit if kind == "adapted" else Sketch.of("m", layers, 64, 8, 8, 0)
+    weight = next(model.parameters())
+    sink = open_sink(projection, weight.dtype, weight.device)
+    assert getattr(sink, "wide", False) == (kind != "sketch")
+    next(run_pass(model, layers, sink, make_batches(texts[:3], 1000)))
+    again = extract(model, layers, texts[3:5], projection, sink=sink)
+    fresh = extract(model, layers, texts[3:5], projection)
+    assert torch.equal(again.norm, fresh.norm) and torch.equal(again.values, fresh.values)
 
 
 def test_saved_and_read_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """LESS features against a slow implementation of its own: autograd, Adam's formula, the sign matrix."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,18 @@ def test_warm_up_goes_on_after_the_last_epoch_and_leaves_the_model_alone(tmp_pat
     assert one[1].read_bytes() != plain[1].read_bytes()
     with torch.no_grad():
         assert torch.equal(logits, model(ids).logits)
+
+
+def test_finished_warm_up_of_another_kind_is_refused(warmed: Any) -> None:
+    model, paths = warmed
+    folder, texts = paths[0].parent, random_texts(16)
+    assert warm_up(model, "m", texts, folder, shape=SHAPE, settings=WARM) == paths
+    with pytest.raises(Jz3Error, match="this model is another"):
+        warm_up(model, "another", texts, folder, shape=SHAPE, settings=WARM)
+    with pytest.raises(Jz3Error, match="rank=5"):
+        warm_up(model, "m", texts, folder, shape=dataclasses.replace(SHAPE, rank=5), settings=WARM)
+    with pytest.raises(Jz3Error, match="after 2 steps, asked for are"):
+        warm_up(model, "m", texts + texts, folder, shape=SHAPE, settings=WARM)
 
 
 def test_learning_rates() -> None:

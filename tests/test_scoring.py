@@ -306,6 +306,7 @@ def test_paper_estimate() -> None:
     assert cost.hours == pytest.approx(1e10 * flop / (0.5 * 989e12) / 8 / 3600)
     assert 20 < cost.hours < 24
     kept = paper_cost(paper, ScoreSettings(keep_features=True), 3)
+    assert cost.files == 9766 * 4 + 8 and kept.files == 9766 * 6 + 8
     assert kept.feature_bytes == pytest.approx(20e9, rel=0.1) and kept.score_bytes < 3e9
     assert paper_cost(PaperSettings(documents=100, tokens_per_second=50.0), ScoreSettings(), 1).hours == (
         pytest.approx(100 * 500 / 50 / 8 / 3600)

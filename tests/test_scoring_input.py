@@ -1,6 +1,7 @@
 """`jz3 score` on input that is damaged, foreign or changed, and on a disk that is full."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -20,9 +21,11 @@ import torch
 
 from jz3.errors import Jz3Error
 from jz3.models import load_model, load_tokenizer
-from jz3.scoring.config import ChooseSettings, ScoreSettings
+from jz3.scoring.command import score_corpus
+from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan, make_plan
+from jz3.scoring.plan import load_plan, make_plan, open_plan
+from jz3.scoring.targets import read_target
 from jz3.scoring.workers import missing_shards, work
 
 
@@ -103,6 +106,74 @@ def test_lines_keep_their_numbers_in_every_shard(tmp_path: Path, targets: dict[s
     places = [(s.number, line) for s in plan.shards for line in (s.skip + 1, s.skip + s.rows)]
     read = [(shard, line) for shard, line, _ in plan.read_places(list(reversed(places)))]
     assert read == [(s, line) for s, line in places if line not in (6, 14)]
+
+
+def test_files_with_several_names_and_links_without_a_suffix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link's own name says the format; each file counts once, by whichever of its names."""
+    blob = runs.write_lines(tmp_path / "blobs" / "0a1b", [{"text": t} for t in runs.texts(3)])
+    link = tmp_path / "snapshot" / "part.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    again = tmp_path / "snapshot" / "same.jsonl"
+    again.symlink_to(blob)
+    monkeypatch.chdir(tmp_path)
+    corpus = ["snapshot/part.jsonl", str(link), str(again)]
+    settings = ScoreSettings(dtype="float32")
+    plan = open_plan(tmp_path / "out", corpus, settings, {}, 1)
+    assert len(plan.files) == 1 and Path(plan.files[0].path).is_symlink()
+    assert [type(r).__name__ for r in load_plan(tmp_path / "out").read(plan.shards[0])] == ["SourceText"] * 3
+    assert open_plan(tmp_path / "out", [str(again)], settings, {}, 1).key == plan.key
+
+
+def test_what_runs_wrote_is_no_corpus(tmp_path: Path) -> None:
+    """A glob over a folder that holds OUT and an older run finds the corpus alone, before and after."""
+    runs.write_lines(tmp_path / "a.jsonl", [{"text": t} for t in runs.texts(3)])
+    settings = ScoreSettings(dtype="float32")
+    old = tmp_path / "old"
+    open_plan(old, [str(tmp_path / "a.jsonl")], settings, {}, 1)
+    for folder in (old, tmp_path / "out"):
+        chosen = runs.write_lines(folder / "selected.jsonl", [{"text": "chosen before"}])
+    runs.write_lines(old / "corpus" / "b.jsonl", [{"text": t} for t in runs.texts(2)])
+    corpus = [str(tmp_path / "**" / "*.jsonl")]
+    for _ in range(2):
+        plan = open_plan(tmp_path / "out", corpus, settings, {}, 1)
+        assert [Path(f.path).name for f in plan.files] == ["a.jsonl", "b.jsonl"]
+    # Another run's choice may be scored where it is named, one's own never.
+    named = open_plan(tmp_path / "third", [str(old / "selected.jsonl")], settings, {}, 1)
+    assert named.rows == 1
+    with pytest.raises(Jz3Error, match="only files that runs wrote"):
+        open_plan(tmp_path / "out", [str(chosen)], settings, {}, 1)
+
+
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(Jz3Error, match=r"has no file locks \(No locks available\)"):
+        open_plan(tmp_path / "out", [], ScoreSettings(), {}, 1)
+
+
+def test_damaged_target_is_told(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99, mtime=0))
+    data[12:20] = b"\xff" * 8
+    (tmp_path / "target.jsonl.gz").write_bytes(data)
+    with pytest.raises(Jz3Error, match="target 'sums': .*target.jsonl.gz can't be read"):
+        read_target("sums", tmp_path / "target.jsonl.gz", ScoreSettings())
+
+
+def test_what_would_fail_at_the_end_fails_at_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    settings, choose = ScoreSettings(), ChooseSettings()
+    with pytest.raises(Jz3Error, match="needs the package rensa.*--no-near-duplicates"):
+        score_corpus((), {}, tmp_path / "out", settings, choose, RunSettings())
+    with pytest.raises(ValueError, match="--worker takes I/N"):
+        score_corpus((), {}, tmp_path / "out", settings, choose, RunSettings(worker="2/2"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_a_gzip(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 The long tests: `pytest -m slow tests/test_scoring_workers.py`.
 """
 
+import dataclasses
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,9 @@ def test_workers_are_placed(
     run_local(tmp_path / "out", plan, 2, 0)
     cores = sorted(line.split("--cores ")[1] for line in (tmp_path / "started").read_text().splitlines()[2:])
     assert cores == ["3", "5"] and workers.default_threads(2) == 1
+    # With GPUs the threads, which identify a run, don't depend on the number of workers.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert workers.default_threads(1) == workers.default_threads(2) == 3
 
 
 def test_time_left_is_told_by_tokens(
@@ -287,6 +292,24 @@ def test_whole_command(reference: tuple[Path, list[str], Any], tmp_path: Path) -
     score_corpus(tuple(corpus), targets, folder, settings, choose, RunSettings())
     assert runs.score_files(folder) == runs.score_files(out)
     assert (folder / "manifest.json").read_bytes() == (out / "manifest.json").read_bytes()
+
+
+def test_ray_cluster_of_small_nodes(
+    reference: tuple[Path, list[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of 4 CPUs and a dead one of 16 have no room for a worker of 8."""
+    _, corpus, targets = reference
+    plan, _ = runs.start(tmp_path / "out", corpus, targets)
+    plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, threads=8))
+    nodes = [{"Alive": n < 16, "Resources": {"CPU": float(n)}} for n in (4, 4, 16)]
+    exceptions = types.SimpleNamespace(RayError=RuntimeError)
+    ray = types.SimpleNamespace(
+        init=lambda **_: None, shutdown=lambda: None, nodes=lambda: nodes, exceptions=exceptions
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    with pytest.raises(Jz3Error, match="has the 8 CPUs of a worker .*has 4.*--threads"):
+        cluster.run_ray(tmp_path / "out", plan, 0, "auto")
 
 
 @pytest.mark.slow

@@ -146,7 +146,9 @@ def test_bm25_prefers_shared_words() -> None:
     query = Query(id="0", task="t", problem="Find the derivative", prompt="", completion="of this polynomial")
     assert int(np.argmax(Bm25.count(texts, {"t": [query]}).scores(texts)["t"])) == 1
     unknown = Query(id="0", task="t", problem="zzz", prompt="", completion="qqq")
-    assert Bm25.count(texts, {"t": [unknown]}).scores(texts)["t"].tolist() == [0, 0, 0]
+    # A word that none of the sample holds weighs most where it comes.
+    model = Bm25.count(texts, {"t": [unknown]})
+    assert model.scores(texts)["t"].tolist() == [0, 0, 0] and model.scores(["zzz"])["t"][0] > 1
 
 
 def stream(selection: StreamingSelection, scores: np.ndarray, sources: np.ndarray) -> list[int]:
@@ -183,6 +185,32 @@ def test_sources_have_their_limit() -> None:
             expected.append(int(row))
             taken[sources[row]] += 1
     assert chosen == expected
+
+
+@pytest.mark.parametrize("combine", ["mean", "quota"])
+@pytest.mark.parametrize("slack", [1.0, 1.5])
+def test_candidates_do_not_grow_with_the_sources(combine: str, slack: float) -> None:
+    """A thousand sources of which each alone could give a tenth: the same choice, of bounded candidates."""
+    generator = np.random.default_rng(3)
+    scores = np.round(generator.random((6000, 2)), 3)  # with ties
+    sources = np.r_[np.zeros(600, int), generator.integers(1, 1000, 5400)]
+    scores[:600] += 0.2
+    selection = StreamingSelection(40, combine, source_limit=4, slack=slack)
+    chosen = stream(selection, scores, sources)
+    columns = scores.shape[1] if combine == "quota" else 1
+    assert 40 <= len(selection.candidates()) <= 2 * columns * 40 * slack
+    expected: list[int] = []
+    taken = np.zeros(1000, int)
+    values = scores if combine == "quota" else scores.mean(1, keepdims=True)
+    orders = [iter(np.lexsort((np.arange(6000), -values[:, c])).tolist()) for c in range(columns)]
+    while len(expected) < 40:
+        for order in orders:
+            row = next(r for r in order if r not in expected and taken[sources[r]] < 4)
+            expected.append(row)
+            taken[sources[row]] += 1
+    assert chosen == expected[:40] and taken[0] == 4
+    # What lies beyond the candidates is not taken for absent.
+    assert not selection.choose(lambda place: "no" if place[0] in expected else "")[2]
 
 
 def test_refused_rows_are_replaced_or_more_slack_is_asked_for() -> None:

@@ -57,9 +57,7 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     fill(tmp_path / "same", 4)
     with pytest.raises(Jz3Error, match="projection_hash: 'p' in .*a, 'q' in .*b; seed: 3 in .*a, 4 in .*b"):
         merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    with pytest.raises(
-        Jz3Error, match="document 0000000000000004 is both in .*a/000001.* and in .*same/000000.*3 more"
-    ):
+    with pytest.raises(Jz3Error, match="same/000000.* is the same shard as .*a/000001.*; merge it once"):
         merge_stores([tmp_path / "a", tmp_path / "same"], tmp_path / "c")
     with pytest.raises(ValueError, match="can't be merged into itself"):
         merge_stores([tmp_path / "a"], tmp_path / "a")
@@ -91,6 +89,22 @@ def test_verify_tells_everything(tmp_path: Path) -> None:
     assert found.unfinished == ["000002.safetensors", "000007.safetensors.part"]
     assert found.duplicate_count == 2
     assert found.duplicates[0] == ("0000000000000001", "000000.safetensors", "000009.safetensors")
+
+
+def test_repeated_texts_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A corpus may hold a text twice, or a whole shard of them; a store is merged once."""
+    for name, start in (("a", 0), ("b", 100)):
+        fill(tmp_path / name, start)
+        for number, ids in ((2, ["7", "7"]), (3, ["7", "7"])):
+            write_shard(tmp_path / name, number, ids, torch.full((2, 16), start), torch.ones(2), CODING)
+    assert main(["store", "verify", str(tmp_path / "a")]) == 0
+    assert "note: 1 ids come more than once (equal texts), e.g. 0000000000000007" in capsys.readouterr().out
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["store", "merge", *folders, "--out", str(tmp_path / "c")]) == 0
+    text = capsys.readouterr().out
+    assert "note: 1 ids" in text and "8 shards, 24 documents" in text
+    assert main(["store", "merge", folders[0], folders[0], "--out", str(tmp_path / "d")]) == 2
+    assert "is the same shard as" in capsys.readouterr().err
 
 
 def test_duplicates_are_found_whatever_the_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

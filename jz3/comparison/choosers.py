@@ -1,5 +1,6 @@
 """From a run's scores and features to the order in which each chooser takes texts."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from jz3.comparison import sets
 from jz3.comparison.config import DERIVED, SETS
+from jz3.errors import Jz3Error
 from jz3.features.extract import model_hash
 from jz3.features.stage import load_projection, read_extracted
 from jz3.influence import ranks, read_scores
@@ -106,20 +108,37 @@ def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> 
         tasks: their queries, one task after the other.
 
     Returns:
-        features [N, K] float32 in the order of `ids`, queries [M, K] float32.
+        features [N, K] float32 in the order of `ids`, queries [M, K] float32 with a finite gradient. With
+        several tasks a query of task t is multiplied by M / (tasks n_t), so that the mean over the rows
+        is the mean over the tasks of their queries' means.
+
+    Raises:
+        Jz3Error: a shard of the store is damaged, or it lacks one of the texts.
     """
     folder = ctx.path("features", "store")
     projection = load_projection(folder.parent, model_hash(resolve_model(ctx.recipe.model)))
-    store = Store(folder)
+    store = Store(folder, verify=True)
+    if store.damaged:
+        raise Jz3Error("; ".join(store.damaged.values()))
     features = np.zeros((len(ids), projection.k), np.float32)
+    missing = set(ids)
     place = {int(i, 16): row for row, i in enumerate(ids)}
     for shard, values in store.values(Coding(projection.mean, projection.scale, store.info.bits)):
         wanted = [(row, place[i]) for row, i in enumerate(shard.id.tolist()) if i in place]
         if wanted:
             source, target = map(list, zip(*wanted, strict=True))
             features[target] = values[source].numpy()
+            missing -= {ids[row] for row in target}
+    if missing:
+        raise Jz3Error(
+            f"{folder} lacks {len(missing)} of {len(ids)} candidates, e.g. {min(missing)}; "
+            "run the features and the influence stage again"
+        )
     rows = (Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl"))
     task_of = {q.id: q.task for q in rows if q.role == "fit"}
     names, arrays = read_extracted(folder.parent / "queries.safetensors")
-    chosen = [row for row, i in enumerate(names) if task_of.get(i) in tasks]
-    return features, arrays["values"][chosen]
+    finite = np.isfinite(arrays["norm"]) & np.isfinite(arrays["values"]).all(1)
+    chosen = [row for row, i in enumerate(names) if task_of.get(i) in tasks and finite[row]]
+    counts = Counter(task_of[names[row]] for row in chosen)
+    weights = [len(chosen) / (len(counts) * counts[task_of[names[row]]]) for row in chosen]
+    return features, arrays["values"][chosen] * np.array(weights, np.float32)[:, None]

@@ -83,7 +83,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
         for seed in range(config.seeds)
     ]
     base = resolve_model(ctx.recipe.model)
-    before = _scored(ctx.out / "base.json", base, ctx.recipe.model.dtype, queries)
+    # What was trained in float32 must not be rounded before it is judged.
+    dtype = "float32" if config.train.precision == "float32" else ctx.recipe.model.dtype
+    before = _scored(ctx.out / "base.json", base, dtype, queries)
     trainings = {
         choice.run: Training(
             base,
@@ -91,7 +93,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             replace(config.train, max_tokens=choice.tokens * config.train.epochs),
             ctx.out / "runs" / choice.run,
             seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
-            ctx.recipe.model.dtype,
+            dtype,
             queries,
         )
         for choice in choices

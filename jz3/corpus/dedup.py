@@ -46,7 +46,7 @@ class Deduplicator:
             except ImportError as error:
                 raise Jz3Error(
                     "near-duplicate removal needs the package rensa: pip install rensa, "
-                    "or set corpus.minhash.enabled = false"
+                    "or leave near duplicates in (corpus.minhash.enabled = false, --no-near-duplicates)"
                 ) from error
             c = self.config
             self._near = RMinHashDeduplicator(c.threshold, c.permutations, True, c.bands, c.seed)

@@ -33,15 +33,17 @@ class SourceText:
 
 
 def reject(reason: str, where: str, detail: str = "", text: str = "") -> Reject:
-    """Build the row of a refused record; `text` is shortened and made writable."""
-    text = text[:MAX_REJECT_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+    """Build the row of a refused record; `text` is shortened, it and `detail` are made writable."""
+    text, detail = (
+        part.encode("utf-8", "replace").decode("utf-8") for part in (text[:MAX_REJECT_CHARACTERS], detail)
+    )
     return Reject(
         id=hash_text(where + "\n" + text), stage=STAGE, reason=reason, detail=detail, where=where, text=text
     )
 
 
 def find_files(source: SourceConfig) -> list[Path]:
-    """Expand the source's globs to files, in order and once each.
+    """Expand the source's globs to files, in order and once each, also those with several names.
 
     Raises:
         Jz3Error: a path or glob matches no file.
@@ -55,7 +57,10 @@ def find_files(source: SourceConfig) -> list[Path]:
             hint = f"; it is a folder, give a glob such as {pattern.rstrip('/')}/*" if matches else ""
             raise Jz3Error(f"source {source.name!r}: {pattern!r} matches no file{hint}")
         found.update(dict.fromkeys(files))
-    return [Path(name) for name in sorted(found)]
+    once: dict[str, str] = {}
+    for name in sorted(found):
+        once.setdefault(os.path.realpath(name), name)
+    return [Path(name) for name in once.values()]
 
 
 def read_jsonl_file(
@@ -226,18 +231,22 @@ def read_parquet_file(
             stop = file.metadata.num_rows if rows is None else skip + rows
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                if number + size <= skip or number >= stop:
+                if number >= stop:
+                    break
+                if number + size <= skip:
                     number += size
                     continue
                 for batch in file.iter_batches(64, [group], list(dict.fromkeys(columns))):
-                    if number + len(batch) <= skip or number >= stop:
+                    if number >= stop:
+                        break
+                    if number + len(batch) <= skip:
                         number += len(batch)
                         continue
                     for row in _batch_rows(batch):
                         number += 1
                         if skip < number <= stop:
                             yield from_row(row, f"{path}:{number}", source)
-            if not number:
+            if not file.metadata.num_rows:
                 yield reject("empty_file", str(path), "no rows")
     except (pyarrow.ArrowException, OSError) as error:
         yield reject("damaged_file", f"{path}:{number + 1}", f"{type(error).__name__}: {first_line(error)}")

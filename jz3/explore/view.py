@@ -9,7 +9,7 @@ from jz3.explain import token_strings, token_values
 from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.files import read_json
-from jz3.gradients import Tokens, tokenize_text
+from jz3.gradients import Tokens, start_tokens, tokenize_text
 from jz3.index.query import Match, Searcher
 from jz3.records import Doc, Query
 from jz3.stage import StageContext
@@ -101,7 +101,9 @@ class View:
         reduction = self.ctx.recipe.features.reduction
         with self._lock:
             values = token_values(searcher.model, searcher.layers, text, [query], reduction=reduction)[0]
-        pieces = token_strings(searcher.tokenizer, doc.text, text.ids)
+        # Start tokens stand for no characters.
+        head = len(start_tokens(searcher.tokenizer))
+        pieces = [""] * head + token_strings(searcher.tokenizer, doc.text, text.ids[head:])
         return render.highlighted(doc.text, pieces, values.tolist())
 
     def table(self) -> ScoreTable:

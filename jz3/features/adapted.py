@@ -144,6 +144,8 @@ class AdaptedSink:
 
     def begin(self, lengths: "torch.Tensor") -> None:
         """Take the lengths of the next batch's texts, the longest first (else all norms are by Gram)."""
+        # A pass that broke off may have left its sums.
+        self._values = self._square = None
         ordered = bool((lengths[1:] <= lengths[:-1]).all())
         self._long = int((lengths > GRAM_TOKENS).sum()) if ordered else 0
         self.norms["sketch"] += self._long

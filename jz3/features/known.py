@@ -88,6 +88,8 @@ class KnownSink:
     def __init__(self, known: Known, dtype: "torch.dtype", device: "torch.device") -> None:
         self._inner = AdaptedSink(known.fit, dtype, device)
         self._queries = known.queries
+        self.wide: bool = self._inner.wide
+        self.begin: Callable[[torch.Tensor], None] = self._inner.begin
         self.forward: Callable[[str, Any], Any] = self._inner.forward
         self.backward: Callable[[str, Any, Any], None] = self._inner.backward
 

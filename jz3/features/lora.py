@@ -254,7 +254,8 @@ def warm_up(
 
     Raises:
         ValueError: there is no text.
-        Jz3Error: the loss is no number, or a checkpoint in `folder` is another model's.
+        Jz3Error: the loss is no number, or a checkpoint in `folder` is of another model, of adapters of
+            another shape or of another number of steps.
     """
     import torch
 
@@ -267,10 +268,17 @@ def warm_up(
     rates = learning_rates(settings, per_epoch * settings.epochs)
     paths = tuple(folder / f"epoch-{e + 1}.safetensors" for e in range(settings.epochs))
     done = next((e for e, path in enumerate(paths) if not path.exists()), len(paths))
+    last = None
+    for epoch, path in enumerate(paths[:done]):
+        last = Checkpoint.load(path, model_hash)
+        if (last.shape, last.step) != (shape, (epoch + 1) * per_epoch):
+            raise Jz3Error(
+                f"{path} holds {last.shape} after {last.step} steps, asked for are {shape} after "
+                f"{(epoch + 1) * per_epoch}; delete {folder} to warm up again"
+            )
     advance(done * count)
     if done == len(paths):
         return paths
-    last = Checkpoint.load(paths[done - 1], model_hash) if done else None
     with LoraAdapters(model, shape, last and last.weights, seed=seed) as adapters:
         adapters.dropout = shape.dropout
         parameters: dict[str, Any] = {n: a.weight.requires_grad_(True) for n, a in adapters.layers.items()}

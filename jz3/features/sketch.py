@@ -91,6 +91,10 @@ class SketchSink:
         self._values: Any = None
         self._square: Any = None
 
+    def begin(self, lengths: "torch.Tensor") -> None:
+        """Forget what a pass that broke off may have left."""
+        self._values = self._square = None
+
     def forward(self, name: str, a: "torch.Tensor") -> Any:
         """Keep a R and the Gram matrix of a; a itself is dropped."""
         return a @ self._right[name], self._grams.of(a)

@@ -81,6 +81,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
         _write_extracted(ctx.out / "queries.safetensors", [t.id for t in everything], found, with_values=True)
         (ctx.out / LARGE_FIT).unlink(missing_ok=True)
         release_memory()
+    names, arrays = read_extracted(ctx.out / "queries.safetensors")
+    lost = {i for i, norm in zip(names, arrays["norm"], strict=True) if not np.isfinite(norm)}
+    rejects += [Reject(id=i, stage="features", reason="gradient_not_finite") for i in sorted(lost)]
 
     weight = next(model.parameters())
     sink = open_sink(projection, weight.dtype, weight.device)
@@ -126,7 +129,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "layers": len(projection.layers) if isinstance(projection, AdaptedFit) else len(layers),
         "documents": len(documents) - unusable,
         "tokens": sum(len(t.ids) for t in documents),
-        "queries": {role: len(texts) for role, texts in queries.items()},
+        "queries": {role: sum(t.id not in lost for t in texts) for role, texts in queries.items()},
         "fit_documents": len(sample),
         "exact": compared,
         "rejected": reasons,

@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 def plain_model(model: Any) -> Any:
     """Return the causal language model itself, out of its PEFT wrapper if it has one."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    # transformers' own `add_adapter` sets peft_config too, without a wrapper.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def linear_layers(

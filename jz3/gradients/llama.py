@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 
 from jz3 import backend
 from jz3.machine import fast_bfloat16_cpu
@@ -31,6 +32,9 @@ PARTS = (
 )
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 """Relative difference from the model's own code, whose rounding errors alone reach 0.015 and 1e-5."""
+
+SAMPLE = 256
+"""About as many entries of every parameter are looked at to tell whether it has changed."""
 
 _said: set[str] = set()
 
@@ -84,7 +88,7 @@ def say(model: Any, reason: str) -> None:
 
 def blocks_of(model: Any, layers: dict[str, torch.nn.Module]) -> "Blocks | None":
     """Return the model's blocks, prepared once and checked against its own code; None if they disagree."""
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    state = _state(model)
     known: Any = model.__dict__.get("_jz3_blocks")
     if known is None or known[0] != state:
         blocks = Blocks(model)
@@ -101,6 +105,19 @@ def blocks_of(model: Any, layers: dict[str, torch.nn.Module]) -> "Blocks | None"
     if found is not None:
         found.name_layers(model, layers)
     return found
+
+
+def _state(model: Any) -> tuple[Any, ...]:
+    """Return what is another once the model's weights have changed."""
+    # Versions miss what is written to `.data`, as PEFT does when it merges an adapter. That changes nearly
+    # every entry of a matrix, so that a sample sees it.
+    sample = []
+    for p in model.parameters():
+        flat = p.detach().reshape(-1)
+        sample += [flat[:: max(1, len(flat) // SAMPLE)], flat[-1:]]
+    content = torch.cat(sample).view(torch.uint8).numpy().tobytes()
+    versions = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    return xxhash.xxh3_64_intdigest(content), versions
 
 
 def _dtype(model: Any) -> torch.dtype:

@@ -99,6 +99,11 @@ class GradientPass:
                 raise ValueError(
                     f"models that set {key} are not covered: their loss is no plain softmax of the output layer"
                 )
+        if getattr(core.get_output_embeddings(), "bias", None) is not None:
+            raise ValueError(
+                f"models whose output layer has a bias ({type(core).__name__}) are not covered: "
+                "their loss is no plain softmax of the output layer's matrix alone"
+            )
         self.model, self.reduction, self.sink = core, reduction, sink
         model.requires_grad_(False)
         attention = getattr(config, "_attn_implementation", "")
@@ -107,6 +112,8 @@ class GradientPass:
                 "packed rows need attn_implementation 'sdpa' or 'flash_attention_2', got 'eager'"
             )
         self._packed = attention == "flash_attention_2" if packed is None else packed
+        if fast and self._packed:
+            raise ValueError("the fast pass can't run: it takes padded rows, packed ones are asked for")
         self._layout: Any = None
         self._hooks: list[Any] = []
         self._fast = None if fast is False or self._packed else self._open_fast(core, layers, bool(fast))
@@ -117,12 +124,14 @@ class GradientPass:
         from jz3.gradients import llama
 
         reason = llama.obstacle(core, layers)
-        if not reason:
-            return llama.blocks_of(core, layers)
-        if wanted:
-            raise ValueError(f"the fast pass can't run: {reason}")
-        llama.say(core, reason)
-        return None
+        blocks = None if reason else llama.blocks_of(core, layers)
+        if wanted and blocks is None:
+            raise ValueError(
+                f"the fast pass can't run: {reason or 'it disagrees with the own code of the model'}"
+            )
+        if reason:
+            llama.say(core, reason)
+        return blocks
 
     def _hook(self, name: str) -> Callable[..., None]:
         from jz3.gradients.experts import ExpertLinear

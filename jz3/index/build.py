@@ -8,6 +8,7 @@ Parts are whole or absent, so that a killed build goes on and a grown store give
 ids inside are the documents' own.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,17 @@ def build_index(
 def recall(
     index: SearchIndex, store: Store, coding: Coding, queries: "torch.Tensor", k: int = RECALL
 ) -> float:
-    """Return the share of the exact scan's best k documents that the index finds, mean over queries [Q, K]."""
+    """Return the share of the exact scan's best k documents that the index finds, mean over queries [Q, K].
+
+    An id that stands for several equal texts counts as often as it comes.
+    """
     k = min(k, len(store))
     exact = scan(store, coding, queries, k)[1]
     found = index.search(queries.numpy(), k)[1]
-    return float(np.mean([len(np.intersect1d(f, e)) / k for f, e in zip(found, exact, strict=True)]))
+    shared = [
+        (Counter(f.tolist()) & Counter(e.tolist())).total() / k for f, e in zip(found, exact, strict=True)
+    ]
+    return float(np.mean(shared))
 
 
 def _train(faiss: Any, store: Store, coding: Coding, folder: Path, config: IndexConfig, about: dict) -> Any:

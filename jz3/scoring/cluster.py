@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def run_ray(
     plan: Plan,
     tasks: int,
     address: str,
-    hours: float = 0.0,
+    deadline: float = 0.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Do the missing shards as Ray tasks, one per GPU, or per `threads` CPUs where there is none.
@@ -96,11 +95,12 @@ def run_ray(
         plan: its plan.
         tasks: how many tasks; 0: as many as the cluster has room for.
         address: of the cluster; `local` starts one on this machine.
-        hours: see `run_slurm`.
+        deadline: seconds since the epoch, see `work`; it is the same for a task that begins late.
         say: told one line per step.
 
     Raises:
-        Jz3Error: ray is missing, the cluster can't be reached, or tasks failed.
+        Jz3Error: ray is missing, the cluster can't be reached or has no node with enough CPUs, or tasks
+            failed.
     """
     if not missing_shards(out, plan):
         return
@@ -115,15 +115,23 @@ def run_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Jz3Error(f"the Ray cluster {address!r} can't be reached: {error}") from error
     try:
-        resources = ray.cluster_resources()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         threads = max(plan.settings.threads, 1)
-        room = int(resources.get("GPU", 0)) or max(1, int(resources.get("CPU", 1)) // threads)
-        needs: dict[str, Any] = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": threads}
+        devices = sum(int(node.get("GPU", 0)) for node in nodes)
+        # A task runs on one node, so that what other nodes have left is no room for it.
+        room = devices or sum(int(node.get("CPU", 0)) // threads for node in nodes)
+        if not room:
+            most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+            raise Jz3Error(
+                f"no node of the Ray cluster {address!r} has the {threads} CPUs of a worker (the largest has "
+                f"{most}); use a smaller --threads in another folder"
+            )
+        needs: dict[str, Any] = {"num_gpus": 1} if devices else {"num_cpus": threads}
         tasks = tasks or room
         part = ray.remote(max_retries=RETRIES, **needs)(_ray_part)
         variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
         part = part.options(runtime_env={"env_vars": variables})
-        pending = {part.remote(str(out.resolve()), (i, tasks), hours): i for i in range(tasks)}
+        pending = {part.remote(str(out.resolve()), (i, tasks), deadline): i for i in range(tasks)}
         progress = Progress(out, plan, min(tasks, room))
         failed: dict[int, str] = {}
         while pending:
@@ -152,8 +160,8 @@ def _known(address: str, options: dict[str, Any]) -> dict[str, Any]:
     return options if address == "local" else {"log_to_driver": options["log_to_driver"]}
 
 
-def _ray_part(out: str, part: tuple[int, int], hours: float) -> None:
-    work(Path(out), part, time.time() + hours * 3600 if hours else 0.0)
+def _ray_part(out: str, part: tuple[int, int], deadline: float) -> None:
+    work(Path(out), part, deadline)
 
 
 def _some(numbers: list[int], most: int = 12) -> str:

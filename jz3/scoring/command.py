@@ -71,9 +71,13 @@ def score_corpus(
     """
     from jz3.scoring import cluster, workers
     from jz3.scoring.job import prepare
-    from jz3.scoring.merge import merge, summary
+    from jz3.scoring.merge import deduplicator, merge, summary
     from jz3.scoring.plan import locked, open_plan
 
+    # What would fail at the end is asked for at the beginning.
+    part = run.part() if run.worker else None
+    if part is None:
+        deduplicator(choose)
     say = workers.print_error(sys.stderr)
     deadline = time.time() + run.limit_hours * 3600 if run.limit_hours else 0.0
     count = run.workers or workers.default_workers()
@@ -87,14 +91,14 @@ def score_corpus(
         say(
             f"{plan.rows:,} records in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} to do"
         )
-        if run.worker:
-            done = workers.work(out, run.part(), deadline)
+        if part is not None:
+            done = workers.work(out, part, deadline)
             say(f"worker {run.worker}: {'done' if done else 'stopped at the limit'}")
             return
         if run.slurm:
             cluster.run_slurm(out, plan, count, run.slurm_arguments, run.limit_hours, say)
         elif run.ray:
-            cluster.run_ray(out, plan, run.workers, run.ray, run.limit_hours, say)
+            cluster.run_ray(out, plan, run.workers, run.ray, deadline, say)
         elif todo:
             workers.run_local(out, plan, min(count, len(todo)), run.restarts, deadline, say)
         missing = workers.missing_shards(out, plan)

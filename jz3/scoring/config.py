@@ -73,8 +73,9 @@ class ScoreSettings:
     bits: int = 4
     """keep_features: bits per number."""
     threads: int = 0
-    """CPU threads a worker; 0: cores / workers when the plan is made. Sums round differently with
-    another number."""
+    """CPU threads a worker, part of what identifies a run since sums round differently with another
+    number. 0: what the machine has for each when the plan is made, cores / workers, with GPUs cores / GPUs;
+    so without GPUs give it where runs with other numbers of workers are to be equal to the byte."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class ChooseSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Who does the work; the scores don't depend on it."""
+    """Who does the work; at equal --threads the scores don't depend on it, to the byte."""
 
     workers: int = 0
     """Local processes; 0: one per GPU, or one where there is none."""

@@ -68,13 +68,14 @@ class Cost:
 def sizes(settings: ScoreSettings, documents: int, shards: int, targets: int) -> tuple[int, float, float]:
     """Return (files, bytes of scores, bytes of kept features) of a run.
 
-    A row of scores holds id, place and text hash (about 32 bytes compressed) and float32 columns.
+    A shard has its scores, rejects, timing and claim. A row of scores holds id, place and text hash (about
+    32 bytes compressed) and float32 columns.
     """
     per_task = 1 + sum(b in settings.baselines for b in ("hidden", "bm25"))
     columns = 1 + targets * per_task + sum(b in settings.baselines for b in ("loss", "random"))
     stores = max(len(settings.checkpoint), 1) if settings.keep_features else 0
     features = documents * stores * (settings.coordinates * settings.bits / 8 + 12)
-    return shards * (3 + 2 * stores) + 8, documents * (32.0 + 4 * columns), features
+    return shards * (4 + 2 * stores) + 8, documents * (32.0 + 4 * columns), features
 
 
 def paper_cost(paper: PaperSettings, settings: ScoreSettings, targets: int) -> Cost:

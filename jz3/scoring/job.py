@@ -43,6 +43,8 @@ PROJECTIONS: dict[str, tuple[str, Any]] = {
 }
 """Per kind its file in the folder of a checkpoint, and its class."""
 FIT_BATCH_TOKENS = 1024
+BM25_DOCUMENTS = 4000
+"""Documents, at least, of which the baseline bm25 counts the words."""
 SKETCH_SHAPE = (512, 32)
 
 
@@ -149,7 +151,8 @@ def prepare(
                 # The first worker shares the GPU with this process.
                 torch.cuda.empty_cache()
         if "bm25" in plan.settings.baselines:
-            texts = [text.text for text in plan.sample(10 * plan.settings.fit_documents, "bm25")]
+            count = max(10 * plan.settings.fit_documents, BM25_DOCUMENTS)
+            texts = [text.text for text in plan.sample(count, "bm25")]
             Bm25.count(texts, {t: queries[t] for t in tasks}).save(out / "bm25.json")
         write_jsonl(out / "queries.jsonl", (q.to_json() for group in queries.values() for q in group))
         write_jsonl(out / "targets.rejects.jsonl", (r.to_json() for r in rejects))

@@ -191,12 +191,21 @@ class _Spill:
         return SourceText(text=text, source="", where=where, meta=meta)
 
 
+def deduplicator(choose: ChooseSettings) -> Deduplicator:
+    """Return what finds repeats among the chosen.
+
+    Raises:
+        Jz3Error: the package that it needs is missing.
+    """
+    return Deduplicator(MinHashConfig(enabled=choose.near_duplicates, threshold=choose.similarity))
+
+
 class _Refuse:
     """Says which candidate repeats a better one."""
 
     def __init__(self, choose: ChooseSettings, texts: _Spill) -> None:
         self._texts = texts
-        self._seen = Deduplicator(MinHashConfig(enabled=choose.near_duplicates, threshold=choose.similarity))
+        self._seen = deduplicator(choose)
         self.repeats: dict[Place, str] = {}
         """Per refused place, which chosen text it repeats."""
 

@@ -6,7 +6,10 @@ worker computes depends on the plan and the shard alone.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +35,13 @@ from jz3.seeding import rng
 FORMAT = "jz3-score-1"
 COMPRESSED = (".gz", ".zst")
 LINES = (".jsonl", ".json", ".ndjson")
+WRITTEN = (
+    *("scores", "rejects", "fit", "store", "timing", "logs", "claims", "slurm"),
+    *("plan.json", "job.json", "manifest.json", "bm25.json", "queries.jsonl", "targets.rejects.jsonl"),
+    *("rejects.jsonl", "selected.jsonl", "passed_over.jsonl"),
+)
+"""Files and folders that a run writes in its own; of several checkpoints also store-N."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,7 @@ class InputFile:
     """A file of the corpus as it was when the plan was made."""
 
     path: str
+    """Absolute, links kept: a link's own name says the format where that of its target doesn't."""
     size: int
     modified: int
     """Nanoseconds since the epoch."""
@@ -217,22 +228,70 @@ def split_place(where: str) -> tuple[str, int]:
     return (path, int(line)) if path and line.isdigit() else (where, 0)
 
 
-def make_plan(corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path]) -> Plan:
+def corpus_files(corpus: Sequence[str], out: Path | None = None) -> list[Path]:
+    """Return the corpus's files in order, each once, and none that a run wrote.
+
+    Args:
+        corpus: files and globs. What another run wrote is taken where it is named, not where a glob
+            matches it.
+        out: the run's own folder, nothing of which is taken.
+
+    Raises:
+        Jz3Error: a path matches no file, or runs wrote all that matched.
+    """
+    found = find_files(SourceConfig(name="corpus", kind="jsonl", paths=tuple(corpus)))
+    named = {os.path.realpath(os.path.expanduser(path)) for path in corpus}
+    own = Path(os.path.realpath(out)) if out is not None else None
+    runs: dict[Path, bool] = {}
+    files = []
+    for path in found:
+        real = Path(os.path.realpath(path))
+        for parent in real.parents:
+            first = real.relative_to(parent).parts[0]
+            if first not in WRITTEN and not first.startswith("store-"):
+                continue
+            if parent not in runs:
+                runs[parent] = parent == own or _is_run(parent)
+            if runs[parent] and (parent == own or str(real) not in named):
+                break
+        else:
+            files.append(path)
+    if not files:
+        raise Jz3Error(f"the corpus holds only files that runs wrote, e.g. {found[0]}; name others")
+    return files
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        table = json.loads((folder / "plan.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and table.get("format") == FORMAT
+
+
+def make_plan(
+    corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], out: Path | None = None
+) -> Plan:
     """Divide the corpus into shards; every file is read through once, of Parquet only the footer.
+
+    Args:
+        corpus: files and globs.
+        settings: of the run.
+        targets: per target its file.
+        out: the run's folder, see `corpus_files`.
 
     Raises:
         Jz3Error: a path matches no file, a file's kind is unknown or a target's file is missing.
     """
     if not corpus:
         raise ValueError("no corpus: give files or globs of .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
-    found = find_files(SourceConfig(name="corpus", kind="jsonl", paths=tuple(corpus)))
     files, shards = [], []
-    for number, path in enumerate(found):
+    for number, path in enumerate(corpus_files(corpus, out)):
         suffixes = [s for s in path.suffixes if s not in COMPRESSED]
         if path.suffix != ".parquet" and (not suffixes or suffixes[-1] not in LINES):
             raise Jz3Error(f"{path}: the name must end in .parquet, .jsonl, .json or .ndjson (.gz, .zst)")
         stat = path.stat()
-        files.append(InputFile(str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        files.append(InputFile(os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         divide = _divide_parquet if path.suffix == ".parquet" else _divide_lines
         parts = list(divide(path, settings)) or [(0, 0, 0, 0)]
         for position, (skip, rows, offset, size) in enumerate(parts):
@@ -316,15 +375,16 @@ def open_plan(
         if not (out / "plan.json").is_file():
             dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
             settings = dataclasses.replace(settings, threads=settings.threads or threads, dtype=dtype)
-            plan = make_plan(corpus, settings, targets)
+            plan = make_plan(corpus, settings, targets, out)
             write_json(out / "plan.json", plan.to_json())
             return plan
     plan = load_plan(out)
     wanted, found = dataclasses.asdict(settings), dataclasses.asdict(plan.settings)
     wanted |= {name: found[name] for name in ("threads", "dtype") if wanted[name] in (0, "auto")}
     different = [f"{k}: {found[k]!r} -> {wanted[k]!r}" for k in wanted if wanted[k] != found[k]]
-    paths = find_files(SourceConfig(name="corpus", kind="jsonl", paths=tuple(corpus)))
-    if [str(p.resolve()) for p in paths] != [f.path for f in plan.files]:
+    paths = corpus_files(corpus, out)
+    # A file may be given by another of its names.
+    if sorted(map(os.path.realpath, paths)) != sorted(os.path.realpath(f.path) for f in plan.files):
         different.append(f"corpus: {len(plan.files)} files -> {len(paths)} files, not the same ones")
     for name in sorted(plan.targets.keys() | targets.keys()):
         path = targets.get(name)
@@ -338,7 +398,11 @@ def open_plan(
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock `path`; it ends with the process, however that ends. Yields whether it was had."""
+    """Hold the lock `path`; it ends with the process, however that ends. Yields whether it was had.
+
+    Raises:
+        Jz3Error: the file system has no locks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
         try:
@@ -346,4 +410,11 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise Jz3Error(
+                f"the file system of {path.parent} has no file locks ({error.strerror}), by which workers share "
+                "the work; use another folder"
+            ) from error
         yield True

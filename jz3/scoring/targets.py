@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
                 except ValueError:
                     continue
                 seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise Jz3Error(f"target {name!r}: {path} can't be read: {error}") from error
     for pair in FIELDS:
         if all(not field or field in seen for field in pair):

@@ -175,8 +175,11 @@ def default_workers() -> int:
 
 
 def default_threads(workers: int) -> int:
-    """Return the CPU threads of each of so many workers."""
-    return max(1, len(os.sched_getaffinity(0)) // max(workers, 1))
+    """Return the CPU threads of each of so many workers; with GPUs the number of these counts instead.
+
+    The number is part of a run's identity, and with GPUs that shall not depend on the workers.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // max(len(gpus()) or workers, 1))
 
 
 def _spawn(out: Path, plan: Plan, number: int, workers: int, deadline: float, devices: list[str]) -> _Child:

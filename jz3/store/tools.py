@@ -32,8 +32,9 @@ class Findings:
     unfinished: list[str]
     """Files of shards that were never finished; they are ignored."""
     duplicates: list[tuple[str, str, str]]
-    """Document ids that come twice, with the two shards' names; at most 20."""
+    """Document ids that come more than once, with two of the shards' names; at most 20."""
     duplicate_count: int
+    """Such ids; equal texts of a corpus have the same."""
 
 
 def find_store(folder: Path) -> Path:
@@ -76,7 +77,7 @@ def verify(folder: Path) -> Findings:
     return Findings(len(store.shards), len(store), store.damaged, unfinished, duplicates, count)
 
 
-def merge_stores(sources: Sequence[Path], out: Path) -> int:
+def merge_stores(sources: Sequence[Path], out: Path, say: Callable[[str], None] = lambda line: None) -> int:
     """Make one store of the shards of several, linked where the file system allows it and copied elsewhere.
 
     Killed and run again it goes on. The shards are numbered in the order of the sources.
@@ -84,13 +85,14 @@ def merge_stores(sources: Sequence[Path], out: Path) -> int:
     Args:
         sources: compatible stores.
         out: the new store's folder.
+        say: told how many documents come more than once.
 
     Returns:
         The number of shards.
 
     Raises:
-        Jz3Error: a store is of another kind (the differences are named), a shard is damaged, or a
-            document comes twice.
+        Jz3Error: a store is of another kind (the differences are named), a shard is damaged, or one
+            is in two of the stores.
     """
     if not sources:
         raise ValueError("merge needs at least one store")
@@ -106,13 +108,16 @@ def merge_stores(sources: Sequence[Path], out: Path) -> int:
             raise Jz3Error(f"{folder} has damaged shards: {'; '.join(store.damaged.values())}")
         stores.append(store)
     shards = [shard for store in stores for shard in store.shards]
-    duplicates, count = _duplicates([(str(s.path), s) for s in shards])
-    if count:
-        name, one, other = duplicates[0]
-        more = f", and {count - 1} more" if count > 1 else ""
-        raise Jz3Error(
-            f"document {name} is both in {one} and in {other}{more}; a store holds a document once"
-        )
+    seen: dict[str, Path] = {}
+    for store in stores:
+        # Within a store equal shards are a corpus's repeats; in two they are the same work counted twice.
+        for shard in store.shards:
+            if shard.xxh3 in seen:
+                raise Jz3Error(f"{shard.path} is the same shard as {seen[shard.xxh3]}; merge it once")
+        seen |= {shard.xxh3: shard.path for shard in store.shards}
+    found = _duplicates([(str(s.path), s) for s in shards])
+    if found[1]:
+        say(_repeats(*found))
     open_store(out, first)
     for number, shard in enumerate(shards):
         path = shard_path(out, number)
@@ -140,7 +145,7 @@ def command(
     if action == "merge":
         if out is None:
             raise ValueError("store merge needs --out, the new store's folder")
-        number = merge_stores([find_store(f) for f in folders], out)
+        number = merge_stores([find_store(f) for f in folders], out, say)
         say(f"{out}: {number} shards, {len(Store(out))} documents")
         return
     if action not in ("info", "verify"):
@@ -159,14 +164,17 @@ def command(
             say(f"  unfinished, ignored: {name}")
         for text in found.damaged.values():
             say(f"  damaged: {text}")
-        for name, one, other in found.duplicates:
-            say(f"  twice: document {name} in {one} and {other}")
-        if found.damaged or found.duplicate_count:
-            wrong.append(
-                f"{folder}: {len(found.damaged)} damaged shards, {found.duplicate_count} documents twice"
-            )
+        if found.duplicate_count:
+            say(_repeats(found.duplicates, found.duplicate_count))
+        if found.damaged:
+            wrong.append(f"{folder}: {len(found.damaged)} damaged shards")
     if wrong:
         raise Jz3Error("; ".join(wrong))
+
+
+def _repeats(shown: list[tuple[str, str, str]], count: int) -> str:
+    name, one, other = shown[0]
+    return f"  note: {count} ids come more than once (equal texts), e.g. {name} in {one} and {other}"
 
 
 def _link(source: Path, target: Path) -> None:
