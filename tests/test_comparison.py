@@ -146,8 +146,10 @@ def test_trained_in_float32_is_judged_in_float32(
 
     monkeypatch.setattr(stage, "train", train)
     monkeypatch.setattr(stage, "_scored", scored)
-    monkeypatch.setattr("jz3.config.best_dtype", lambda: "bfloat16")
-    settings = shipped_recipe("tiny").comparison.train
+    tiny = shipped_recipe("tiny")
+    tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, dtype="bfloat16"))
+    monkeypatch.setitem(globals(), "shipped_recipe", lambda name: tiny)
+    settings = tiny.comparison.train
     for precision, dtype in (("float32", "float32"), ("mixed", "bfloat16")):
         seen.clear()
         shutil.rmtree(folder / "comparison", ignore_errors=True)
