@@ -96,7 +96,9 @@ def test_repeated_texts_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name, start in (("a", 0), ("b", 100)):
         fill(tmp_path / name, start)
         for number, ids in ((2, ["7", "7"]), (3, ["7", "7"])):
-            write_shard(tmp_path / name, number, ids, torch.full((2, 16), start), torch.ones(2), CODING)
+            write_shard(
+                tmp_path / name, number, ids, torch.full((2, 16), float(start)), torch.ones(2), CODING
+            )
     assert main(["store", "verify", str(tmp_path / "a")]) == 0
     assert "note: 1 ids come more than once (equal texts), e.g. 0000000000000007" in capsys.readouterr().out
     folders = [str(tmp_path / name) for name in ("a", "b")]
