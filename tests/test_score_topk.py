@@ -60,10 +60,12 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         pytest.skip(str(error))
     for rows, dim, k, queries in [
         (1, 1, 1, 1),
-        (5, 63, 9, 5),
+        (35, 63, 9, 2),
+        (5, 200, 9, 4),
         (67, 130, 67, 9),
         (33, 2049, 4, 17),
         (150, 4224, 3, 33),
+        (9, 33_000, 2, 70),
         (700, 256, 20, 8),
     ]:
         codes, mean, scale = table(rows, dim, kind)
@@ -108,6 +110,26 @@ def test_bounds_hold_for_the_worst_rows_and_queries() -> None:
     arguments = (codes, "int8", planes, step, bias, row_scale, torch.arange(4000).flip(0))
     expected = score_topk_reference(*arguments, torch.tensor([0]), 1, 40)
     got = score_topk_cpu(*arguments, torch.tensor([0]), 1, 40)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9])
+def test_bounds_hold_for_rows_of_four_bits_along_the_lower_plane(queries: int) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    dim, generator = 256, torch.Generator().manual_seed(0)
+    levels = torch.tensor(CODEBOOKS["4bit"].levels)
+    low = torch.randint(-64, 64, (1, dim), generator=generator)
+    planes = torch.stack([torch.ones_like(low), low]).to(torch.int8).expand(2, queries, dim).contiguous()
+    along = (low[0, :, None] * 2 - levels).abs().argmin(1).to(torch.uint8)
+    codes = torch.randint(0, 16, (4000, dim), generator=generator, dtype=torch.uint8)
+    codes[1000:3000:40] = along
+    codes[2000] = 15 - along
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    step, bias = torch.ones(queries, dtype=torch.float64), torch.zeros(queries, dtype=torch.float64)
+    arguments = (packed, "4bit", planes, step, bias, torch.ones(4000), torch.arange(4000).flip(0))
+    expected = score_topk_reference(*arguments, torch.arange(queries), queries, 60)
+    got = score_topk_cpu(*arguments, torch.arange(queries), queries, 60)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 

@@ -12,16 +12,18 @@
 
 namespace jz3 {
 
-Levels::Levels(const int8_t* levels, int bits) : byte{}, bytes{} {
+Levels::Levels(const int8_t* levels, int bits) : byte{}, bytes{}, square{} {
   for (int i = 0; i < (1 << bits); ++i) byte[i] = uint8_t(int(levels[i]) + 128);
   for (int code = 0; code < 256; ++code)
     for (int i = 0; i < 8 / bits; ++i) bytes[code][i] = byte[(code >> (i * bits)) & ((1 << bits) - 1)];
+  for (int i = 0; bits <= 4 && i < (1 << bits); ++i)
+    square[i] = uint8_t((int(levels[i]) * int(levels[i]) + SQUARE - 1) / SQUARE);
 }
 
 namespace {
 
-JZ3_CLONES int64_t square_sum(const uint8_t* bytes, int64_t columns) {
-  int64_t total = 0;
+JZ3_CLONES double square_sum(const uint8_t* bytes, int64_t columns) {
+  double total = 0;
   for (int64_t begin = 0; begin < columns; begin += 4096) {
     const int64_t end = begin + 4096 < columns ? begin + 4096 : columns;
     int32_t sum = 0;
@@ -40,7 +42,7 @@ void pair_scalar(const RowPair& rows, const int8_t* queries, const Levels&, doub
         for (int64_t c = 0; c < STEP; ++c)
           total[q] += (int32_t(row[r][begin + c]) - 128) * queries[begin * QUERIES + q * STEP + c];
     for (int64_t q = 0; q < QUERIES; ++q) sums[r][q] += total[q];
-    if (norms) *norms[r] += double(square_sum(row[r], rows.width));
+    if (norms) *norms[r] += square_sum(row[r], rows.width);
   }
 }
 
@@ -98,7 +100,7 @@ JZ3_AVX2 void pair_avx2(const RowPair& rows, const int8_t* queries, const Levels
       for (int q = 0; q < QUERIES; ++q) total[q] = _mm256_add_epi32(total[q], products(bytes, query + q * STEP));
     }
     for (int q = 0; q < QUERIES; ++q) sums[r][q] += double(sum_lanes(total[q]));
-    if (norms) *norms[r] += double(square_sum(row[r], rows.width));
+    if (norms) *norms[r] += square_sum(row[r], rows.width);
   }
 }
 
@@ -134,18 +136,14 @@ JZ3_AVX2 void unpack_4bit_avx2(const uint8_t* codes, const Levels& levels, int64
 
 }  // namespace
 
-void add_norms(const uint8_t* bytes, int64_t stride, int64_t rows, int64_t columns, double* norms) {
-  for (int64_t r = 0; r < rows; ++r) norms[r] += double(square_sum(bytes + r * stride, columns));
-}
-
-Kernels choose_kernels(Isa isa, int bits) {
-  Kernels k{pair_scalar, nullptr, false, false, single_scalar,
+Kernels choose_kernels(Isa isa, int bits, int64_t queries) {
+  Kernels k{pair_scalar, nullptr, QUERIES, false, false, single_scalar, square_sum,
             bits == 8   ? unpack_copy
             : bits == 4 ? unpack_4bit
             : bits == 2 ? unpack_table<2>
                         : unpack_table<1>};
 #ifdef JZ3_X86
-  if (isa == Isa::avx512vnni) return avx512_kernels(bits);
+  if (isa == Isa::avx512vnni) return avx512_kernels(bits, queries);
   if (isa == Isa::avx2) {
     k.bytes = pair_avx2;
     k.single = single_avx2;

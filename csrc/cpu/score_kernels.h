@@ -9,14 +9,16 @@
 
 namespace jz3 {
 
-constexpr int64_t STEP = 64, QUERIES = 8;  // columns of a step, queries of a block
+constexpr int64_t STEP = 64, QUERIES = 8;  // columns of a step, most queries of a block
 
 // What codes unpack to.
 struct Levels {
   uint8_t byte[256];      // level + 128 of a code
   uint8_t bytes[256][8];  // the same of every code in a byte of codes, in order
+  uint8_t square[16];     // of a 4-bit code: its squared level in units of SQUARE, rounded up
   Levels(const int8_t* levels, int bits);
 };
+constexpr int SQUARE = 130;  // so that the squares of two codes fit a byte
 
 // Two rows of a matrix with the same query block; the second may be the first again.
 struct RowPair {
@@ -26,34 +28,37 @@ struct RowPair {
   int64_t ahead_step;
 };
 
-// sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels (unless null).
-// queries: [steps][8][64].
+// sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels or a little more
+// (unless null). queries: [steps][queries of a block][64].
 using PairKernel = void (*)(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
                             double* norms[2]);
 
 struct Kernels {
   PairKernel bytes;      // rows of unpacked bytes, or int8 codes, which are the same
   PairKernel codes;      // rows of 4-bit codes as they are; may be null
+  int64_t block;         // queries of a block
   bool any_width;        // `bytes` takes widths that are no multiple of a step
   bool biased;           // the products are with level + 128 instead of the level
   // one row of whole steps and one query, its columns in a row
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
+  // the squared norm of the levels of a row of bytes, or a little more
+  double (*norm)(const uint8_t* bytes, int64_t columns);
   // row_bytes of codes to level + 128
   void (*unpack)(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes);
 };
 
-// For `isa`, which is none of the tile kinds, and codes of `bits`.
-Kernels choose_kernels(Isa isa, int bits);
-Kernels avx512_kernels(int bits);
-
-// The squared norms of rows of bytes, added to norms[row].
-void add_norms(const uint8_t* bytes, int64_t stride, int64_t rows, int64_t columns, double* norms);
+// For `isa`, which is none of the tile kinds, codes of `bits` and that many queries.
+Kernels choose_kernels(Isa isa, int bits, int64_t queries);
+Kernels avx512_kernels(int bits, int64_t queries);
 
 // The tile kernel: 32 rows with blocks of 16 queries stored [columns / 64][16][16][4] (step, quad of columns, query,
 // column of the quad): sums[row * 16 * blocks + query] is set. `ahead` as above, for all 32 rows.
 using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
                             int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
 constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
-TileKernel choose_tile_kernel(Isa isa);
+// Null where rows in pairs are faster.
+TileKernel choose_tile_kernel(Isa isa, int64_t queries);
+void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
+                           int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
 
 }  // namespace jz3

@@ -8,6 +8,7 @@
 // Per row: row_bytes read once, dim * queries multiply-adds; memory is that of a tile and the k best per group.
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/ops.h"
@@ -17,8 +18,8 @@
 namespace jz3 {
 namespace {
 
-constexpr int64_t SPAN = 4096;  // columns whose digits of eight queries stay in the L1 cache
-constexpr int64_t TILE_BYTES = 256 << 10, MOST_ROWS = 128;
+constexpr int64_t SPAN = 2048;  // columns whose digits of eight queries stay in the L1 cache
+constexpr int64_t TILE_BYTES = 128 << 10, MOST_ROWS = 128;
 constexpr double ROUNDING = 1e-9;  // more than all roundings of a bound together
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
@@ -77,19 +78,20 @@ class Best {
 
 // The queries as the kernels want them, and per query what turns a sum into a score and bounds it.
 struct Queries {
-  int64_t columns, blocks, width;  // padded; blocks of eight; queries in a row of sums
-  Lines blocked;                   // [plane][block][step][8][64]
+  int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
+  Lines blocked;                          // [plane][block][step][queries of a block][64]
   Lines single;                    // [plane][query][columns], without the first plane
   Lines tiled;                     // the first plane for the tile kernel: [block of 16][step][16][16][4]
   std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
   std::vector<double> first_step, offset, rest, slack;
 
-  Queries(const ScoreArguments& a, bool tiles, bool biased)
+  Queries(const ScoreArguments& a, bool tiles, const Kernels& kernels)
       : columns(a.bits == 4 ? (a.row_bytes + STEP - 1) / STEP * 2 * STEP
                             : (a.row_bytes * (8 / a.bits) + STEP - 1) / STEP * STEP),
-        blocks((a.queries + QUERIES - 1) / QUERIES),
-        width(tiles ? (a.queries + TILE_QUERIES - 1) / TILE_QUERIES * TILE_QUERIES : blocks * QUERIES),
-        blocked(a.planes_count * blocks * QUERIES * columns),
+        block(kernels.block),
+        blocks((a.queries + block - 1) / block),
+        width(tiles ? (a.queries + TILE_QUERIES - 1) / TILE_QUERIES * TILE_QUERIES : blocks * block),
+        blocked(a.planes_count * blocks * block * columns),
         single((a.planes_count - 1) * a.queries * columns),
         tiled(tiles ? width * columns : 0),
         digit_sum(size_t(a.planes_count * a.queries)),
@@ -97,27 +99,34 @@ struct Queries {
         offset(first_step),
         rest(first_step),
         slack(first_step) {
-    const double first_power = std::ldexp(1.0, int(7 * (a.planes_count - 1)));
+    std::vector<int8_t> line(static_cast<size_t>(columns));
+    std::vector<double> below(static_cast<size_t>(columns));  // the planes after the first as one number
     for (int64_t q = 0; q < a.queries; ++q) {
       double first_square = 0, rest_square = 0;
-      for (int64_t c = 0; c < a.dim; ++c) {
-        const int64_t at = a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c;
-        double below = 0;
-        for (int64_t plane = 0; plane < a.planes_count; ++plane) {
-          const int8_t digit = a.planes[(plane * a.queries + q) * a.dim + c];
-          const int64_t block = plane * blocks + q / QUERIES;
-          blocked.data()[(block * columns + at / STEP * STEP) * QUERIES + q % QUERIES * STEP + at % STEP] = digit;
-          if (plane) single.data()[((plane - 1) * a.queries + q) * columns + at] = digit;
-          digit_sum[plane * a.queries + q] += 128 * int64_t(digit);
-          below = plane ? below * 128 + digit : 0;
+      std::fill(below.begin(), below.end(), 0.0);
+      for (int64_t plane = 0; plane < a.planes_count; ++plane) {
+        const int8_t* const digits = a.planes + (plane * a.queries + q) * a.dim;
+        for (int64_t c = 0; c < a.dim; ++c) line[a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c] = digits[c];
+        int64_t sum = 0, square = 0;
+        for (int64_t c = 0; c < a.dim; ++c) sum += digits[c], square += int64_t(digits[c]) * digits[c];
+        digit_sum[plane * a.queries + q] = 128 * sum;
+        if (plane) {
+          for (int64_t c = 0; c < a.dim; ++c) below[c] = below[c] * 128 + digits[c];
+          std::copy(line.begin(), line.end(), single.data() + ((plane - 1) * a.queries + q) * columns);
+        } else {
+          first_square = double(square);
         }
-        const int8_t first = a.planes[q * a.dim + c];
-        if (tiles)
-          tiled.data()[((q / TILE_QUERIES * columns + at) / 4 * TILE_QUERIES + q % TILE_QUERIES) * 4 + at % 4] = first;
-        first_square += double(first) * first;
-        rest_square += below * below;
+        if (!plane && tiles) {
+          uint8_t* const to = tiled.data() + (q / TILE_QUERIES * columns * TILE_QUERIES + q % TILE_QUERIES * 4);
+          for (int64_t c = 0; c < columns; c += 4) std::memcpy(to + c * TILE_QUERIES, &line[c], 4);
+        } else {
+          uint8_t* const to = blocked.data() + (plane * blocks + q / block) * columns * block + q % block * STEP;
+          for (int64_t c = 0; c < columns; c += STEP) std::memcpy(to + c * block, &line[c], STEP);
+        }
       }
-      const double step = std::fabs(a.step[q]), excess = biased ? double(digit_sum[q]) : 0;
+      for (double x : below) rest_square += x * x;
+      const double first_power = std::ldexp(1.0, int(7 * (a.planes_count - 1)));
+      const double step = std::fabs(a.step[q]), excess = tiles || kernels.biased ? double(digit_sum[q]) : 0;
       first_step[q] = a.step[q] * first_power;
       offset[q] = a.bias[q] - excess * first_step[q];
       rest[q] = step * (std::sqrt(rest_square) + ROUNDING * first_power * std::sqrt(first_square));
@@ -203,7 +212,7 @@ class Scan {
                                    : Source{bytes_.data(), queries.columns, queries.columns};
     std::fill(norms_.begin(), norms_.end(), 0.0);
     if (p_.tiles) {
-      add_norms(source.bytes, source.stride, count, source.width, norms_.data());
+      for (int64_t r = 0; r < count; ++r) norms_[r] = p_.kernels.norm(source.bytes + r * source.stride, source.width);
       for (int64_t r = 0; r < count; r += TILE_ROWS) {
         const int64_t share = (ahead_end_ - ahead_) * TILE_ROWS / p_.rows;
         p_.tiles(source.bytes + r * source.stride, source.stride, queries.tiled.digits(), queries.columns,
@@ -234,19 +243,20 @@ class Scan {
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
     const int64_t ahead_step = norms ? std::min<int64_t>(2 * STEP, (ahead_end_ - ahead_ + steps - 1) / steps) : 0;
     double spare[QUERIES];
+    const int64_t width = queries.block;
     std::fill(sums, sums + count * queries.width, 0.0);
     for (int64_t begin = 0; begin < source.width; begin += span)
       for (int64_t block = 0; block < queries.blocks; ++block) {
         const int8_t* digits = queries.blocked.digits() +
-                               ((plane * queries.blocks + block) * queries.columns + begin * per_byte) * QUERIES;
+                               ((plane * queries.blocks + block) * queries.columns + begin * per_byte) * width;
         for (int64_t r = 0; r < count; r += 2) {
           const int64_t second = std::min(r + 1, count - 1);
           RowPair rows{source.bytes + r * source.stride + begin, source.bytes + second * source.stride + begin,
                        std::min(span, source.width - begin), ahead_, ahead_step};
           ahead_ += (rows.width + STEP - 1) / STEP * ahead_step;
           double spare_norm;
-          double* const to[2] = {sums + r * queries.width + block * QUERIES,
-                                 second == r ? spare : sums + second * queries.width + block * QUERIES};
+          double* const to[2] = {sums + r * queries.width + block * width,
+                                 second == r ? spare : sums + second * queries.width + block * width};
           double* norm[2] = {norms + r, second == r ? &spare_norm : norms + second};
           (codes ? p_.kernels.codes : p_.kernels.bytes)(rows, digits, p_.levels, to,
                                                         norms && block == 0 ? norm : nullptr);
@@ -344,10 +354,10 @@ class Scan {
 
 void score_topk(const ScoreArguments& a, int threads) {
   const Isa isa = choose_isa(a.isa);
-  const TileKernel tiles = choose_tile_kernel(isa);
+  const TileKernel tiles = choose_tile_kernel(isa, a.queries);
   const Isa plain = tiles ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
-  const Kernels kernels = choose_kernels(plain, a.bits);
-  const Queries queries(a, tiles, tiles || kernels.biased);
+  const Kernels kernels = choose_kernels(plain, a.bits, a.queries);
+  const Queries queries(a, tiles, kernels);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
   const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes && queries.blocks == 1);

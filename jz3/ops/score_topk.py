@@ -56,14 +56,14 @@ def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Te
     folded = exact * scale.double()
     largest = folded.abs().amax(1) if folded.shape[1] else folded.new_zeros(len(folded))
     step = torch.where(largest > 0, largest / (127 * 128 ** (PLANES - 1)), torch.ones_like(largest))
-    whole = (folded / step[:, None]).round().long()
+    whole = folded.div_(step[:, None]).round_()
     planes = []
     for _ in range(PLANES - 1):
-        low = (whole + 64).remainder(128) - 64
-        planes.append(low)
-        whole = (whole - low) // 128
-    planes.append(whole)
-    return Digits(torch.stack(planes[::-1]).to(torch.int8), step * unit, bias)
+        above = ((whole + 64) / 128).floor_()
+        planes.append(whole.sub_(above, alpha=128).to(torch.int8))
+        whole = above
+    planes.append(whole.to(torch.int8))
+    return Digits(torch.stack(planes[::-1]), step * unit, bias)
 
 
 def top_k(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
