@@ -1,7 +1,8 @@
-"""Projected gradients of packed documents against one pair of matrix products per document.
+"""Projected gradients of packed documents against plain torch in the inputs' type.
 
-On the CPU two small modules; on a GPU layers of Llama-3-8B and SmolLM2-135M with 16k tokens in documents of 64 to
-2,048, L dense or as packed signs.
+Torch on a CPU: g L of the whole batch, then a product per document; on a GPU a pair of products per document. On a CPU
+layers of SmolLM2-135M with 4k tokens in documents of 64 to 512, on a GPU those of Llama-3-8B too with 16k tokens in
+documents of 64 to 2,048; L dense or as packed signs.
 """
 
 from collections.abc import Iterator
@@ -13,26 +14,32 @@ import torch
 from jz3.ops.segment_project import segment_project
 from jz3.ops.signs import sign_bits
 
-CPU = [(2048, 576, 32, "dense"), (4096, 1536, 128, "dense")]
+CPU = [
+    (4096, outputs, p, kind, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for outputs in (192, 576, 1536)
+    for p in (32, 96)
+    for kind in ("dense", "signs")
+]
 CUDA = [
-    (16384, outputs, 128, kind)
+    (16384, outputs, 128, kind, torch.bfloat16)
     for outputs in (192, 576, 1536, 1024, 4096, 14336)
     for kind in ("dense", "signs")
 ]
 
 
-def bounds_of(tokens: int) -> list[int]:
-    """Return documents of 64 to 2,048 tokens that fill a batch, the last one cut off."""
-    lengths = np.random.default_rng(0).integers(64, 2049, tokens // 64)
+def bounds_of(tokens: int, longest: int) -> list[int]:
+    """Return documents of 64 tokens to the longest that fill a batch, the last one cut off."""
+    lengths = np.random.default_rng(0).integers(64, longest + 1, tokens // 64)
     return [0, *(int(x) for x in lengths.cumsum() if x < tokens), tokens]
 
 
 def cases(device: str) -> Iterator[dict[str, Any]]:
     """Yield modules' shapes."""
-    for tokens, outputs, p, kind in CUDA if device == "cuda" else CPU:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    cuda = device == "cuda"
+    for tokens, outputs, p, kind, dtype in CUDA if cuda else CPU:
         a, g = (torch.randn(tokens, n, device=device).to(dtype) for n in (p, outputs))
-        edges = bounds_of(tokens)
+        edges = bounds_of(tokens, 2048 if cuda else 512)
         bounds = torch.tensor(edges)
         if kind == "signs":
             bits = sign_bits(0, "m", outputs, p)
@@ -46,11 +53,14 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
 
         def plain(a=a, g=g, left=dense, edges=edges) -> torch.Tensor:
             pairs = zip(edges, edges[1:], strict=False)
-            return torch.stack([(left.T @ (g[b:e].T @ a[b:e])).float() for b, e in pairs])
+            if g.is_cuda:
+                return torch.stack([(left.T @ (g[b:e].T @ a[b:e])).float() for b, e in pairs])
+            rows = g @ left
+            return torch.stack([(rows[b:e].T @ a[b:e]).float() for b, e in pairs])
 
         size = a.element_size()
         yield {
-            "name": f"T={tokens} O={outputs} p={p} {kind}",
+            "name": f"O={outputs} p={p} {kind} {str(dtype)[6:]}",
             "rows": tokens,
             "dim": outputs,
             "dtype": str(dtype),

@@ -125,6 +125,22 @@ PYBIND11_MODULE(_C, m) {
                     threads);
   });
 #ifdef JZ3_BF16
+  m.def("segment_unit", [] { return int(jz3::best_segment_unit()); });
+  m.def(
+      "segment_project",
+      [](uintptr_t a, uintptr_t g, uintptr_t left, uintptr_t out, uintptr_t bounds, uintptr_t tokens,
+         int64_t documents, int64_t width, int64_t outputs, int64_t columns, int64_t stride_a, int64_t stride_g,
+         int64_t stride_left, float scale, bool signs, bool bf16, int unit, int threads) {
+        py::gil_scoped_release release;
+        jz3::segment_project({at<void>(a), at<void>(g), at<void>(left), at<float>(out), at<const int64_t>(bounds),
+                              at<const int64_t>(tokens), documents, width, outputs, columns, stride_a, stride_g,
+                              stride_left, scale, signs, bf16},
+                             unit, threads);
+      },
+      py::kw_only(), py::arg("a"), py::arg("g"), py::arg("left"), py::arg("out"), py::arg("bounds"),
+      py::arg("tokens"), py::arg("documents"), py::arg("width"), py::arg("outputs"), py::arg("columns"),
+      py::arg("stride_a"), py::arg("stride_g"), py::arg("stride_left"), py::arg("scale"), py::arg("signs"),
+      py::arg("bf16"), py::arg("unit"), py::arg("threads"));
   m.def("has_bf16", &jz3::has_bf16);
   bind_block<float>(m, "float32");
   bind_block<uint16_t>(m, "bfloat16");

@@ -1,15 +1,27 @@
 """Projected gradients per document: against autograd, float64 and packing."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 
+from jz3 import backend
+from jz3.errors import Jz3Error
 from jz3.ops.segment_plan import plan_segments
-from jz3.ops.segment_project import segment_norms, segment_project, segment_project_reference
+from jz3.ops.segment_project import (
+    segment_norms,
+    segment_project,
+    segment_project_cpu,
+    segment_project_reference,
+    unpack_left,
+)
 from jz3.ops.signs import sign_bits, signs
 
 RAGGED = [0, 5, 5, 6, 40, 67]
+UNITS = range(1, 4)
+compiled = pytest.mark.skipif(bool(backend.extension_missing()), reason="the CPU extension is not compiled")
 
 
 def plain(a: torch.Tensor, g: torch.Tensor, left: torch.Tensor, bounds: list[int]) -> torch.Tensor:
@@ -95,6 +107,90 @@ def test_norms_of_the_blocks() -> None:
     blocks, norms = segment_project(a, g, left, bounds, norms=True)
     assert torch.equal(blocks, segment_project(a, g, left, bounds))
     assert norms.shape == (3,) and torch.allclose(norms, blocks.square().sum((1, 2)), rtol=1e-5)
+
+
+def on_unit(unit: int, *arguments: Any) -> torch.Tensor:
+    """Run the compiled pass on a vector unit: 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products."""
+    if unit > backend.extension().segment_unit():
+        pytest.skip("this machine lacks the vector unit")
+    return segment_project_cpu(*arguments, unit=unit)
+
+
+@compiled
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "width", "outputs", "columns"),
+    [
+        ("dense", 576, 32, 32),
+        ("dense", 33, 130, 7),  # two blocks of outputs, rows of odd length
+        ("dense", 1, 1, 1),
+        ("signs", 300, 72, 40),  # two blocks of g's columns
+        ("signs", 33, 140, 33),
+    ],
+)
+def test_compiled_on_every_vector_unit(
+    unit: int, dtype: torch.dtype, kind: str, width: int, outputs: int, columns: int
+) -> None:
+    """Tokens of no document and what follows the rows of g are NaN; a document goes on in a third piece."""
+    bounds = [2, 7, 7, 8, 42, 69, 69, 70, 670, 671]
+    count, mine = bounds[-1] + 3, slice(bounds[0], bounds[-1])
+    a, wide = (torch.full((count, n), float("nan"), dtype=dtype) for n in (columns, width + 3))
+    a[mine], wide[mine, :width] = (
+        normal(seed, count, n, dtype=dtype)[mine] for seed, n in ((0, columns), (1, width))
+    )
+    g, given = wide[:, :width], outputs if kind == "signs" else None
+    left = sign_bits(0, "m", width, outputs) if given else normal(2, width, outputs, dtype=dtype)
+    matrix = unpack_left(left, outputs, torch.float32) / outputs**0.5 if given else left
+    edges = torch.tensor(bounds)
+    got = on_unit(unit, a, g, left, edges, None, given)
+    exact = segment_project_reference(a.double(), g.double(), matrix.double(), edges)
+    rows = g[mine] @ matrix.to(dtype)
+    at = [b - bounds[0] for b in bounds]
+    pairs = zip(at, at[1:], strict=False)
+    expected = torch.stack([rows[b:e].T @ a[mine][b:e] for b, e in pairs])
+    assert_as_accurate(got, expected, exact)
+    assert not got[1].any() and not got[5].any()
+    long = slice(bounds[7], bounds[8])
+    alone = on_unit(unit, a[long], g[long], left, torch.tensor([0, 600]), None, given)
+    assert torch.equal(alone[0], got[7])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(count))
+    at_home = torch.empty_like(order)
+    at_home[order] = torch.arange(count)
+    assert torch.equal(on_unit(unit, a[order], g[order], left, edges, at_home, given), got)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["dense", "signs"])
+def test_threads_do_not_change_a_bit(kind: str) -> None:
+    """Few documents for many threads: each takes a share of the outputs."""
+    a, g = normal(0, 900, 24), normal(1, 900, 500)
+    left = sign_bits(0, "m", 500, 200) if kind == "signs" else normal(2, 500, 200)
+    given = 200 if kind == "signs" else None
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            for bounds in ([0, 900], [0, 100, 500, 900]):
+                results.append(segment_project_cpu(a, g, left, torch.tensor(bounds), None, given))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(results, results[2:], strict=False):
+        assert torch.equal(one, other)
+
+
+@compiled
+def test_what_the_compiled_pass_leaves_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, g, left, bounds = normal(0, 9, 4), normal(1, 9, 6), normal(2, 6, 3), torch.tensor([0, 9])
+    monkeypatch.setenv("JZ3_BACKEND", "segment_project=cpu")
+    segment_project(a, g, left, bounds)
+    for arguments, reason in (((a, g, None), "no L"), ((a.half(), g.half(), left.half()), "float16")):
+        with pytest.raises(Jz3Error, match=reason):
+            segment_project(*arguments, bounds)
+    monkeypatch.setattr(backend.extension(), "segment_unit", lambda: 0)
+    with pytest.raises(Jz3Error, match="vector unit"):
+        segment_project(a, g, left, bounds)
 
 
 @pytest.mark.parametrize("tile", [128, 256])

@@ -10,131 +10,37 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 
-namespace jz3 {
-
 #ifdef JZ3_BF16
+#define JZ3_BF16_PRODUCTS
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "cpu/avx512.h"
+#include "cpu/multiply.h"
 
+namespace jz3 {
 namespace {
 
 constexpr int64_t BLOCK = 48;  // queries at a time
-constexpr int64_t PANEL = 64;  // columns of a packed operand that lie together
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() { return data_; }
-
- private:
-  T* data_;
-};
-
-// What one multiplication takes of the inner dimension.
-typedef uint32_t __attribute__((may_alias)) Pair;
-template <class T>
-struct Of {
-  using Unit = T;
+struct Of : Avx512 {
   using Plain = T;  // as the type of a buffer
-  static constexpr int64_t count = 1;
 };
 template <>
-struct Of<bf16> {
-  using Unit = Pair;
+struct Of<bf16> : Avx512Bf16 {
   using Plain = uint32_t;
-  static constexpr int64_t count = 2;
 };
 template <class T>
 constexpr int64_t units(int64_t numbers) {
-  return (numbers + Of<T>::count - 1) / Of<T>::count;
+  return units_of<Of<T>>(numbers);
 }
-
-// A[m][k] at a[m * row + k * column], B[k][n] at b[(n / PANEL) * panel + k * step + n % PANEL], in units.
-template <class T>
-struct Left {
-  const typename Of<T>::Unit* a;
-  int64_t row, column;
-};
-template <class T>
-struct Right {
-  const typename Of<T>::Unit* b;
-  int64_t panel, step;
-};
-
-inline __m512 multiply_add(__m512 total, float a, __m512i b) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_castsi512_ps(b), total);
-}
-inline __m512 multiply_add(__m512 total, Pair a, __m512i b) {
-  return _mm512_dpbf16_ps(total, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-}
-
-template <class T, int M, int N>
-inline void tile(const Left<T>& left, const typename Of<T>::Unit* b, int64_t step, int64_t depth, float* c,
-                 int64_t stride, bool add) {
-  __m512 total[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) total[m][n] = add ? _mm512_loadu_ps(c + m * stride + 16 * n) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512i column[N];
-    for (int n = 0; n < N; ++n) column[n] = _mm512_loadu_si512(b + k * step + 16 * n);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n)
-        total[m][n] = multiply_add(total[m][n], left.a[m * left.row + k * left.column], column[n]);
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * stride + 16 * n, total[m][n]);
-}
-
-template <class T, int N>
-void tile_rows(int64_t rows, Left<T> left, const typename Of<T>::Unit* b, int64_t step, int64_t depth, float* c,
-               int64_t stride, bool add) {
-  for (; rows >= 6; rows -= 6, left.a += 6 * left.row, c += 6 * stride)
-    tile<T, 6, N>(left, b, step, depth, c, stride, add);
-  if (rows >= 4) {
-    tile<T, 4, N>(left, b, step, depth, c, stride, add);
-    rows -= 4, left.a += 4 * left.row, c += 4 * stride;
-  }
-  if (rows >= 2) {
-    tile<T, 2, N>(left, b, step, depth, c, stride, add);
-    rows -= 2, left.a += 2 * left.row, c += 2 * stride;
-  }
-  if (rows) tile<T, 1, N>(left, b, step, depth, c, stride, add);
-}
-
-// C[m][n] (+)= sum over k of A[m][k] B[k][n]; columns is rounded up to 16.
-template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<T>& left, const Right<T>& right, float* c,
-              int64_t stride, bool add) {
-  for (int64_t n = 0; n < columns; n += PANEL, c += PANEL) {
-    const typename Of<T>::Unit* b = right.b + n / PANEL * right.panel;
-    switch (std::min<int64_t>(4, (columns - n + 15) / 16)) {
-      case 4:
-        tile_rows<T, 4>(rows, left, b, right.step, depth, c, stride, add);
-        break;
-      case 3:
-        tile_rows<T, 3>(rows, left, b, right.step, depth, c, stride, add);
-        break;
-      case 2:
-        tile_rows<T, 2>(rows, left, b, right.step, depth, c, stride, add);
-        break;
-      default:
-        tile_rows<T, 1>(rows, left, b, right.step, depth, c, stride, add);
-    }
-  }
-}
+constexpr int64_t PANEL = panel_of<Of<float>>;
 
 // y = x rotated by the angle of its position.
 template <class T>
@@ -159,10 +65,6 @@ void rotate_back(const float* x, const float* cosine, const float* sine, int64_t
     store(y + half + c, _mm512_fnmadd_ps(low, _mm512_loadu_ps(sine + c),
                                          _mm512_mul_ps(high, _mm512_loadu_ps(cosine + half + c))));
   }
-}
-
-inline __m512i pairs(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
 // Rows as the right operand: out[r / count][c] holds x[r][c] and, in a pair, x[r + 1][c] (zero after the last).
@@ -256,10 +158,10 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
     for (int64_t first = 0; first < a.tokens; first += BLOCK) {
       const int64_t rows = std::min(BLOCK, a.tokens - first), seen = first + rows;
       task.rotated(task.queries + h * width, first, rows, block.get());
-      multiply<T>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
+      multiply<Of<T>>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
                   scores.get(), padded, false);
       softmax_block(scores.get(), padded, first, rows, a.scale, p.get(), top, sum);
-      multiply<T>(rows, width, units<T>(seen), {as_units(p.get()), units<T>(padded), 1},
+      multiply<Of<T>>(rows, width, units<T>(seen), {as_units(p.get()), units<T>(padded), 1},
                   {values.get(), PANEL, width}, out.get(), width, false);
       float* statistics = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
       for (int64_t i = 0; i < rows; ++i) {
@@ -355,23 +257,23 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
       task.rotated(task.queries + h * width, first, rows, block.get());
       pack_rows(block.get(), width, rows, width, query_rows.get());
       pack_rows(dout + first * row, row, rows, width, grad_rows.get());
-      multiply<T>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
+      multiply<Of<T>>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
                   scores.get(), padded, false);
-      multiply<T>(rows, seen, depth, {as_units(dout + first * row), units<T>(row), 1},
+      multiply<Of<T>>(rows, seen, depth, {as_units(dout + first * row), units<T>(row), 1},
                   {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
       const float* top = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
       BackwardRows<T>{scores.get(), dp.get(), padded, first, round_up(seen, 16), a.scale, top, top + a.tokens, delta}
           .run(rows, ds.get(), p_units.get(), ds_pairs.get());
-      multiply<T>(rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
+      multiply<Of<T>>(rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
                   {key_rows.get(), PANEL, width}, dq.get(), width, false);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t position = first + i;
         rotate_back(dq.get() + i * width, a.cosine + position * width, a.sine + position * width, width,
                     grad + position * task.stride + head * width);
       }
-      multiply<T>(seen, width, units<T>(rows), {p_units.get(), 1, padded}, {grad_rows.get(), PANEL, width}, dv.get(),
+      multiply<Of<T>>(seen, width, units<T>(rows), {p_units.get(), 1, padded}, {grad_rows.get(), PANEL, width}, dv.get(),
                   width, true);
-      multiply<T>(seen, width, units<T>(rows), {ds_units, 1, padded}, {query_rows.get(), PANEL, width}, dk.get(),
+      multiply<Of<T>>(seen, width, units<T>(rows), {ds_units, 1, padded}, {query_rows.get(), PANEL, width}, dk.get(),
                   width, true);
     }
   }
@@ -406,6 +308,5 @@ template void attention(const AttentionArguments<uint16_t>&, int);
 template void attention_backward(const AttentionArguments<float>&, int);
 template void attention_backward(const AttentionArguments<uint16_t>&, int);
 
-#endif
-
 }  // namespace jz3
+#endif

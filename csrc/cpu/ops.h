@@ -59,6 +59,23 @@ void score_topk(const ScoreArguments& arguments, int threads);
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define JZ3_BF16 1
 
+// Projected gradients of documents (jz3/ops/segment_project.py). Rows are float, or bfloat16 (as uint16_t).
+struct SegmentArguments {
+  const void *a, *g;      // [T][columns], [T][width]
+  const void* left;       // [width][outputs] of the same type; or packed signs (uint32_t), then a stride in words
+  float* out;             // [documents][outputs][columns]
+  const int64_t* bounds;  // [documents + 1]
+  const int64_t* tokens;  // position -> token; null where they are the same
+  int64_t documents, width, outputs, columns, stride_a, stride_g, stride_left;
+  float scale;            // of g L
+  bool signs, bf16;
+};
+// Vector units, worst to best: none that it runs on, AVX2, AVX-512, AVX-512 with bfloat16 products.
+enum class SegmentUnit : int { none = 0, avx2 = 1, avx512 = 2, bf16 = 3 };
+SegmentUnit best_segment_unit();
+// `unit` is one of them, or -1 for the best; throws if this machine lacks it.
+void segment_project(const SegmentArguments& arguments, int unit, int threads);
+
 // The parts of a Llama block (jz3/gradients/llama.py) on rows of T, float or bfloat16 (as uint16_t); they may
 // be called only where has_bf16().
 bool has_bf16();

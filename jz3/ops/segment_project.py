@@ -263,6 +263,48 @@ def _segment_project_triton(
     return blocks.mul_(1 / math.sqrt(outputs))
 
 
+def segment_project_cpu(
+    a: "torch.Tensor",
+    g: "torch.Tensor",
+    left: "torch.Tensor",
+    bounds: "torch.Tensor",
+    tokens: "torch.Tensor | None",
+    outputs: int | None,
+    unit: int = -1,
+) -> "torch.Tensor":
+    """The compiled pass over g.
+
+    `unit` picks 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products, -1 the best there is; ValueError where the
+    machine lacks it.
+    """
+    import torch
+
+    a, g, left = (x if x.stride(1) == 1 else x.contiguous() for x in (a, g, left))
+    rows, columns = outputs or left.shape[1], a.shape[1]
+    out = torch.empty(len(bounds) - 1, rows, columns)
+    backend.extension().segment_project(
+        a=a.data_ptr(),
+        g=g.data_ptr(),
+        left=left.data_ptr(),
+        out=out.data_ptr(),
+        bounds=bounds.data_ptr(),
+        tokens=0 if tokens is None else tokens.data_ptr(),
+        documents=len(out),
+        width=g.shape[1],
+        outputs=rows,
+        columns=columns,
+        stride_a=a.stride(0),
+        stride_g=g.stride(0),
+        stride_left=left.stride(0),
+        scale=1 / math.sqrt(rows) if outputs else 1.0,
+        signs=outputs is not None,
+        bf16=g.dtype == torch.bfloat16,
+        unit=unit,
+        threads=backend.threads(),
+    )
+    return out
+
+
 def _segment_project_cuda(
     a: "torch.Tensor",
     g: "torch.Tensor",
@@ -368,6 +410,8 @@ def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
         return "float64"
     if len(dtypes) > 1:
         return f"mixed dtypes ({', '.join(sorted(dtypes))})"
+    if chosen == "cpu":
+        return _unsupported_on_cpu(left, dtypes)
     if chosen != "cuda":
         return ""
     if "float32" in dtypes:
@@ -375,6 +419,15 @@ def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
     if not _is_aligned(g):
         return "rows of g that aren't contiguous and aligned to 16 bytes"
     return "2^31 tokens or more" if len(g) >= 1 << 31 else ""
+
+
+def _unsupported_on_cpu(left: "torch.Tensor | None", dtypes: set[str]) -> str:
+    if left is None:
+        return "no L: one product per document, which torch's are made for"
+    if "float16" in dtypes:
+        return "float16 (it takes bfloat16 and float32)"
+    unit = getattr(backend.extension(), "segment_unit", int)
+    return "" if unit() else "this machine's vector unit (it takes AVX2, AVX-512)"
 
 
 def _example(device: str) -> tuple[Any, ...]:
@@ -393,7 +446,7 @@ backend.register(
     backend.Op(
         name="segment_project",
         reference=segment_project_reference,
-        native={"cuda": _segment_project_cuda, "triton": _segment_project_triton},
+        native={"cuda": _segment_project_cuda, "triton": _segment_project_triton, "cpu": segment_project_cpu},
         example=_example,
         unsupported=_unsupported,
     )
