@@ -30,6 +30,7 @@ OPS = {
     "encode": "encode",
     "decode": "encode",
     "score_topk": "score_topk",
+    "score_codes": "score_checkpoints",
 }
 """Op -> its module in `jz3.ops`."""
 

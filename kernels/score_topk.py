@@ -137,6 +137,25 @@ def case(bits: int, columns: int) -> str:
     return f"score_codes/{'wide' if bits >= 4 else 'narrow'}/{32 if columns <= 32 else 128}"
 
 
+def score_rows(
+    codes: torch.Tensor,
+    kind: str,
+    planes: torch.Tensor,
+    step: torch.Tensor,
+    bias: torch.Tensor,
+    row_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The Triton implementation of `jz3.ops.score_topk.score_codes_reference`, with its signature."""
+    from jz3.ops.encode import CODEBOOKS
+
+    if codes.stride(1) != 1:
+        codes = codes.contiguous()
+    book = CODEBOOKS[kind]
+    levels = torch.tensor(book.levels, dtype=torch.int8, device=codes.device)
+    digits = digit_columns(planes, book.bits, codes.shape[1])
+    return score_codes(codes, levels, digits, step.contiguous(), bias.contiguous(), row_scale.contiguous())
+
+
 def score_topk(
     codes: torch.Tensor,
     kind: str,
@@ -150,21 +169,12 @@ def score_topk(
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton implementation of `jz3.ops.score_topk`, with the signature of its reference."""
-    from jz3.ops.encode import CODEBOOKS
-    from jz3.ops.score_topk import chunk_topk, merge_topk
+    from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 
-    if codes.stride(1) != 1:
-        codes = codes.contiguous()
-    book, device = CODEBOOKS[kind], codes.device
-    levels = torch.tensor(book.levels, dtype=torch.int8, device=device)
-    digits = digit_columns(planes, book.bits, codes.shape[1])
-    step, bias, row_scale = step.contiguous(), bias.contiguous(), row_scale.contiguous()
+    device = codes.device
     best = (torch.empty(count, 0, device=device), torch.empty(count, 0, dtype=torch.int64, device=device))
     for begin in range(0, len(codes) if count else 0, ROWS):
         rows = slice(begin, begin + ROWS)
-        scores = score_codes(codes[rows], levels, digits, step, bias, row_scale[rows])
-        if count != len(step):
-            grouped = torch.full((count, scores.shape[1]), float("-inf"), device=device)
-            scores = grouped.scatter_reduce(0, groups[:, None].expand_as(scores), scores, "amax")
-        best = merge_topk([best, chunk_topk(scores, ids[rows], k)], k)
+        scores = score_rows(codes[rows], kind, planes, step, bias, row_scale[rows])
+        best = merge_topk([best, chunk_topk(best_of_groups(scores, groups, count), ids[rows], k)], k)
     return best

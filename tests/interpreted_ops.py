@@ -238,7 +238,7 @@ def test_the_guard_catches_a_dropped_mask(module, old: str, new: str, tmp_path: 
 
 def test_the_ops_run_on_triton_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JZ3_BACKEND", "triton")
-    for op in ("ce_hidden_grad", "encode", "decode", "sketch", "score_topk"):
+    for op in ("ce_hidden_grad", "encode", "decode", "sketch", "score_topk", "score_codes"):
         module = backend.OPS[op]
         __import__(f"jz3.ops.{module}")
         assert backend.choose(op) == ("triton", "forced by JZ3_BACKEND")

@@ -14,14 +14,13 @@ from accuracy import assert_as_accurate, normal
 from simulated_cuda import SimulatedCuda, build_launchers, install
 
 from jz3 import backend
+from jz3.ops.best import chunk_topk, top_k
 from jz3.ops.encode import CODEBOOKS, encode
 from jz3.ops.score_topk import (
     _score_topk_cuda,
-    chunk_topk,
     fold_queries,
     score_topk,
     score_topk_reference,
-    top_k,
 )
 from jz3.ops.sign_project import sign_project, sign_project_reference
 from jz3.ops.signs import sign_bits_reference, unpack_signs

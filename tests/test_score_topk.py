@@ -5,8 +5,9 @@ import torch
 from accuracy import BACKENDS, normal
 
 from jz3 import backend
+from jz3.ops.best import merge_topk
 from jz3.ops.encode import CODEBOOKS, decode, encode, unpack_codes
-from jz3.ops.score_topk import fold_queries, merge_topk, score_topk, score_topk_cpu, score_topk_reference
+from jz3.ops.score_topk import fold_queries, score_topk, score_topk_cpu, score_topk_reference
 
 
 @pytest.fixture(params=BACKENDS)

@@ -13,13 +13,13 @@ score by about 1e-4 of the scores' spread; one plane (8 bits) would move it by 1
 hundredth of the best hundred.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jz3 import backend
+from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 from jz3.ops.checks import check_int, check_tensors
 from jz3.ops.encode import CODEBOOKS, check_row_bytes, check_scale, codebook, unpack_codes
 
@@ -66,43 +66,28 @@ def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Te
     return Digits(torch.stack(planes[::-1]), step * unit, bias)
 
 
-def top_k(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return the k best of every row by (value descending, id ascending), in that order.
-
-    Args:
-        values: [G, n].
-        ids: int64 [G, n].
-        k: how many; fewer are returned if n < k.
-
-    Returns:
-        values [G, min(k, n)], ids [G, min(k, n)].
-    """
-    order = ids.argsort(dim=1, stable=True)
-    values, ids = values.gather(1, order), ids.gather(1, order)
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return values.gather(1, order), ids.gather(1, order)
-
-
-def merge_topk(
-    parts: "Sequence[tuple[torch.Tensor, torch.Tensor]]", k: int
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Merge the results of `score_topk` over several shards into that over all of them.
-
-    Args:
-        parts: (values [G, k_j], ids [G, k_j]) of every shard.
-        k: how many to keep.
-
-    Returns:
-        values and ids [G, min(k, sum of k_j)].
-
-    Raises:
-        ValueError: there are no parts.
-    """
+def score_codes_reference(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+) -> "torch.Tensor":
+    """The scores of every row for every query, float32 [Q, N]: float64 products of integers are exact."""
     import torch
 
-    if not parts:
-        raise ValueError("merge_topk: parts must hold at least one result, got none")
-    return top_k(torch.cat([v for v, _ in parts], 1), torch.cat([i for _, i in parts], 1), k)
+    levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
+    digits = [plane.double().T for plane in planes]
+    scores = torch.empty(len(step), len(codes), device=codes.device)
+    for begin in range(0, len(codes), REFERENCE_ROWS):
+        rows = slice(begin, begin + REFERENCE_ROWS)
+        level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
+        dot = torch.zeros(len(level), planes.shape[1], dtype=torch.int64, device=codes.device)
+        for plane in digits:
+            dot = dot * 128 + (level @ plane).long()
+        scores[:, rows] = (row_scale[rows].double()[:, None] * (dot.double() * step + bias)).float().T
+    return scores
 
 
 def score_topk_reference(
@@ -117,22 +102,15 @@ def score_topk_reference(
     count: int,
     k: int,
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """The definition of the scan in plain torch: float64 products of integers are exact."""
+    """The definition of the scan in plain torch."""
     import torch
 
-    levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
-    digits = [plane.double().T for plane in planes]
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for begin in range(0, len(codes), REFERENCE_ROWS):
         rows = slice(begin, begin + REFERENCE_ROWS)
-        level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
-        dot = torch.zeros(len(level), planes.shape[1], dtype=torch.int64, device=codes.device)
-        for plane in digits:
-            dot = dot * 128 + (level @ plane).long()
-        scores = (row_scale[rows].double()[:, None] * (dot.double() * step + bias)).float()
-        grouped = torch.full((count, len(scores)), float("-inf"), device=codes.device)
-        grouped = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(scores)), scores.T, "amax")
-        best = [merge_topk([*best, (grouped, ids[rows].expand(count, -1))], k)]
+        scores = score_codes_reference(codes[rows], kind, planes, step, bias, row_scale[rows])
+        scores = best_of_groups(scores, groups, count)
+        best = [merge_topk([*best, (scores, ids[rows].expand(count, -1))], k)]
     if best:
         return best[0]
     empty = torch.empty(count, 0, device=codes.device)
@@ -178,7 +156,57 @@ def score_topk(
     """
     import torch
 
-    op = "score_topk"
+    with torch.no_grad():
+        folded = check_and_fold(
+            "score_topk", codes, mean, scale, kind, queries, row_scale, ids, groups, reduce, k
+        )
+        if row_scale is None:
+            row_scale = torch.ones(len(codes), device=codes.device)
+        if ids is None:
+            ids = torch.arange(len(codes), device=codes.device)
+        digits = folded.digits
+        return backend.call(
+            "score_topk",
+            codes,
+            kind,
+            digits.planes,
+            digits.step,
+            digits.bias,
+            row_scale,
+            ids,
+            folded.groups,
+            folded.count,
+            k,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Queries that are ready to score."""
+
+    digits: Digits
+    groups: "torch.Tensor"
+    """int64 [Q]: every query's task."""
+    count: int
+    """Tasks."""
+
+
+def check_and_fold(
+    op: str,
+    codes: "torch.Tensor",
+    mean: "torch.Tensor",
+    scale: "torch.Tensor",
+    kind: str,
+    queries: "torch.Tensor",
+    row_scale: "torch.Tensor | None",
+    ids: "torch.Tensor | None",
+    groups: "torch.Tensor | None",
+    reduce: str,
+    k: int,
+) -> Folded:
+    """Check the arguments of `score_topk` and fold tasks whose mean is wanted into one query each."""
+    import torch
+
     specs = {
         "codes": (codes, "N B", "uint8"),
         "mean": (mean, "K", "float32"),
@@ -214,19 +242,11 @@ def score_topk(
         raise ValueError(
             f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
         )
-    with torch.no_grad():
-        exact = queries.double()
-        if reduce == "mean" and count != sizes["Q"]:
-            sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
-            exact, groups = sums / members[:, None], torch.arange(count, device=codes.device)
-        digits = fold_queries(exact, mean, scale, book.unit)
-        if row_scale is None:
-            row_scale = torch.ones(sizes["N"], device=codes.device)
-        if ids is None:
-            ids = torch.arange(sizes["N"], device=codes.device)
-        return backend.call(
-            op, codes, kind, digits.planes, digits.step, digits.bias, row_scale, ids, groups, count, k
-        )
+    exact = queries.double()
+    if reduce == "mean" and count != sizes["Q"]:
+        sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
+        exact, groups = sums / members[:, None], torch.arange(count, device=codes.device)
+    return Folded(fold_queries(exact, mean, scale, book.unit), groups, count)
 
 
 def score_topk_cpu(
@@ -319,26 +339,37 @@ def level_words(kind: str) -> list[int]:
     return [int.from_bytes(data[i : i + 4], "little") for i in range(0, 16, 4)]
 
 
-def chunk_topk(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """`top_k` for many columns: only those not below the k-th value are sorted.
-
-    Args:
-        values: [G, n].
-        ids: int64 [n].
-        k: how many.
-
-    Returns:
-        values and ids [G, min(k, n)].
-    """
+def score_codes_cuda(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+) -> "torch.Tensor":
+    """The compiled kernel: the scores of every row for every query, float32 [Q, N]."""
     import torch
 
-    if values.shape[1] <= 4 * k or not len(values):
-        return top_k(values, ids.expand(len(values), -1), k)
-    bound = values.topk(k, dim=1).values[:, -1:]
-    best = []
-    for row, above in zip(values, values >= bound, strict=True):
-        best.append(top_k(row[above][None], ids[above][None], k))
-    return torch.cat([v for v, _ in best]), torch.cat([i for _, i in best])
+    bits = CODEBOOKS[kind].bits
+    ordered = fragments(planes, bits, codes.shape[1])
+    row_scale, step, bias = row_scale.contiguous(), step.contiguous(), bias.contiguous()
+    scores = torch.empty(len(step), len(codes), device=codes.device)
+    with torch.cuda.device(codes.device):
+        backend.cuda_extension().score_codes(
+            codes.data_ptr(),
+            ordered.data_ptr(),
+            step.data_ptr(),
+            bias.data_ptr(),
+            row_scale.data_ptr(),
+            scores.data_ptr(),
+            len(codes),
+            codes.shape[1],
+            len(step),
+            bits,
+            level_words(kind),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return scores
 
 
 def _score_topk_cuda(
@@ -356,32 +387,11 @@ def _score_topk_cuda(
     """Scores by the compiled kernel, a million rows at a time, and the best of them by torch."""
     import torch
 
-    bits = CODEBOOKS[kind].bits
-    ordered = fragments(planes, bits, codes.shape[1])
-    row_scale, step, bias = row_scale.contiguous(), step.contiguous(), bias.contiguous()
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for begin in range(0, len(codes) if count else 0, CUDA_ROWS):
-        part = codes[begin : begin + CUDA_ROWS]
-        scores = torch.empty(len(step), len(part), device=codes.device)
-        with torch.cuda.device(codes.device):
-            backend.cuda_extension().score_codes(
-                part.data_ptr(),
-                ordered.data_ptr(),
-                step.data_ptr(),
-                bias.data_ptr(),
-                row_scale.data_ptr() + 4 * begin,
-                scores.data_ptr(),
-                len(part),
-                part.shape[1],
-                len(step),
-                bits,
-                level_words(kind),
-                torch.cuda.current_stream().cuda_stream,
-            )
-        if count != len(step):
-            grouped = torch.full((count, len(part)), float("-inf"), device=codes.device)
-            scores = grouped.scatter_reduce(0, groups[:, None].expand(-1, len(part)), scores, "amax")
-        best.append(chunk_topk(scores, ids[begin : begin + CUDA_ROWS], k))
+        rows = slice(begin, begin + CUDA_ROWS)
+        scores = score_codes_cuda(codes[rows], kind, planes, step, bias, row_scale[rows])
+        best.append(chunk_topk(best_of_groups(scores, groups, count), ids[rows], k))
         best = [merge_topk(best, k)]
     if best:
         return best[0]
@@ -406,7 +416,7 @@ def _score_topk_triton(
     return kernels.score_topk(codes, kind, planes, step, bias, row_scale, ids, groups, count, k)
 
 
-def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
+def unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
     codes, _, planes = arguments[:3]
     if chosen == "triton" and planes.shape[2] > CUDA_MAX_DIM:
         return f"more than {CUDA_MAX_DIM} coordinates"
@@ -444,6 +454,6 @@ backend.register(
         native={"cuda": _score_topk_cuda, "triton": _score_topk_triton, "cpu": score_topk_cpu},
         example=_example,
         exact=True,
-        unsupported=_unsupported,
+        unsupported=unsupported,
     )
 )

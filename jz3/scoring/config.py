@@ -69,7 +69,8 @@ class ScoreSettings:
     baselines: tuple[str, ...] = ("hidden", "loss", "random")
     """Columns without gradients: hidden, loss, random; bm25 (document frequencies from the sample)."""
     keep_features: bool = False
-    """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N)."""
+    """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N, which
+    `jz3.store.scan_checkpoints` scans together)."""
     bits: int = 4
     """keep_features: bits per number."""
     threads: int = 0

@@ -9,12 +9,13 @@ while the store grows.
 
 from jz3.store.format import CODES, Coding, StoreInfo, module_hash, open_store, read_info
 from jz3.store.reader import Store
-from jz3.store.scan import scan
+from jz3.store.scan import CheckpointStore, scan, scan_checkpoints
 from jz3.store.shard import Shard, has_shard, write_shard
 from jz3.store.tools import find_store, merge_stores, verify
 
 __all__ = [
     "CODES",
+    "CheckpointStore",
     "Coding",
     "Shard",
     "Store",
@@ -26,6 +27,7 @@ __all__ = [
     "open_store",
     "read_info",
     "scan",
+    "scan_checkpoints",
     "verify",
     "write_shard",
 ]

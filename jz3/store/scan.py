@@ -1,10 +1,12 @@
 """The exact scan: the best documents of a store for every query, shard by shard."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jz3.errors import Jz3Error
 from jz3.store.format import CODES, Coding, decode_rows
 from jz3.store.reader import Store
 
@@ -53,7 +55,8 @@ def scan(
     """
     import torch
 
-    from jz3.ops.score_topk import merge_topk, score_topk
+    from jz3.ops.best import merge_topk
+    from jz3.ops.score_topk import score_topk
 
     store.check(coding)
     device = queries.device
@@ -80,6 +83,106 @@ def scan(
             found = score_topk(block, mean, scale, kind, queries, k, ids=names, groups=groups, reduce=reduce)
         best = [merge_topk([*best, found], k)]
         advance(len(block))
+    return _on_cpu(best, queries, groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointStore:
+    """A checkpoint's store in `scan_checkpoints`."""
+
+    store: Store
+    coding: Coding
+    queries: "torch.Tensor"
+    """[Q, K] float32: the same Q queries in every checkpoint, as this one sees them."""
+    weight: float
+
+
+def scan_checkpoints(
+    checkpoints: Sequence[CheckpointStore],
+    k: int,
+    *,
+    groups: "torch.Tensor | None" = None,
+    reduce: str = "mean",
+    advance: Callable[[int], None] = lambda n: None,
+) -> "tuple[torch.Tensor, np.ndarray]":
+    """Find the k documents with the largest weighted sums of the checkpoints' scores, looking at every one.
+
+        score(i, g) = mean or max over the queries q of group g of
+                      sum over c of w_c * <decode(codes_ci), q_c>
+
+    For the stores OUT/store-N that `jz3 score --keep-features` writes for several checkpoints.
+
+    Args:
+        checkpoints: their stores, with the same documents in the same shards.
+        k: how many documents.
+        groups, reduce, advance: as for `scan`.
+
+    Returns:
+        scores and document ids, as of `scan`.
+
+    Raises:
+        ValueError: an argument is wrong, see jz3.ops.score_checkpoints.
+        Jz3Error: the stores hold different documents or rows that are no codes (bf16), a coding is of other
+            rows, or a shard can't be read.
+    """
+    import torch
+
+    from jz3.ops.best import merge_topk
+    from jz3.ops.score_checkpoints import CheckpointCodes, score_topk_checkpoints
+
+    if not checkpoints:
+        raise ValueError("scan_checkpoints: checkpoints must hold at least one, got none")
+    first = checkpoints[0].store
+    for c in checkpoints:
+        c.store.check(c.coding)
+        if CODES[c.store.info.bits] == "bf16":
+            raise Jz3Error(
+                f"{c.store.folder} holds bf16, which checkpoints can't be combined in; store codes"
+            )
+        if [shard.rows for shard in c.store.shards] != [shard.rows for shard in first.shards]:
+            raise Jz3Error(_differ(first, c.store))
+    queries = [c.queries for c in checkpoints]
+    means, scales = (
+        [getattr(c.coding, name).to(c.queries.device) for c in checkpoints] for name in ("mean", "scale")
+    )
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for blocks in zip(*(_runs(c.store, BLOCK) for c in checkpoints), strict=True):
+        ids = blocks[0][1]
+        parts = []
+        for c, (codes, names), query, mean, scale in zip(
+            checkpoints, blocks, queries, means, scales, strict=True
+        ):
+            if not np.array_equal(names, ids):
+                raise Jz3Error(_differ(first, c.store))
+            parts.append(
+                CheckpointCodes(
+                    codes=torch.from_numpy(codes).to(query.device),
+                    mean=mean,
+                    scale=scale,
+                    kind=CODES[c.store.info.bits],
+                    queries=query,
+                    weight=c.weight,
+                )
+            )
+        names = torch.from_numpy(ids).to(queries[0].device)
+        found = score_topk_checkpoints(parts, k, ids=names, groups=groups, reduce=reduce)
+        best = [merge_topk([*best, found], k)]
+        advance(len(ids))
+    return _on_cpu(best, queries[0], groups)
+
+
+def _differ(one: Store, other: Store) -> str:
+    return (
+        f"{one.folder} and {other.folder} hold different documents or hold them in another order; "
+        "combine the stores of one finished run"
+    )
+
+
+def _on_cpu(
+    best: "list[tuple[torch.Tensor, torch.Tensor]]", queries: "torch.Tensor", groups: "torch.Tensor | None"
+) -> "tuple[torch.Tensor, np.ndarray]":
+    import torch
+
     if not best:
         count = len(queries) if groups is None else int(groups.max()) + 1
         return torch.empty(count, 0), np.empty((count, 0), np.uint64)
@@ -123,7 +226,7 @@ def _topk_values(
     """`score_topk` for rows that are no codes: products in float64, rounded to float32 once."""
     import torch
 
-    from jz3.ops.score_topk import chunk_topk
+    from jz3.ops.best import chunk_topk
 
     scores = (queries.double() @ values.double().T).float()
     if groups is not None:

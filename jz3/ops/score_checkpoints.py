@@ -1,0 +1,204 @@
+"""`score_topk` over several checkpoints of a model: the best documents by a weighted sum of scores.
+
+    score(i, q) = sum over checkpoints c of w_c * row_scale_ci * <decode(codes_ci), psi_cq>
+
+Every checkpoint's scores of a chunk of rows are those of `score_topk` bit for bit; they are added up in float64 in
+the order of the checkpoints and rounded to float32 once. So the result is the same on every back end, and memory
+is chunk x queries, never N x Q.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jz3 import backend
+from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
+from jz3.ops.checks import check_tensors
+from jz3.ops.encode import CODEBOOKS
+from jz3.ops.score_topk import (
+    Folded,
+    check_and_fold,
+    fold_queries,
+    score_codes_cuda,
+    score_codes_reference,
+    score_topk_cpu,
+    unsupported,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 24
+"""Scores held at a time: rows x queries."""
+MOST_ROWS = {"cuda": 1 << 18, "cpu": 1 << 10}
+"""Of a chunk; the compiled scan of a CPU sorts them, which is cheapest within its cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCodes:
+    """What one checkpoint knows of the documents; the fields are arguments of `score_topk`."""
+
+    codes: "torch.Tensor"
+    """uint8 [N, bytes]: row i is document i in every checkpoint."""
+    mean: "torch.Tensor"
+    scale: "torch.Tensor"
+    """float32 [K]; K and the kind may differ from checkpoint to checkpoint."""
+    kind: str
+    queries: "torch.Tensor"
+    """float32 [Q, K]: the same Q queries, as this checkpoint sees them."""
+    weight: float
+    """w_c, such as the checkpoint's learning rate."""
+    row_scale: "torch.Tensor | None" = None
+    """float32 [N]; one by default."""
+
+
+def score_topk_checkpoints(
+    checkpoints: Sequence[CheckpointCodes],
+    k: int,
+    *,
+    ids: "torch.Tensor | None" = None,
+    groups: "torch.Tensor | None" = None,
+    reduce: str = "mean",
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Find the k best rows for every query or group of queries by the checkpoints' weighted scores.
+
+    score(i, g) = mean or max over the queries q of group g of
+                  sum over c of w_c * row_scale_ci * <decode(codes_ci), q_c>
+
+    Args:
+        checkpoints: at least one, with the same rows and queries.
+        k: how many rows to find.
+        ids: int64 [N], what to return for a row and what breaks ties; 0 .. N-1 by default.
+        groups: int [Q], the task of every query, counted from 0 without gaps; by default every query
+            is a task of its own.
+        reduce: `mean` or `max` over a group, of the sums over checkpoints.
+
+    Returns:
+        values float32 [G, min(k, N)] and ids int64 [G, min(k, N)], by (value descending, id ascending).
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: as for `score_topk`; or there is no checkpoint, a weight is not finite, or checkpoints
+            differ in their rows, queries or devices.
+
+    Source: the sum over checkpoints of TracIn (arXiv 2002.08484) and LESS (arXiv 2402.04333, eq. 5).
+    """
+    import torch
+
+    with torch.no_grad():
+        folded = [
+            _checked(number, c, checkpoints[0], ids, groups, reduce, k)
+            for number, c in enumerate(checkpoints)
+        ]
+        if not folded:
+            raise ValueError("score_topk_checkpoints: checkpoints must hold at least one, got none")
+        codes, count = checkpoints[0].codes, folded[0].count
+        if ids is None:
+            ids = torch.arange(len(codes), device=codes.device)
+        best = (torch.empty(count, 0, device=codes.device), ids.new_empty(count, 0))
+        queries = len(folded[0].groups)
+        chunk = max(1, min(MOST_ROWS[codes.device.type], CHUNK // max(queries, 1)))
+        for begin in range(0, len(codes) if count else 0, chunk):
+            rows = slice(begin, begin + chunk)
+            total = torch.zeros(queries, len(ids[rows]), dtype=torch.float64, device=codes.device)
+            for c, f in zip(checkpoints, folded, strict=True):
+                total += c.weight * _scores(c, f, rows).double()
+            scores = best_of_groups(total.float(), folded[0].groups, count)
+            best = merge_topk([best, chunk_topk(scores, ids[rows], k)], k)
+        return best
+
+
+def _checked(
+    number: int,
+    checkpoint: CheckpointCodes,
+    first: CheckpointCodes,
+    ids: "torch.Tensor | None",
+    groups: "torch.Tensor | None",
+    reduce: str,
+    k: int,
+) -> Folded:
+    """Check one checkpoint, and that its rows and queries are as many as the first one's."""
+    op = f"score_topk_checkpoints: checkpoint {number}"
+    c = checkpoint
+    folded = check_and_fold(
+        op, c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, ids, groups, reduce, k
+    )
+    check_tensors(
+        op, **{"the first codes": (first.codes, "N F", "uint8"), "codes": (c.codes, "N B", "uint8")}
+    )
+    if len(c.queries) != len(first.queries):
+        raise ValueError(
+            f"{op}: queries must be {len(first.queries)} as the first one's, got {len(c.queries)}"
+        )
+    if not math.isfinite(c.weight):
+        raise ValueError(f"{op}: weight must be finite, got {c.weight!r}")
+    return folded
+
+
+def _scores(checkpoint: CheckpointCodes, folded: Folded, rows: slice) -> "torch.Tensor":
+    import torch
+
+    codes, digits = checkpoint.codes[rows], folded.digits
+    row_scale = checkpoint.row_scale
+    row_scale = torch.ones(len(codes), device=codes.device) if row_scale is None else row_scale[rows]
+    return backend.call(
+        "score_codes", codes, checkpoint.kind, digits.planes, digits.step, digits.bias, row_scale
+    )
+
+
+def _score_codes_cpu(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+) -> "torch.Tensor":
+    """All scores from the compiled scan: the best of n rows are all n, which are put back in their order."""
+    import torch
+
+    rows, groups = torch.arange(len(codes)), torch.arange(len(step))
+    values, found = score_topk_cpu(
+        codes, kind, planes, step, bias, row_scale, rows, groups, len(step), max(len(codes), 1)
+    )
+    return torch.empty_like(values).scatter_(1, found, values)
+
+
+def _score_codes_triton(
+    codes: "torch.Tensor",
+    kind: str,
+    planes: "torch.Tensor",
+    step: "torch.Tensor",
+    bias: "torch.Tensor",
+    row_scale: "torch.Tensor",
+) -> "torch.Tensor":
+    from jz3.kernels import score_topk as kernels
+
+    return kernels.score_rows(codes, kind, planes, step, bias, row_scale)
+
+
+def _example(device: str) -> tuple[Any, ...]:
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(0, 256, (50, 32), dtype=np.uint8)).to(device)
+    queries, mean, scale, row_scale = (
+        torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
+        for shape in ((5, 64), (64,), (64,), (50,))
+    )
+    digits = fold_queries(queries, mean, scale.abs(), CODEBOOKS["4bit"].unit)
+    return codes, "4bit", digits.planes, digits.step, digits.bias, row_scale
+
+
+backend.register(
+    backend.Op(
+        name="score_codes",
+        reference=score_codes_reference,
+        native={"cuda": score_codes_cuda, "triton": _score_codes_triton, "cpu": _score_codes_cpu},
+        example=_example,
+        exact=True,
+        unsupported=unsupported,
+    )
+)
