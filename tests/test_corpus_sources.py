@@ -14,7 +14,7 @@ import pytest
 
 from jz3.corpus import SourceConfig, read_texts
 from jz3.corpus.docstrings import Docstring, docstrings, source_files, topic_of
-from jz3.corpus.readers import SourceText, read_parquet_file
+from jz3.corpus.readers import ParquetReader, SourceText
 from jz3.corpus.sources import open_source
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
@@ -173,7 +173,7 @@ def test_rejects_of_odd_field_names_can_be_written(tmp_path):
 def test_rows_of_a_parquet_file(tmp_path, skip, rows, wanted):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(10)]}), path, row_group_size=3)
-    found = list(read_parquet_file(path, jsonl(path), skip=skip, rows=rows))
+    found = list(ParquetReader(path, jsonl(path)).read(skip, rows))
     assert [r.text for r in found if isinstance(r, SourceText)] == [f"text {i}" for i in wanted]
     assert len(found) == len(wanted)
 

@@ -25,6 +25,7 @@ from jz3.scoring.command import score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.merge import merge
 from jz3.scoring.plan import load_plan, make_plan, open_plan
+from jz3.scoring.reading import Reader
 from jz3.scoring.targets import read_target
 from jz3.scoring.workers import missing_shards, work
 
@@ -98,13 +99,14 @@ def test_lines_keep_their_numbers_in_every_shard(tmp_path: Path, targets: dict[s
     found = []
     for path in (plain, packed):
         plan = make_plan([str(path)], settings, {})
+        reader = Reader(plan)
         assert [s.rows for s in plan.shards] == [7, 7, 7, 7, 7, 5]
-        records = [r for shard in plan.shards for r in plan.read(shard)]
+        records = [r for shard in plan.shards for r in reader.read(shard)]
         found.append([r.where.rpartition(":")[2] for r in records])
     assert found[0] == found[1] == [str(i) for i in range(1, 41) if i != 6]
     plan = make_plan([str(plain), str(packed)], settings, {})
     places = [(s.number, line) for s in plan.shards for line in (s.skip + 1, s.skip + s.rows)]
-    read = [(shard, line) for shard, line, _ in plan.read_places(list(reversed(places)))]
+    read = [(shard, line) for shard, line, _ in Reader(plan).read_places(list(reversed(places)))]
     assert read == [(s, line) for s, line in places if line not in (6, 14)]
 
 
@@ -123,7 +125,9 @@ def test_files_with_several_names_and_links_without_a_suffix(
     settings = ScoreSettings(dtype="float32")
     plan = open_plan(tmp_path / "out", corpus, settings, {}, 1)
     assert len(plan.files) == 1 and Path(plan.files[0].path).is_symlink()
-    assert [type(r).__name__ for r in load_plan(tmp_path / "out").read(plan.shards[0])] == ["SourceText"] * 3
+    assert [type(r).__name__ for r in Reader(load_plan(tmp_path / "out")).read(plan.shards[0])] == [
+        "SourceText"
+    ] * 3
     assert open_plan(tmp_path / "out", [str(again)], settings, {}, 1).key == plan.key
 
 

@@ -1,8 +1,11 @@
 """Tolerant streaming readers: what can't be used comes out as a Reject, and the rest goes on."""
 
+import bisect
+import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -18,6 +21,7 @@ from jz3.records import Reject
 
 STAGE = "corpus"
 MAX_REJECT_CHARACTERS = 4000
+COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,43 +67,85 @@ def find_files(source: SourceConfig) -> list[Path]:
     return [Path(name) for name in once.values()]
 
 
-def read_jsonl_file(
-    path: Path, source: SourceConfig, *, skip: int = 0, offset: int = 0, lines: int | None = None
-) -> Iterator[SourceText | Reject]:
-    """Read a JSON-lines file, plain, `.gz` or `.zst`, one line in memory at a time.
+class LineReader:
+    """Reads a JSON-lines file, plain, `.gz` or `.zst`, from any line on, one line in memory at a time.
 
-    Args:
-        path: the file.
-        source: what to take from it.
-        skip: lines to leave out at the start.
-        offset: where the first line to read stands in a plain file; without it they are read through.
-        lines: read at most so many.
+    The file stays open, so that reading on behind what was read last goes through nothing twice: a
+    compressed file can't be entered in the middle.
     """
-    number = skip
-    try:
-        with open_lines(path) as stream:
-            if offset:
-                stream.seek(offset)
-            else:
-                for _ in range(skip):
-                    skip_line(stream)
-            while (lines is None or number < skip + lines) and (
-                line := stream.readline(source.max_line_bytes + 1)
+
+    def __init__(self, path: Path, source: SourceConfig) -> None:
+        """Open nothing yet.
+
+        Args:
+            path: the file.
+            source: what to take from it.
+        """
+        self.path = path
+        self._source = source
+        self._stream: BinaryIO | None = None
+        self._number = 0
+        """Lines read so far."""
+
+    def close(self) -> None:
+        """Close the file; a later `read` opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+
+    def read(
+        self, skip: int = 0, lines: int | None = None, mark: tuple[int, int] = (0, 0)
+    ) -> Iterator[SourceText | Reject]:
+        """Read records.
+
+        Args:
+            skip: lines before the first.
+            lines: read at most so many; blank ones count.
+            mark: lines (at most `skip`) and bytes before a place from which a plain file can be read;
+                not used for a compressed one.
+        """
+        # Where the file can't even be opened.
+        number = skip
+        try:
+            stream = self._enter(skip, mark)
+            while (lines is None or self._number < skip + lines) and (
+                line := stream.readline(self._source.max_line_bytes + 1)
             ):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) > source.max_line_bytes and not line.endswith(b"\n"):
+                self._number = number = self._number + 1
+                where = f"{self.path}:{number}"
+                if len(line) > self._source.max_line_bytes and not line.endswith(b"\n"):
                     size = len(line) + skip_line(stream)
-                    detail = f"{size} bytes, max_line_bytes is {source.max_line_bytes}"
+                    detail = f"{size} bytes, max_line_bytes is {self._source.max_line_bytes}"
                     yield reject("line_too_long", where, detail, line[:200].decode("utf-8", "replace"))
                 elif line.strip():
-                    yield _parse_line(line, where, source, first=number == 1)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = "damaged_file" if number or path.suffix in (".gz", ".zst") else "unreadable_file"
-        yield reject(reason, f"{path}:{number + 1}", f"{type(error).__name__}: {error}")
-        return
-    if not number:
-        yield reject("empty_file", str(path))
+                    yield _parse_line(line, where, self._source, first=number == 1)
+        except (OSError, EOFError, zlib.error) as error:
+            self.close()
+            compressed = self.path.suffix in COMPRESSED
+            reason = "damaged_file" if number or compressed else "unreadable_file"
+            yield reject(reason, f"{self.path}:{number + 1}", f"{type(error).__name__}: {error}")
+            return
+        if not number:
+            yield reject("empty_file", str(self.path))
+
+    def _enter(self, skip: int, mark: tuple[int, int]) -> BinaryIO:
+        """Return the stream, `skip` lines behind its start."""
+        plain = self.path.suffix not in COMPRESSED
+        if self._stream is None or self._number > skip:
+            self.close()
+            self._stream, self._number = open_lines(self.path), 0
+        if plain and self._number < mark[0]:
+            self._stream.seek(mark[1])
+            self._number = mark[0]
+        while self._number < skip and skip_line(self._stream):
+            self._number += 1
+        return self._stream
+
+
+def read_jsonl_file(path: Path, source: SourceConfig) -> Iterator[SourceText | Reject]:
+    """Read a whole JSON-lines file, see LineReader."""
+    with contextlib.closing(LineReader(path, source)) as reader:
+        yield from reader.read()
 
 
 def open_lines(path: Path) -> BinaryIO:
@@ -197,59 +243,124 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def read_parquet_file(
-    path: Path, source: SourceConfig, *, skip: int = 0, rows: int | None = None
-) -> Iterator[SourceText | Reject]:
-    """Read a Parquet file batch by batch, only the columns that are needed.
+class ParquetReader:
+    """Reads a Parquet file from any row on, batch by batch, only the columns that are needed.
 
-    Args:
-        path: the file.
-        source: what to take from it.
-        skip: rows to leave out at the start; whole row groups of them are not read.
-        rows: read at most so many.
+    The file stays open, so that reading on behind what was read last decodes no row twice; elsewhere a
+    row group can only be read from its beginning.
     """
-    import pyarrow
-    import pyarrow.parquet
 
-    number = 0
-    try:
-        if not path.stat().st_size:
-            yield reject("empty_file", str(path))
-            return
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
-            wanted = [name.strip() for name in source.text_field.split("+")]
-            known = file.schema_arrow.names
-            lacking = [name for name in wanted if name not in known and name.partition(".")[0] not in known]
-            if lacking:
-                yield reject(
-                    "missing_field", str(path), f"no column {lacking[0]!r}; columns: {', '.join(known):.200}"
-                )
+    def __init__(self, path: Path, source: SourceConfig) -> None:
+        """Open nothing yet.
+
+        Args:
+            path: the file.
+            source: what to take from it.
+        """
+        self.path = path
+        self._source = source
+        self._file: Any = None
+        self._starts: list[int] = []
+        """Row at which each group starts, and the number of rows."""
+        self._columns: list[str] = []
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+        """What is left of the batch that was read last."""
+        self._number = 0
+        """Rows read so far."""
+
+    def close(self) -> None:
+        """Close the file; a later `read` opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._batches, self._batch, self._number = None, iter(()), None, 0
+
+    def read(self, skip: int = 0, rows: int | None = None) -> Iterator[SourceText | Reject]:
+        """Read records.
+
+        Args:
+            skip: rows before the first; whole row groups of them are not read.
+            rows: read at most so many.
+        """
+        import pyarrow
+
+        try:
+            if not self.path.stat().st_size:
+                yield reject("empty_file", str(self.path))
                 return
-            columns = [
-                c for c in (*wanted, *source.keep_fields) if c.partition(".")[0] in known or c in known
-            ]
-            stop = file.metadata.num_rows if rows is None else skip + rows
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if number >= stop:
-                    break
-                if number + size <= skip:
-                    number += size
-                    continue
-                for batch in file.iter_batches(64, [group], list(dict.fromkeys(columns))):
-                    if number >= stop:
-                        break
-                    if number + len(batch) <= skip:
-                        number += len(batch)
-                        continue
-                    for row in _batch_rows(batch):
-                        number += 1
-                        if skip < number <= stop:
-                            yield from_row(row, f"{path}:{number}", source)
-            if not file.metadata.num_rows:
-                yield reject("empty_file", str(path), "no rows")
-    except (pyarrow.ArrowException, OSError) as error:
-        yield reject("damaged_file", f"{path}:{number + 1}", f"{type(error).__name__}: {first_line(error)}")
+            if refused := self._open():
+                yield refused
+                return
+            total = self._starts[-1]
+            stop = total if rows is None else min(skip + rows, total)
+            if skip < stop:
+                self._enter(skip)
+            while self._number < stop:
+                batch, wanted = self._next(), stop - self._number
+                self._batch = batch[wanted:]
+                for row in _batch_rows(batch[:wanted]):
+                    self._number += 1
+                    yield from_row(row, f"{self.path}:{self._number}", self._source)
+            if not total:
+                yield reject("empty_file", str(self.path), "no rows")
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"{self.path}:{self._number + 1}"
+            self.close()
+            yield reject("damaged_file", where, f"{type(error).__name__}: {first_line(error)}")
+        except GeneratorExit:
+            # The rows of the batch that weren't asked for are gone.
+            self.close()
+            raise
+
+    def _open(self) -> Reject | None:
+        """Open the file unless it is; say why its records can't be used."""
+        import pyarrow.parquet
+
+        if self._file is not None:
+            return None
+        file = pyarrow.parquet.ParquetFile(self.path, buffer_size=1 << 20)
+        source, known = self._source, file.schema_arrow.names
+        wanted = [name.strip() for name in source.text_field.split("+")]
+        lacking = [name for name in wanted if name not in known and name.partition(".")[0] not in known]
+        if lacking:
+            file.close()
+            detail = f"no column {lacking[0]!r}; columns: {', '.join(known):.200}"
+            return reject("missing_field", str(self.path), detail)
+        columns = [c for c in (*wanted, *source.keep_fields) if c.partition(".")[0] in known or c in known]
+        self._columns = list(dict.fromkeys(columns))
+        sizes = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
+        self._starts = list(itertools.accumulate(sizes, initial=0))
+        self._file, self._batches = file, self._read_groups(0)
+        return None
+
+    def _read_groups(self, first: int) -> Iterator[Any]:
+        for group in range(first, len(self._starts) - 1):
+            yield from self._file.iter_batches(64, [group], self._columns)
+
+    def _enter(self, skip: int) -> None:
+        """Stand `skip` rows behind the start."""
+        group = bisect.bisect_right(self._starts, skip) - 1
+        if self._number > skip or self._number < self._starts[group]:
+            self._batches, self._batch, self._number = self._read_groups(group), None, self._starts[group]
+        while self._number < skip:
+            left = self._next()
+            passed = min(len(left), skip - self._number)
+            self._batch = left[passed:]
+            self._number += passed
+
+    def _next(self) -> Any:
+        """Return what is left of the batch, or the next one."""
+        while self._batch is None or not len(self._batch):
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                raise OSError("the file holds fewer rows than its footer says")
+        return self._batch
+
+
+def read_parquet_file(path: Path, source: SourceConfig) -> Iterator[SourceText | Reject]:
+    """Read a whole Parquet file, see ParquetReader."""
+    with contextlib.closing(ParquetReader(path, source)) as reader:
+        yield from reader.read()
 
 
 def _batch_rows(batch: Any) -> Iterable[dict[str, Any]]:

@@ -130,6 +130,7 @@ def print_measured(
     from jz3.gradients import tokenize_text
     from jz3.scoring.job import cpu_threads, prepare
     from jz3.scoring.plan import make_plan
+    from jz3.scoring.reading import Reader
     from jz3.scoring.shard import Scorer
     from jz3.scoring.workers import default_threads, default_workers
     from jz3.stage import peak_memory, reset_peak_memory
@@ -150,7 +151,7 @@ def print_measured(
         job = prepare(out, plan, targets)
         reset_peak_memory()
         scorer = Scorer(out, plan, job)
-        sample = plan.sample(TOKEN_SAMPLE, "estimate")
+        sample = Reader(plan).sample(TOKEN_SAMPLE, "estimate")
         lengths, usable = [], []
         for text in sample:
             try:

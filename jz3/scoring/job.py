@@ -31,6 +31,7 @@ from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, res
 from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
 from jz3.scoring.plan import Plan, locked
+from jz3.scoring.reading import Reader
 from jz3.scoring.targets import read_target, summary
 from jz3.stage import release_memory
 from jz3.store import StoreInfo, module_hash
@@ -142,18 +143,20 @@ def prepare(
         for name in tasks:
             queries[name], refused = read_target(name, targets[name], plan.settings)
             rejects += refused
+        reader = Reader(plan)
         checkpoints = []
         for number, (model, weight) in enumerate(plan.settings.checkpoints()):
             say(f"fit {number + 1} of {len(plan.settings.checkpoints())}: {model}")
-            checkpoints.append(_prepare_checkpoint(out, plan, number, model, weight, queries, rejects))
+            checkpoints.append(_prepare_checkpoint(out, reader, number, model, weight, queries, rejects))
             release_memory()
             if torch.cuda.is_available():
                 # The first worker shares the GPU with this process.
                 torch.cuda.empty_cache()
         if "bm25" in plan.settings.baselines:
             count = max(10 * plan.settings.fit_documents, BM25_DOCUMENTS)
-            texts = [text.text for text in plan.sample(count, "bm25")]
+            texts = [text.text for text in reader.sample(count, "bm25")]
             Bm25.count(texts, {t: queries[t] for t in tasks}).save(out / "bm25.json")
+        reader.close()
         write_jsonl(out / "queries.jsonl", (q.to_json() for group in queries.values() for q in group))
         write_jsonl(out / "targets.rejects.jsonl", (r.to_json() for r in rejects))
         job = Job(plan.key, tasks, checkpoints)
@@ -175,7 +178,7 @@ def _check(out: Path, plan: Plan, job: Job) -> None:
 
 def _prepare_checkpoint(
     out: Path,
-    plan: Plan,
+    reader: Reader,
     number: int,
     name: str,
     weight: float,
@@ -185,7 +188,7 @@ def _prepare_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    settings = plan.settings
+    settings = reader.plan.settings
     folder = resolve_model(ModelConfig(name=name))
     tokenizer = load_tokenizer(resolve_model(ModelConfig(name=settings.checkpoints()[0][0])))
     tokens: dict[str, list[Tokens]] = {}
@@ -205,7 +208,7 @@ def _prepare_checkpoint(
     model = model.to(best_device())
     _check_vocabulary(model, tokenizer, name)
     identity = model_hash(folder)
-    path, kind = _projection(out, plan, number, model, identity, tokenizer, tokens)
+    path, kind = _projection(out, reader, number, model, identity, tokenizer, tokens)
     projection: Projection = PROJECTIONS[kind][1].load(path, identity)
     readout, hidden = [], []
     layers = linear_layers(model)
@@ -232,13 +235,13 @@ def _prepare_checkpoint(
         hidden.append(unit.mean(0))
     with atomic_path(path.with_name("tasks.safetensors")) as part:
         save_file({"readout": torch.stack(readout, 1), "hidden": torch.stack(hidden, 1)}, part)
-    measured = {} if kind == "known" else _fidelity(plan, model, layers, projection, tokenizer, tokens)
+    measured = {} if kind == "known" else _fidelity(reader, model, layers, projection, tokenizer, tokens)
     table = module_hash({n: layer_shape(m) for n, m in layers.items()})
     return Checkpoint(str(folder), identity, weight, kind, projection.k, hash_file(path), table, measured)
 
 
 def _fidelity(
-    plan: Plan,
+    reader: Reader,
     model: Any,
     layers: dict[str, Any],
     projection: Projection,
@@ -248,10 +251,10 @@ def _fidelity(
     """Compare cosines of features with exact ones, on documents that the fit hasn't seen."""
     import torch
 
-    settings = plan.settings
-    seen = {text.where for text in plan.sample(settings.fit_documents, "fit")}
+    settings = reader.plan.settings
+    seen = {text.where for text in reader.sample(settings.fit_documents, "fit")}
     documents = []
-    for text in plan.sample(settings.exact_documents + len(seen), "exact"):
+    for text in reader.sample(settings.exact_documents + len(seen), "exact"):
         if text.where not in seen and len(documents) < settings.exact_documents:
             with contextlib.suppress(ValueError):
                 documents.append(tokenize_text(tokenizer, text.where, text.text, settings.max_tokens))
@@ -283,10 +286,10 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def _projection(
-    out: Path, plan: Plan, number: int, model: Any, identity: str, tokenizer: Any, tokens: dict[str, list]
+    out: Path, reader: Reader, number: int, model: Any, identity: str, tokenizer: Any, tokens: dict[str, list]
 ) -> tuple[Path, str]:
     """Make a checkpoint's projection, or copy the one that was given; return its file and kind."""
-    settings = plan.settings
+    settings = reader.plan.settings
     kind = settings.kind
     if settings.fit:
         given = Path(settings.fit)
@@ -321,7 +324,7 @@ def _projection(
         ).save(path)
     else:
         documents = []
-        for text in plan.sample(settings.fit_documents, "fit"):
+        for text in reader.sample(settings.fit_documents, "fit"):
             try:
                 documents.append(tokenize_text(tokenizer, text.where, text.text, settings.max_tokens))
             except ValueError:

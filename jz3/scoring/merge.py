@@ -20,6 +20,7 @@ from jz3.influence import negative_control
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import Job
 from jz3.scoring.plan import Plan
+from jz3.scoring.reading import Reader
 from jz3.scoring.shard import read_about, scores_path
 from jz3.scoring.workers import missing_shards
 from jz3.selection import Choice, Place, StreamingSelection
@@ -178,7 +179,7 @@ class _Spill:
         handle.truncate()
         self._handle, self._at = handle, {}
         at = 0
-        for shard, line, text in plan.read_places([(p[1], p[2]) for p in places]):
+        for shard, line, text in Reader(plan).read_places([(p[1], p[2]) for p in places]):
             data = json.dumps([text.text, text.where, text.meta], ensure_ascii=False).encode()
             handle.write(data)
             self._at[shard, line] = (at, len(data))

@@ -17,23 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from jz3.corpus.config import SourceConfig
-from jz3.corpus.readers import (
-    SourceText,
-    find_files,
-    open_lines,
-    read_jsonl_file,
-    read_parquet_file,
-    skip_line,
-)
+from jz3.corpus.readers import COMPRESSED, find_files, open_lines, skip_line
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_file, hash_text, read_json, write_json
 from jz3.machine import best_dtype
-from jz3.records import Reject
 from jz3.scoring.config import ScoreSettings
-from jz3.seeding import rng
 
 FORMAT = "jz3-score-1"
-COMPRESSED = (".gz", ".zst")
 LINES = (".jsonl", ".json", ".ndjson")
 WRITTEN = (
     *("scores", "rejects", "fit", "store", "timing", "logs", "claims", "slurm"),
@@ -136,90 +126,6 @@ class Plan:
                 "score the changed corpus into another folder"
             )
         return path
-
-    def read(self, shard: Shard) -> Iterator[SourceText | Reject]:
-        """Read a shard's records; what can't be used comes as a Reject."""
-        path = self.check_file(shard.file)
-        if path.suffix == ".parquet":
-            yield from read_parquet_file(path, self.source(), skip=shard.skip, rows=shard.rows)
-            return
-        lines = None if shard.last else shard.rows
-        yield from read_jsonl_file(path, self.source(), skip=shard.skip, offset=shard.offset, lines=lines)
-
-    def read_places(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, SourceText]]:
-        """Read single records in the corpus's order.
-
-        Args:
-            places: (shard, line or row in its file), in any order.
-
-        Yields:
-            (shard, line, text); a place that holds no usable text is left out.
-        """
-        wanted: dict[int, set[int]] = {}
-        for shard, line in places:
-            wanted.setdefault(shard, set()).add(line)
-        files: dict[int, list[Shard]] = {}
-        for number in sorted(wanted):
-            files.setdefault(self.shards[number].file, []).append(self.shards[number])
-        for shards in files.values():
-            parts = [shards]
-            if Path(self.files[shards[0].file].path).suffix not in COMPRESSED:
-                parts = [[shard] for shard in shards]
-            # A compressed file can't be entered in the middle: it is read through once.
-            for part in parts:
-                path = self.check_file(part[0].file)
-                if path.suffix == ".parquet":
-                    records = self.read(part[0])
-                else:
-                    records = read_jsonl_file(
-                        path,
-                        self.source(),
-                        skip=part[0].skip,
-                        offset=part[0].offset,
-                        lines=part[-1].skip + part[-1].rows - part[0].skip,
-                    )
-                yield from _pick(records, part, wanted)
-
-    def sample(self, count: int, *purpose: str) -> list[SourceText]:
-        """Draw texts by row number, the same for any number of workers.
-
-        Args:
-            count: how many; fewer if the corpus has not so many usable ones.
-            purpose: what they are drawn for.
-        """
-        generator = rng(self.settings.seed, "score", *purpose)
-        # Some rows can't be used.
-        asked = min(self.rows, count * 2 + 32)
-        drawn: dict[int, None] = {}
-        while len(drawn) < asked:
-            drawn.update(dict.fromkeys(generator.integers(0, self.rows, asked).tolist()))
-        order = list(drawn)[:asked]
-        places = {}
-        ranks = sorted(range(asked), key=lambda i: order[i])
-        before = 0
-        remaining = iter(ranks)
-        rank = next(remaining, None)
-        for shard in self.shards:
-            while rank is not None and order[rank] < before + shard.rows:
-                places[shard.number, shard.skip + 1 + order[rank] - before] = rank
-                rank = next(remaining, None)
-            before += shard.rows
-        found = {places[s, line]: text for s, line, text in self.read_places(list(places))}
-        return [found[rank] for rank in sorted(found)][:count]
-
-
-def _pick(
-    records: Iterator[SourceText | Reject], shards: list[Shard], wanted: dict[int, set[int]]
-) -> Iterator[tuple[int, int, SourceText]]:
-    at = 0
-    for record in records:
-        _, line = split_place(record.where)
-        while at < len(shards) and line > shards[at].skip + shards[at].rows:
-            at += 1
-        if at == len(shards):
-            return
-        if line in wanted[shards[at].number] and isinstance(record, SourceText):
-            yield shards[at].number, line, record
 
 
 def split_place(where: str) -> tuple[str, int]:

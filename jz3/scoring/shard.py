@@ -21,6 +21,7 @@ from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Reject
 from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
+from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
 from jz3.store import Coding, has_shard, open_store, write_shard
 
@@ -73,6 +74,7 @@ class Scorer:
         from safetensors.torch import load_file
 
         self.out, self.plan, self.job = out, plan, job
+        self.reader = Reader(plan)
         settings = plan.settings
         self.tokenizer = load_tokenizer(Path(job.checkpoints[0].model))
         self.models: list[tuple[Any, Any, Any, Any, dict[str, Any]]] = []
@@ -98,7 +100,7 @@ class Scorer:
             Jz3Error: the disk is full, or the corpus changed.
         """
         start = time.monotonic()
-        rows = self.score(self.plan.read(shard))
+        rows = self.score(self.reader.read(shard))
         try:
             self._write(shard, rows)
             seconds = {"seconds": time.monotonic() - start, "tokens": sum(rows.tokens), "size": shard.size}
