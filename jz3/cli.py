@@ -14,7 +14,6 @@ from jz3.errors import Jz3Error
 STAGE_COMMANDS = {
     "corpus": ("corpus", "Read, cut and deduplicate the corpus."),
     "features": ("features", "Compute the gradient features of corpus and targets."),
-    "index": ("index", "Build the FAISS index over the features."),
     "influence": ("influence", "Score every text for every target, with baselines and fidelity."),
     "select": ("selection", "Choose the texts worth most."),
     "compare": ("comparison", "Train on each chooser's texts and tell which choice pays."),
@@ -36,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
     from tyro.conf import Positional, arg
 
+    from jz3.index import IndexConfig
+
+    INDEX = IndexConfig()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -91,25 +93,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         solution: str = "",
         k: int = 5,
         exact: bool = False,
+        checkpoint: int = 0,
     ) -> None:
         """Print the texts of a run's corpus that help most with a problem.
 
         Without --text and --file it asks for problems until the input ends.
 
         Args:
-            run: the folder of a run whose index is built.
+            run: the folder of a run of the loop, or of `jz3 score --keep-features`, whose index is built.
             text: the problem.
             file: many problems: JSON lines with `problem` and perhaps `solution`; answers are JSON lines.
             solution: the solution of --text, if known: then only its tokens are scored.
             k: how many texts.
             exact: scan all codes instead of asking the index.
+            checkpoint: of a scored run with several, whose features are searched.
         """
+        from jz3.index.collection import open_collection
         from jz3.index.query import command
-        from jz3.stage import StageContext
 
         _quiet_libraries()
-        ctx = StageContext(recipe=stored_recipe(run), run_dir=run, name="index")
-        command(ctx, text, file, solution, k, exact)
+        command(open_collection(run, checkpoint), text, file, solution, k, exact)
+
+    def index(
+        run: Positional[Path],
+        recipe: Path | None = None,
+        checkpoint: int = 0,
+        settings: Annotated[IndexConfig, arg(name="")] = INDEX,
+    ) -> None:
+        """Build the FAISS index over a run's features, or bring it up to date.
+
+        Of a run of the loop it runs what is missing up to this stage, with the settings of the recipe.
+
+        Args:
+            run: the folder of a run of the loop, or of `jz3 score --keep-features`.
+            recipe: a TOML file or a shipped recipe's name; by default the one the run was made with.
+            checkpoint: of a scored run with several, whose features are indexed.
+            settings: of a scored run's index.
+        """
+        from jz3.index import index_scored
+        from jz3.index.collection import open_collection
+
+        if (run / "plan.json").is_file():
+            if recipe is not None:
+                raise ValueError(f"--recipe: {run} is a run of `jz3 score`, which has none")
+            _quiet_libraries()
+            index_scored(open_collection(run, checkpoint), settings)
+            return
+        if settings != INDEX:
+            raise ValueError(
+                f"{run} is no run of `jz3 score`: the settings are in the recipe's section [index]"
+            )
+        _run(stored_recipe(run) if recipe is None else _recipe(recipe), run, "index", False)
 
     def store(
         action: Positional[str], folders: Positional[tuple[Path, ...]], out: Path | None = None
@@ -125,18 +159,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         command(action, folders, out)
 
-    def explore(run: Positional[Path], port: int = 7860, host: str = "127.0.0.1") -> None:
+    def explore(
+        run: Positional[Path], port: int = 7860, host: str = "127.0.0.1", checkpoint: int = 0
+    ) -> None:
         """Serve a local page: type a problem, see the texts that help it; scores, sources, best and worst.
 
         Args:
-            run: the folder of a run whose index is built.
+            run: the folder of a run of the loop or of `jz3 score`; problems are looked up where features
+                were kept, faster once `jz3 index` has run.
             port: of the page.
             host: the address to listen on; anything but this machine's own is open to the network.
+            checkpoint: of a scored run with several, whose features are searched.
         """
         from jz3.explore import serve
 
         _quiet_libraries()
-        serve(run, host, port)
+        serve(run, host, port, checkpoint)
 
     def doctor() -> None:
         """Report the machine, the back ends and what is missing, with the remedy."""
@@ -154,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[..., Any]] = {
         "quickstart": quickstart,
         "run": run,
+        "index": index,
         "query": query,
         "store": store,
         "explore": explore,

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jz3.cli import main, stored_recipe
+from jz3.cli import main
 from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.features.exact import exact_cosines
 from jz3.gradients import tokenize_text
+from jz3.index.collection import open_collection
 from jz3.records import Doc
-from jz3.stage import StageContext
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +53,22 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ScoreTable:
         "bm25:x": np.zeros(6, np.float32),
     }
     pq.write_table(pa.table(columns), path)
-    return ScoreTable(path)
+    return ScoreTable([path])
 
 
 def test_best_and_worst_by_pages(table: ScoreTable) -> None:
     assert table.tasks == ["x", "y"] and len(table) == 6
     best = [table.page("x", False, start, 4) for start in (0, 4)]
     # Equal scores stay in the file's order.
-    assert [int(i, 16) for _, i, _ in best[0]] == [1, 3, 2, 0] and [int(i, 16) for _, i, _ in best[1]] == [
+    assert [int(str(i), 16) for _, i, _ in best[0]] == [1, 3, 2, 0] and [
+        int(str(i), 16) for _, i, _ in best[1]
+    ] == [
         5,
         4,
     ]
     assert [r for page in best for r, *_ in page] == [1, 2, 3, 4, 5, 6]
     worst = table.page("x", True, 0, 2)
-    assert [(r, int(i, 16)) for r, i, _ in worst] == [(6, 4), (5, 5)]
+    assert [(r, int(str(i), 16)) for r, i, _ in worst] == [(6, 4), (5, 5)]
     assert worst[0][2] == pytest.approx(-0.2)
 
 
@@ -109,8 +111,7 @@ def test_view(small_run: Path) -> None:
     """Without a browser: what is found, its order, its paging, its tokens."""
     from jz3.explore.view import View
 
-    ctx = StageContext(recipe=stored_recipe(small_run), run_dir=small_run, name="index")
-    view = View(ctx)
+    view = View(open_collection(small_run))
     assert "recall@100 1.000" in view.header() and f"{len(view.table())} texts" in view.header()
     assert len(view.examples()) == 2 and all(len(row) == 2 for row in view.examples())
     answer = view.ask("What is the sum of 12 and 5?", "")
@@ -126,7 +127,7 @@ def test_view(small_run: Path) -> None:
     # A text's token values add up to its exact cosine.
     searcher = view.searcher
     texts = [
-        tokenize_text(searcher.tokenizer, m.doc.id, m.doc.text, ctx.recipe.corpus.max_tokens)
+        tokenize_text(searcher.tokenizer, m.doc.id, m.doc.text, searcher.encoding.document_tokens)
         for m in answer.matches[:2]
     ]
     exact = exact_cosines(searcher.model, searcher.layers, texts, [answer.tokens])[:, 0]
@@ -152,7 +153,7 @@ def test_start_tokens_stand_for_no_characters(
 
     from jz3.explore.view import View
 
-    view = View(StageContext(recipe=stored_recipe(small_run), run_dir=small_run, name="index"))
+    view = View(open_collection(small_run))
     view.searcher.tokenizer = with_start(tiny_model)
     monkeypatch.setattr(render, "highlighted", lambda text, pieces, values: (pieces, values))
     doc = Doc(id="0", text="The sum of 12 and 5 is 17.", source="s", tokens=9)

@@ -17,10 +17,13 @@ def build_page(view: View) -> Any:
     """Return the Gradio page of a run."""
     import gradio as gr
 
-    with gr.Blocks(title=f"jz3 explore: {view.ctx.recipe.name}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"jz3 explore: {view.collection.name}", analytics_enabled=False) as page:
         gr.HTML(view.header())
         with gr.Tab("Look up", id="look-up"):
-            _look_up(gr, view)
+            if view.missing_features:
+                gr.HTML(render.message(f"No problem can be looked up: {view.missing_features}."))
+            else:
+                _look_up(gr, view)
         with gr.Tab("Best and worst texts", id="texts"):
             if view.scores is None:
                 gr.HTML(render.message("No scores in this run yet: run `jz3 influence` and start again."))

@@ -1,57 +1,76 @@
 """The scores of a run for the page: histograms, source mix, the best and the worst texts."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jz3.index.collection import Key
 
 PREFIX = "influence:"
 BINS = 60
 
 
 class ScoreTable:
-    """influence/scores.parquet, a column at a time; texts stay in the corpus file."""
+    """Files of scores as one table, a column at a time; texts stay in the corpus."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file.
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open the files.
 
         Args:
-            path: a table with `id`, `source` and a column `influence:TASK` per task.
+            paths: tables with `id`, `source` and a column `influence:TASK` per task.
         """
         import pyarrow.parquet as pq
 
-        self._path = path
-        names = pq.read_schema(path).names
+        self._paths = [str(path) for path in paths]
+        names = pq.read_schema(self._paths[0]).names
         self.tasks = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-        table = pq.read_table(path, columns=["id", "source"], read_dictionary=["source"])
-        self._ids = table["id"].combine_chunks()
-        source: Any = table["source"].combine_chunks()
+        column = pq.read_table(self._paths, columns=["source"], read_dictionary=["source"])["source"]
+        source: Any = column.unify_dictionaries().combine_chunks()
         self.sources: list[str] = source.dictionary.to_pylist()
         self._source = source.indices.to_numpy()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._source)
 
-    @lru_cache(maxsize=32)  # noqa: B019 - one table a process, and its columns are what should stay
-    def scores(self, task: str) -> np.ndarray:
-        """Return a task's scores [N] float32."""
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers [N]."""
         import pyarrow.parquet as pq
 
-        return pq.read_table(self._path, columns=[PREFIX + task])[PREFIX + task].to_numpy()
+        return pq.read_table(self._paths, columns=[name])[name].to_numpy()
+
+    def keys(self, rows: np.ndarray) -> "list[Key]":
+        """Return what names the texts of some rows."""
+        ids = self._ids()
+        return [ids[int(row)].as_py() for row in rows]
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one table a process, and its columns are what should stay
+    def _ids(self) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self._paths, columns=["id"])["id"]
+
+    @lru_cache(maxsize=32)  # noqa: B019
+    def scores(self, task: str) -> np.ndarray:
+        """Return a task's scores [N] float32."""
+        return self.column(PREFIX + task)
 
     @lru_cache(maxsize=8)  # noqa: B019
     def order(self, task: str) -> np.ndarray:
         """Return the rows from the best to the worst."""
         return np.argsort(-self.scores(task), kind="stable")
 
-    def page(self, task: str, worst: bool, start: int, count: int) -> list[tuple[int, str, float]]:
-        """Return (rank, document id, score) of a page of the best texts, or of the worst."""
+    def page(self, task: str, worst: bool, start: int, count: int) -> "list[tuple[int, Key, float]]":
+        """Return (rank, key, score) of a page of the best texts, or of the worst."""
         order, scores = self.order(task), self.scores(task)
         rows = order[::-1][start : start + count] if worst else order[start : start + count]
         first = len(order) - start if worst else start + 1
         step = -1 if worst else 1
-        return [(first + step * i, self._ids[int(r)].as_py(), float(scores[r])) for i, r in enumerate(rows)]
+        keys = self.keys(rows)
+        return [(first + step * i, keys[i], float(scores[row])) for i, row in enumerate(rows)]
 
     def histogram(self, task: str) -> tuple[np.ndarray, np.ndarray]:
         """Return counts [BINS] and edges [BINS + 1] over the range of all tasks' scores."""

@@ -17,16 +17,17 @@ POLICY = (
 """What the browser may load: nothing from other machines, whatever the toolkit or a text asks for."""
 
 
-def serve(run: Path, host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(run: Path, host: str = "127.0.0.1", port: int = 7860, checkpoint: int = 0) -> None:
     """Serve a run's page until interrupted.
 
     Args:
-        run: the folder of a run whose index is built.
+        run: the folder of a run of the loop or of `jz3 score`.
         host: the address to listen on.
         port: 0 takes any free one.
+        checkpoint: see `open_collection`.
 
     Raises:
-        Jz3Error: Gradio is not installed, the run has no index, or the port is taken.
+        Jz3Error: Gradio is not installed, the run has neither scores nor features, or the port is taken.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -34,15 +35,13 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 7860) -> None:
         import uvicorn
     except ImportError as error:
         raise Jz3Error("the explore page needs Gradio; pip install 'jz3[explore]'") from error
-    from jz3.cli import stored_recipe
     from jz3.explore.view import View
-    from jz3.stage import StageContext
+    from jz3.index.collection import open_collection
 
-    ctx = StageContext(recipe=stored_recipe(run), run_dir=run, name="index")
-    ctx.path("index", "index.json")
+    collection = open_collection(run, checkpoint)
     with _listen(host, port) as listener:
-        print("loading model and index", file=sys.stderr, flush=True)
-        app = build_app(View(ctx), host)
+        print("loading scores, model and index", file=sys.stderr, flush=True)
+        app = build_app(View(collection), host)
         if not _is_loopback(host):
             print(
                 f"warning: --host {host}: everyone who can reach this machine can read the corpus and use the model; "

@@ -10,9 +10,9 @@ from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.files import read_json
 from jz3.gradients import Tokens, start_tokens, tokenize_text
+from jz3.index.collection import Collection
 from jz3.index.query import Match, Searcher
-from jz3.records import Doc, Query
-from jz3.stage import StageContext
+from jz3.records import Doc
 
 FOUND = 100
 """Texts that a look-up finds, to be paged through."""
@@ -30,43 +30,60 @@ class Answer:
 class View:
     """A run as the page sees it; calls may come from several threads."""
 
-    def __init__(self, ctx: StageContext) -> None:
-        """Load the model, the index and the scores.
+    def __init__(self, collection: Collection) -> None:
+        """Load what there is of scores, model and index; without an index all codes are scanned.
 
         Raises:
-            Jz3Error: the run has no index.
+            Jz3Error: the run has neither features nor scores.
         """
-        self.ctx = ctx
-        self.searcher = Searcher(ctx)
-        scores = ctx.run_dir / "influence" / "scores.parquet"
-        self.scores = ScoreTable(scores) if scores.is_file() else None
+        self.collection = collection
+        self.scores = collection.scores()
+        self.missing_features = collection.missing_features
+        """Why no problem can be looked up, and the remedy."""
+        if self.missing_features and self.scores is None:
+            raise Jz3Error(self.missing_features)
+        self._searcher = None
+        if not self.missing_features:
+            self._searcher = Searcher(collection, exact=not collection.is_indexed)
         # Hooks sit on the model, so that two passes at once would mix their gradients.
         self._lock = threading.Lock()
 
+    @property
+    def searcher(self) -> Searcher:
+        """What looks problems up.
+
+        Raises:
+            Jz3Error: the run has no features.
+        """
+        if self._searcher is None:
+            raise Jz3Error(self.missing_features)
+        return self._searcher
+
     def header(self) -> str:
         """Return the page's heading."""
-        index = read_json(self.ctx.path("index", "index.json"))
-        documents = self.searcher.index.documents if self.searcher.index else len(self.searcher.store)
-        facts = (
-            Path(self.ctx.recipe.model.name).name,
-            f"{documents:,} texts",
-            f"index {index['factory']}, recall@100 {index['recall_at_100']:.3f}",
-        )
+        collection, searcher = self.collection, self._searcher
+        facts = [Path(collection.model).name]
+        if searcher is None:
+            facts += [f"{len(self.table()):,} texts", "no features"]
+        elif searcher.index is None:
+            facts += [
+                f"{len(searcher.store):,} texts",
+                f"exact scan (`jz3 index {collection.folder}` is faster)",
+            ]
+        else:
+            index = read_json(collection.index / "index.json")
+            facts += [f"{searcher.index.documents:,} texts"]
+            facts += [f"index {index['factory']}, recall@100 {index['recall_at_100']:.3f}"]
         spans = "".join(f"<span>{render.plain(fact)}</span>" for fact in facts)
-        return (
-            f'<div class="jz3-head"><h1>jz3 explore: {render.plain(self.ctx.recipe.name)}</h1>{spans}</div>'
-        )
+        return f'<div class="jz3-head"><h1>jz3 explore: {render.plain(collection.name)}</h1>{spans}</div>'
 
     def examples(self, count: int = 3) -> list[list[str]]:
-        """Return some target problems with their solutions, one of every task first."""
-        path = self.ctx.run_dir / "targets" / "queries.jsonl"
-        if not path.is_file():
-            return []
+        """Return some target problems with their solutions, one of every task, if possible unseen by the fit."""
+        queries = self.collection.queries()
+        unseen = [q for q in queries if q.role == "unseen"] or [q for q in queries if q.role == "fit"]
         by_task: dict[str, list[str]] = {}
-        for row in self.ctx.rows("targets", "queries.jsonl"):
-            query = Query.from_json(row)
-            if query.role == "unseen":
-                by_task.setdefault(query.task, [query.problem, query.completion])
+        for query in unseen:
+            by_task.setdefault(query.task, [query.problem, query.completion])
         return list(by_task.values())[:count]
 
     def ask(self, problem: str, solution: str) -> Answer:
@@ -97,10 +114,12 @@ class View:
 
     def _explained(self, doc: Doc, query: Tokens) -> str:
         searcher = self.searcher
-        text = tokenize_text(searcher.tokenizer, doc.id, doc.text, self.ctx.recipe.corpus.max_tokens)
-        reduction = self.ctx.recipe.features.reduction
+        encoding = searcher.encoding
+        text = tokenize_text(searcher.tokenizer, doc.id, doc.text, encoding.document_tokens)
         with self._lock:
-            values = token_values(searcher.model, searcher.layers, text, [query], reduction=reduction)[0]
+            values = token_values(
+                searcher.model, searcher.layers, text, [query], reduction=encoding.reduction
+            )[0]
         # Start tokens stand for no characters.
         head = len(start_tokens(searcher.tokenizer))
         pieces = [""] * head + token_strings(searcher.tokenizer, doc.text, text.ids[head:])
@@ -114,7 +133,7 @@ class View:
         """
         if self.scores is None:
             raise Jz3Error(
-                f"no scores in this run yet; run `jz3 influence {self.ctx.run_dir}` and start again"
+                f"no scores in this run yet; run `jz3 influence {self.collection.folder}` and start again"
             )
         return self.scores
 
@@ -124,13 +143,13 @@ class View:
         best = max(float(table.scores(task).max()), 1e-9)
         rows = table.page(task, worst, start, count)
         cards = []
-        for rank, key, score in rows:
-            doc = self.searcher.docs.get(key)
+        docs = self.collection.texts([key for _, key, _ in rows])
+        for (rank, _, score), doc in zip(rows, docs, strict=True):
             cards.append(render.card(rank, score, doc, render.plain(doc.text), score / best))
         return "".join(cards)
 
     def pictures(self) -> str:
         """Return the histograms of the scores and the mix of sources."""
         table = self.table()
-        mix = render.source_mix(table, self.ctx.recipe.selection.k)
+        mix = render.source_mix(table, self.collection.chosen)
         return f'<div class="jz3-pictures">{render.histograms(table)}{mix}</div>'

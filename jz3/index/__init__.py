@@ -1,10 +1,16 @@
 """A FAISS index over the features: which texts help THIS problem?"""
 
+import contextlib
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jz3.stage import StageContext
+from jz3.stage import StageContext, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from jz3.index.collection import Collection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,32 +35,52 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """Build index/ from the run's store, bring it up to date if it is there, and measure its recall."""
     import torch
 
-    from jz3.features.extract import model_hash
-    from jz3.features.stage import load_projection, read_extracted
-    from jz3.index.build import build_index
-    from jz3.index.docs import DocFile
+    from jz3.features.stage import read_extracted
+    from jz3.index.collection import LoopCollection
     from jz3.influence import query_groups
-    from jz3.models import resolve_model
-    from jz3.records import Query
-    from jz3.store import Coding, Store
 
-    folder = ctx.path("features", "store")
-    store = Store(folder)
-    projection = load_projection(folder.parent, model_hash(resolve_model(ctx.recipe.model)))
-    coding = Coding(projection.mean, projection.scale, store.info.bits)
-    ids, arrays = read_extracted(folder.parent / "queries.safetensors")
-    queries = {q.id: q for q in (Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl"))}
+    collection = LoopCollection(ctx)
+    ids, arrays = read_extracted(ctx.path("features", "store").parent / "queries.safetensors")
+    queries = {q.id: q for q in collection.queries()}
     rows = sorted(r for members in query_groups(ids, queries).values() for r in members)
-    values = torch.from_numpy(arrays["values"][rows])
-    DocFile(ctx.path("corpus", "docs.jsonl"), ctx.out)
-    with ctx.progress(len(store), "documents") as advance:
+    return _build(collection, ctx.recipe.index, torch.from_numpy(arrays["values"][rows]))
+
+
+def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any]:
+    """Build the index of a run of `jz3 score`, or bring it up to date, and measure its recall.
+
+    Raises:
+        Jz3Error: the run has no features, or its model or corpus is missing; the message says what to do.
+    """
+    from jz3.gradients import tokenize_query
+    from jz3.index.query import Searcher
+
+    searcher = Searcher(collection, exact=True)
+    limit = searcher.encoding.query_tokens
+    tokens = []
+    for query in collection.queries():
+        # Some can't be scored, which the run's rejects tell.
+        with contextlib.suppress(ValueError):
+            if query.role == "fit" and len(tokens) < config.recall_queries:
+                row = tokenize_query(searcher.tokenizer, query.id, query.prompt, query.completion, limit)
+                tokens.append(row)
+    return _build(collection, config, searcher.features(tokens))
+
+
+def _build(collection: "Collection", config: IndexConfig, queries: "torch.Tensor") -> dict[str, Any]:
+    from jz3.index.build import build_index
+    from jz3.store import Coding
+
+    store, projection = collection.store(), collection.projection()
+    collection.prepare_texts()
+    with progress_bar(len(store), "index: documents") as advance:
         built = build_index(
             store,
-            coding,
-            ctx.out,
-            ctx.recipe.index,
-            queries=values[values.isfinite().all(1)],
-            seed=ctx.seed,
+            Coding(projection.mean, projection.scale, store.info.bits),
+            collection.index,
+            config,
+            queries=queries[queries.isfinite().all(1)],
+            seed=collection.seed,
             advance=advance,
         )
     print(f"  index: {describe(built)}", file=sys.stderr, flush=True)

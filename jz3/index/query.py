@@ -1,25 +1,23 @@
-"""`jz3 query`: the texts of a run's corpus that help most with a problem."""
+"""`jz3 query`: the texts of a corpus that help most with a problem."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.features.extract import extract, model_hash, open_sink
-from jz3.features.stage import load_projection
+from jz3.features.extract import extract, open_sink
 from jz3.files import read_json
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.index import describe
-from jz3.index.docs import DocFile
+from jz3.index.collection import Collection
 from jz3.index.search import SearchIndex
-from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Doc
-from jz3.stage import StageContext
-from jz3.store import Coding, Store, scan
+from jz3.store import Coding, scan
 from jz3.templates import prompt_for
 
 if TYPE_CHECKING:
@@ -50,33 +48,33 @@ class Found:
 
 
 class Searcher:
-    """Everything that answers queries about a run, loaded once: model, projection, index, texts' places."""
+    """Everything that answers queries about a collection, loaded once: model, projection, index."""
 
-    def __init__(self, ctx: StageContext, exact: bool = False) -> None:
+    def __init__(self, collection: Collection, exact: bool = False) -> None:
         """Load the model and open the index.
 
         Args:
-            ctx: of a run whose index is built (for the exact scan, whose features are there).
+            collection: whose index is built (for the exact scan, whose features are there).
             exact: scan all codes instead of asking the index.
 
         Raises:
-            Jz3Error: the index isn't built, or is of another model.
+            Jz3Error: the features are missing, the index isn't built, or they are of another model.
         """
-        self.recipe, self.exact = ctx.recipe, exact
-        features = ctx.path("features", "store").parent
-        self.store = Store(features / "store")
+        self.collection, self.exact = collection, exact
+        self.store = collection.store()
         self.index = None
         if not exact:
-            ctx.path("index", "index.json")
-            self.index = SearchIndex.open(
-                ctx.run_dir / "index", self.store.info.identity(), ctx.recipe.index.probes
-            )
-        self.docs = DocFile(ctx.path("corpus", "docs.jsonl"), ctx.run_dir / "index")
-        folder = resolve_model(ctx.recipe.model)
-        self.projection = load_projection(features, model_hash(folder))
+            if not collection.is_indexed:
+                raise Jz3Error(
+                    f"{collection.folder} has no index yet; run `jz3 index {collection.folder}`, or give --exact"
+                )
+            self.index = SearchIndex.open(collection.index, self.store.info.identity(), collection.probes)
+        collection.prepare_texts()
+        self.encoding = collection.encoding()
+        self.projection = collection.projection()
         self.coding = Coding(self.projection.mean, self.projection.scale, self.store.info.bits)
-        self.tokenizer = load_tokenizer(folder)
-        model: Any = load_model(folder, ctx.recipe.model.dtype)
+        self.tokenizer = load_tokenizer(self.encoding.tokenizer)
+        model: Any = load_model(self.encoding.model, self.encoding.dtype)
         self.model = model.to(best_device())
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
@@ -90,24 +88,29 @@ class Searcher:
         """
         if not text.strip():
             raise ValueError("the text to look up is empty")
-        limit = self.recipe.features.query_tokens
+        limit = self.encoding.query_tokens
         if solution.strip():
             return tokenize_query(self.tokenizer, "query", prompt_for(text, "cot"), solution, limit)
         return tokenize_text(self.tokenizer, "query", text, limit)
 
     def encode(self, tokens: Tokens) -> "torch.Tensor":
         """Return the features [1, K] float32 of a tokenised problem."""
+        values = self.features([tokens])
+        if not bool(values.isfinite().all()):
+            raise ValueError("the text's gradient is zero or not finite, so that no text can help with it")
+        return values
+
+    def features(self, problems: Sequence[Tokens]) -> "torch.Tensor":
+        """Return the features [Q, K] float32 of tokenised problems; rows that have none are not finite."""
         found = extract(
             self.model,
             self.layers,
-            [tokens],
+            problems,
             self.projection,
-            reduction=self.recipe.features.reduction,
+            reduction=self.encoding.reduction,
             side="query",
             sink=self._sink,
         )
-        if not bool(found.values.isfinite().all()):
-            raise ValueError("the text's gradient is zero or not finite, so that no text can help with it")
         return found.values
 
     def nearest(self, values: "torch.Tensor", k: int) -> list[Match]:
@@ -119,7 +122,9 @@ class Searcher:
         else:
             scores, ids = self.index.search(values.numpy(), k)
         pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
-        return [Match(self.docs.get(key), score) for key, score in pairs if score > float("-inf")]
+        found = [(key, score) for key, score in pairs if score > float("-inf")]
+        docs = self.collection.texts([key for key, _ in found])
+        return [Match(doc, score) for doc, (_, score) in zip(docs, found, strict=True)]
 
     def ask(self, text: str, solution: str, k: int) -> Found:
         """Return the texts that help most with a problem, and the times it took.
@@ -136,13 +141,8 @@ class Searcher:
         return Found(matches, middle - start, time.perf_counter() - middle)
 
 
-def query_run(ctx: StageContext, text: str, solution: str, k: int) -> list[Match]:
-    """Return the texts of a run's corpus whose gradients agree most with a problem's, see `Searcher`."""
-    return Searcher(ctx).ask(text, solution, k).matches
-
-
 def command(
-    ctx: StageContext,
+    collection: Collection,
     text: str | None,
     file: Path | None,
     solution: str,
@@ -159,12 +159,12 @@ def command(
     if file and not file.is_file():
         raise ValueError(f"{file} is no file")
     start = time.perf_counter()
-    searcher = Searcher(ctx, exact)
+    searcher = Searcher(collection, exact)
     if exact:
         about = f"exact scan of {len(searcher.store):,} documents"
     else:
-        about = describe(read_json(ctx.path("index", "index.json")))
-    _note(f"{about}; loaded in {time.perf_counter() - start:.1f} s")
+        about = describe(read_json(collection.index / "index.json"))
+    _note(f"{collection.name}: {about}; loaded in {time.perf_counter() - start:.1f} s")
     if file:
         _answer_file(searcher, file, k, say)
         return

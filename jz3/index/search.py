@@ -40,13 +40,13 @@ class SearchIndex:
             self.parts.append(part)
 
     @classmethod
-    def open(cls, folder: Path, identity: str, probes: int) -> "SearchIndex":
+    def open(cls, folder: Path, identity: str, probes: int | None = None) -> "SearchIndex":
         """Open a built index.
 
         Args:
             folder: of the index.
             identity: of the store that it has to be of, see StoreInfo.identity.
-            probes: see IndexConfig.
+            probes: see IndexConfig; None: as many as it was built for.
 
         Raises:
             Jz3Error: it isn't built, or is of another store.
@@ -56,7 +56,7 @@ class SearchIndex:
             raise Jz3Error(
                 f"{folder} is an index of the store {table['store']}, not of {identity}; delete it and build it again"
             )
-        return cls([folder / name for name in table["parts"]], probes)
+        return cls([folder / name for name in table["parts"]], probes or table["probes"])
 
     @property
     def documents(self) -> int:

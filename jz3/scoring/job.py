@@ -168,12 +168,23 @@ def _check(out: Path, plan: Plan, job: Job) -> None:
     if job.plan_key != plan.key:
         raise Jz3Error(f"{out / 'job.json'} belongs to another plan; delete {out} or use another folder")
     for checkpoint, (name, _) in zip(job.checkpoints, plan.settings.checkpoints(), strict=True):
-        found = model_hash(resolve_model(ModelConfig(name=name)))
-        if found != checkpoint.model_hash:
-            raise Jz3Error(
-                f"the model {name!r} changed: {out} was made with {checkpoint.model_hash}, it is {found} now; "
-                "use another folder"
-            )
+        check_model(out, name, checkpoint)
+
+
+def check_model(out: Path, name: str, checkpoint: Checkpoint) -> Path:
+    """Return the folder of a checkpoint's model, if it is still the one of the run.
+
+    Raises:
+        Jz3Error: it is missing or another one.
+    """
+    folder = resolve_model(ModelConfig(name=name))
+    found = model_hash(folder)
+    if found != checkpoint.model_hash:
+        raise Jz3Error(
+            f"the model {name!r} changed: {out} was made with {checkpoint.model_hash}, it is {found} now; "
+            "restore it or use another folder"
+        )
+    return folder
 
 
 def _prepare_checkpoint(

@@ -26,11 +26,11 @@ from jz3.scoring.config import ScoreSettings
 FORMAT = "jz3-score-1"
 LINES = (".jsonl", ".json", ".ndjson")
 WRITTEN = (
-    *("scores", "rejects", "fit", "store", "timing", "logs", "claims", "slurm"),
+    *("scores", "rejects", "fit", "store", "index", "timing", "logs", "claims", "slurm"),
     *("plan.json", "job.json", "manifest.json", "bm25.json", "queries.jsonl", "targets.rejects.jsonl"),
     *("rejects.jsonl", "selected.jsonl", "passed_over.jsonl"),
 )
-"""Files and folders that a run writes in its own; of several checkpoints also store-N."""
+"""Files and folders that a run writes in its own; of several checkpoints also store-N and index-N."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -154,7 +154,7 @@ def corpus_files(corpus: Sequence[str], out: Path | None = None) -> list[Path]:
         real = Path(os.path.realpath(path))
         for parent in real.parents:
             first = real.relative_to(parent).parts[0]
-            if first not in WRITTEN and not first.startswith("store-"):
+            if first not in WRITTEN and not first.startswith(("store-", "index-")):
                 continue
             if parent not in runs:
                 runs[parent] = parent == own or _is_run(parent)

@@ -1,0 +1,219 @@
+"""What index, query and explore read: texts with scores and features, whatever command made them."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jz3.errors import Jz3Error
+from jz3.index.docs import DocFile
+from jz3.models import resolve_model
+from jz3.records import Doc, Query
+from jz3.stage import StageContext
+from jz3.store import Store
+
+if TYPE_CHECKING:
+    from jz3.explore.scores import ScoreTable
+    from jz3.features.extract import Projection
+
+Key = int | str | tuple[int, int]
+"""What names a text: its 64-bit id, as a number or 16 hexadecimal digits, or its place (shard, line)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How texts and problems become gradients."""
+
+    model: Path
+    """Folder."""
+    tokenizer: Path
+    dtype: str
+    reduction: str
+    query_tokens: int
+    """Problems are cut at this length."""
+    document_tokens: int
+    """Texts are cut at this length."""
+
+
+class Collection(abc.ABC):
+    """Texts with scores and features; nothing large is loaded before it is asked for."""
+
+    name: str
+    model: str
+    """As it was named when the run was made."""
+    folder: Path
+    """Of the run."""
+    index: Path
+    """Folder of the index, there or not."""
+    probes: int | None = None
+    """Cells visited per query by IVF indexes; None: as many as the index was built for."""
+
+    @property
+    @abc.abstractmethod
+    def missing_features(self) -> str:
+        """Why no problem can be looked up, and the remedy; empty if there are features."""
+
+    @property
+    @abc.abstractmethod
+    def seed(self) -> int:
+        """Of the run."""
+
+    @property
+    @abc.abstractmethod
+    def chosen(self) -> int:
+        """How many texts the run chooses."""
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the index is built."""
+        return (self.index / "index.json").is_file()
+
+    @abc.abstractmethod
+    def encoding(self) -> Encoding:
+        """Return how texts become gradients.
+
+        Raises:
+            Jz3Error: the model is missing or not the one of the run.
+        """
+
+    @abc.abstractmethod
+    def projection(self) -> "Projection":
+        """Return what turns gradients into features."""
+
+    @abc.abstractmethod
+    def store(self) -> Store:
+        """Open the store.
+
+        Raises:
+            Jz3Error: there is none, or it is another run's; the message says what to do.
+        """
+
+    @abc.abstractmethod
+    def prepare_texts(self) -> None:
+        """Make the table by which texts are found, unless it is there."""
+
+    @abc.abstractmethod
+    def texts(self, keys: Sequence[Key]) -> list[Doc]:
+        """Return texts in the order of their keys.
+
+        Raises:
+            Jz3Error: one isn't in the corpus.
+        """
+
+    @abc.abstractmethod
+    def queries(self) -> list[Query]:
+        """Return the targets' queries; none if they aren't there any more."""
+
+    @abc.abstractmethod
+    def scores(self) -> "ScoreTable | None":
+        """Open the scores; None if there are none yet."""
+
+
+class LoopCollection(Collection):
+    """The texts of a run of the whole loop."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        """Look at nothing yet.
+
+        Args:
+            ctx: of the run.
+        """
+        self._ctx = ctx
+        self.folder, self.index = ctx.run_dir, ctx.run_dir / "index"
+        self.name, self.model = ctx.recipe.name, ctx.recipe.model.name
+        self.probes = ctx.recipe.index.probes
+        self._docs: DocFile | None = None
+
+    @property
+    def missing_features(self) -> str:
+        """See Collection."""
+        if (self.folder / "features" / "store" / "store.json").is_file():
+            return ""
+        return f"{self.folder} has no features yet; run `jz3 index {self.folder}`"
+
+    @property
+    def seed(self) -> int:
+        """See Collection."""
+        return self._ctx.seed
+
+    @property
+    def chosen(self) -> int:
+        """See Collection."""
+        return self._ctx.recipe.selection.k
+
+    def encoding(self) -> Encoding:
+        """See Collection."""
+        recipe = self._ctx.recipe
+        model = resolve_model(recipe.model)
+        return Encoding(
+            model=model,
+            tokenizer=model,
+            dtype=recipe.model.dtype,
+            reduction=recipe.features.reduction,
+            query_tokens=recipe.features.query_tokens,
+            document_tokens=recipe.corpus.max_tokens,
+        )
+
+    def projection(self) -> "Projection":
+        """See Collection."""
+        from jz3.features.extract import model_hash
+        from jz3.features.stage import load_projection
+
+        folder = self._ctx.path("features", "store").parent
+        return load_projection(folder, model_hash(self.encoding().model))
+
+    def store(self) -> Store:
+        """See Collection."""
+        return Store(self._ctx.path("features", "store"))
+
+    def prepare_texts(self) -> None:
+        """See Collection."""
+        if self._docs is None:
+            self._docs = DocFile(self._ctx.path("corpus", "docs.jsonl"), self.index)
+
+    def texts(self, keys: Sequence[Key]) -> list[Doc]:
+        """See Collection."""
+        self.prepare_texts()
+        assert self._docs is not None
+        return [self._docs.get(key) for key in keys if not isinstance(key, tuple)]
+
+    def queries(self) -> list[Query]:
+        """See Collection."""
+        if not (self.folder / "targets" / "queries.jsonl").is_file():
+            return []
+        return [Query.from_json(row) for row in self._ctx.rows("targets", "queries.jsonl")]
+
+    def scores(self) -> "ScoreTable | None":
+        """See Collection."""
+        from jz3.explore.scores import ScoreTable
+
+        path = self.folder / "influence" / "scores.parquet"
+        return ScoreTable([path]) if path.is_file() else None
+
+
+def open_collection(run: Path, checkpoint: int = 0) -> Collection:
+    """Open a run of the whole loop or of `jz3 score`.
+
+    Args:
+        run: its folder.
+        checkpoint: of a run of `jz3 score` with several, which one's features are read.
+
+    Raises:
+        Jz3Error: the folder is no run.
+        ValueError: the run has no such checkpoint.
+    """
+    if (run / "plan.json").is_file():
+        from jz3.scoring.collection import ScoredCollection
+
+        return ScoredCollection(run, checkpoint)
+    if not (run / "recipe.json").is_file():
+        raise Jz3Error(
+            f"{run} is no run (it has neither recipe.json nor plan.json); make one with `jz3 run RECIPE --out "
+            f"{run}` or `jz3 score CORPUS --target NAME=FILE --keep-features --out {run}`"
+        )
+    if checkpoint:
+        raise ValueError(f"--checkpoint {checkpoint}: {run} is a run of the loop, which has one model")
+    from jz3.cli import stored_recipe
+
+    return LoopCollection(StageContext(recipe=stored_recipe(run), run_dir=run, name="index"))

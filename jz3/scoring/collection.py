@@ -1,0 +1,234 @@
+"""A finished run of `jz3 score` as index, query and explore read it: its store, scores and texts."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jz3.errors import Jz3Error
+from jz3.explore.scores import ScoreTable
+from jz3.files import atomic_path, hash_file, read_json, read_jsonl, write_json
+from jz3.index.collection import Collection, Encoding, Key
+from jz3.models import ModelConfig, resolve_model
+from jz3.records import Doc, Query
+from jz3.scoring.config import ChooseSettings
+from jz3.scoring.job import PROJECTIONS, check_model, load_job
+from jz3.scoring.plan import load_plan
+from jz3.scoring.reading import Reader
+from jz3.scoring.shard import scores_path, store_folder
+from jz3.scoring.workers import missing_shards
+from jz3.store import Store
+from jz3.store.format import differences
+
+if TYPE_CHECKING:
+    from jz3.features.extract import Projection
+
+LINE_BITS = 40
+"""A place is shard << LINE_BITS | line."""
+
+
+class ShardScores(ScoreTable):
+    """The scores of all finished shards; a text's key is its place."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open the files.
+
+        Args:
+            paths: of finished shards, in order.
+        """
+        import pyarrow.parquet as pq
+
+        super().__init__(paths)
+        self._shards = np.array([int(path.stem) for path in paths])
+        self._starts = np.cumsum([0, *(pq.read_metadata(path).num_rows for path in paths)])
+        self._lines = self.column("line")
+
+    def keys(self, rows: np.ndarray) -> list[Key]:
+        """See ScoreTable."""
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        return list(zip(self._shards[files].tolist(), self._lines[rows].tolist(), strict=True))
+
+
+class ScoredCollection(Collection):
+    """The texts of a run of `jz3 score`, with the features of one of its checkpoints if they were kept."""
+
+    def __init__(self, out: Path, checkpoint: int = 0) -> None:
+        """Read plan and fits' descriptions.
+
+        Args:
+            out: the run's folder.
+            checkpoint: counted from 0.
+
+        Raises:
+            Jz3Error: the run is not prepared yet.
+            ValueError: there is no such checkpoint.
+        """
+        self._plan = load_plan(out)
+        if not (out / "job.json").is_file():
+            raise Jz3Error(f"{out} is a plan without fits yet; run the same `jz3 score` command to go on")
+        self._job = load_job(out)
+        count = len(self._job.checkpoints)
+        if not 0 <= checkpoint < count:
+            raise ValueError(f"--checkpoint must be from 0 to {count - 1}, got {checkpoint}")
+        self._number = checkpoint
+        self.folder = out
+        self.index = out / ("index" if count == 1 else f"index-{checkpoint}")
+        self.model = self._plan.settings.checkpoints()[checkpoint][0]
+        self.name = out.name if count == 1 else f"{out.name}, checkpoint {checkpoint} of 0 to {count - 1}"
+        missing = len(missing_shards(out, self._plan))
+        if missing:
+            self.name += f" ({missing:,} of {len(self._plan.shards):,} shards are not scored yet)"
+
+    @property
+    def missing_features(self) -> str:
+        """See Collection."""
+        if not self._plan.settings.keep_features:
+            return (
+                f"{self.folder} was scored without --keep-features, so that there are no features to search; "
+                "score the corpus with --keep-features into another folder"
+            )
+        if not (self._store_folder / "store.json").is_file():
+            return (
+                f"{self.folder} has no features yet; run the same `jz3 score` command until shards are done"
+            )
+        return ""
+
+    @property
+    def seed(self) -> int:
+        """See Collection."""
+        return self._plan.settings.seed
+
+    @property
+    def chosen(self) -> int:
+        """See Collection."""
+        if (self.folder / "manifest.json").is_file():
+            return int(read_json(self.folder / "manifest.json")["selection"]["wanted"])
+        return ChooseSettings().k
+
+    @property
+    def _store_folder(self) -> Path:
+        return store_folder(self.folder, self._number, len(self._job.checkpoints))
+
+    def encoding(self) -> Encoding:
+        """See Collection."""
+        settings = self._plan.settings
+        first = settings.checkpoints()[0][0]
+        return Encoding(
+            model=check_model(self.folder, self.model, self._job.checkpoints[self._number]),
+            tokenizer=resolve_model(ModelConfig(name=first)),
+            dtype=settings.dtype,
+            reduction=settings.reduction,
+            query_tokens=settings.query_tokens,
+            document_tokens=settings.max_tokens,
+        )
+
+    def projection(self) -> "Projection":
+        """See Collection."""
+        checkpoint = self._job.checkpoints[self._number]
+        name, kind = PROJECTIONS[checkpoint.kind]
+        path = self.folder / "fit" / str(self._number) / name
+        if not path.is_file() or hash_file(path) != checkpoint.projection_hash:
+            raise Jz3Error(
+                f"{path} is not the one that the features were made with; restore it, or score the corpus into "
+                "another folder"
+            )
+        return kind.load(path, checkpoint.model_hash)
+
+    def store(self) -> Store:
+        """See Collection."""
+        if self.missing_features:
+            raise Jz3Error(self.missing_features)
+        store = Store(self._store_folder)
+        wanted = self._job.store_info(self._number, self._plan.settings)
+        if different := differences(store.info, wanted, ("in the store", "in the run")):
+            raise Jz3Error(f"{self._store_folder} is another run's store ({'; '.join(different)})")
+        # A shard's features are written before its scores.
+        whole = {int(path.stem) for path in self._done()}
+        store.shards = [shard for shard in store.shards if shard.number in whole]
+        return store
+
+    def prepare_texts(self) -> None:
+        """See Collection."""
+        _ = self._table
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the texts in order [N] uint64 and their places [N] int64, mapped from disk."""
+        folder = self.index
+        done = self._done()
+        wanted = {"run": self._job.key, "shards": len(done)}
+        note = folder / "docs-table.json"
+        if not note.is_file() or read_json(note) != wanted:
+            _write_table(done, folder)
+            write_json(note, wanted)
+        ids, places = (np.load(folder / f"docs-{name}.npy", mmap_mode="r") for name in ("ids", "places"))
+        return ids, places
+
+    def _done(self) -> list[Path]:
+        missing = set(missing_shards(self.folder, self._plan))
+        return [scores_path(self.folder, s.number) for s in self._plan.shards if s.number not in missing]
+
+    def texts(self, keys: Sequence[Key]) -> list[Doc]:
+        """See Collection."""
+        places = [key if isinstance(key, tuple) else self._place(key) for key in keys]
+        reader = Reader(self._plan)
+        found = {(shard, line): text for shard, line, text in reader.read_places(places)}
+        reader.close()
+        rows = {(shard, row["line"]): row for shard, row in _rows_at(self.folder, places)}
+        docs = []
+        for place in places:
+            if place not in found or place not in rows:
+                path = self._plan.files[self._plan.shards[place[0]].file].path
+                raise Jz3Error(f"{path}:{place[1]} holds no text that was scored; restore the corpus")
+            row = rows[place]
+            docs.append(Doc(id=row["id"], text=found[place].text, source=row["source"], tokens=row["tokens"]))
+        return docs
+
+    def _place(self, key: int | str) -> tuple[int, int]:
+        number = int(key, 16) if isinstance(key, str) else int(key)
+        ids, places = self._table
+        row = int(np.searchsorted(ids, np.uint64(number)))
+        if row == len(ids) or int(ids[row]) != number:
+            raise Jz3Error(f"{self.folder} has scored no text {number:016x}; its index is another run's")
+        return divmod(int(places[row]), 1 << LINE_BITS)
+
+    def queries(self) -> list[Query]:
+        """See Collection."""
+        return [Query.from_json(row) for row in read_jsonl(self.folder / "queries.jsonl")]
+
+    def scores(self) -> ScoreTable | None:
+        """See Collection."""
+        done = self._done()
+        return ShardScores(done) if done else None
+
+
+def _write_table(paths: Sequence[Path], folder: Path) -> None:
+    import pyarrow.parquet as pq
+
+    ids, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for path in paths:
+        table = pq.read_table(path, columns=["hash", "line"])
+        ids.append(table["hash"].to_numpy())
+        places.append((int(path.stem) << LINE_BITS) + table["line"].to_numpy())
+    keys, values = np.concatenate(ids), np.concatenate(places)
+    order = np.argsort(keys, kind="stable")
+    for name, array in (("ids", keys[order]), ("places", values[order])):
+        with atomic_path(folder / f"docs-{name}.npy") as part, open(part, "wb") as handle:
+            np.save(handle, array)
+
+
+def _rows_at(out: Path, places: Sequence[tuple[int, int]]) -> "list[tuple[int, dict[str, Any]]]":
+    """Read what the scores say of the texts at some places."""
+    import pyarrow.parquet as pq
+
+    wanted: dict[int, list[int]] = {}
+    for shard, line in places:
+        wanted.setdefault(shard, []).append(line)
+    rows = []
+    for shard, lines in wanted.items():
+        table = pq.read_table(scores_path(out, shard), columns=["id", "source", "line", "tokens"])
+        at = np.flatnonzero(np.isin(table["line"].to_numpy(), lines))
+        rows += [(shard, row) for row in table.take(at).to_pylist()]
+    return rows

@@ -1,0 +1,249 @@
+"""`jz3 index`, `jz3 query` and `jz3 explore` on what `jz3 score` wrote, with and without its features."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scoring_runs as runs
+import torch
+
+from jz3.cli import main
+from jz3.errors import Jz3Error
+from jz3.explore.view import View
+from jz3.index.collection import open_collection
+from jz3.models import load_model, load_tokenizer
+from jz3.scoring.workers import work
+
+pytest.importorskip("faiss")
+
+Data = tuple[list[str], dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """A plain, a compressed and a Parquet file of 60 texts, and one more text twice."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus = runs.make_corpus(folder)
+    twice = [{"id": name, "text": "apples and pears in equal number"} for name in ("once", "again")]
+    return [*corpus, str(runs.write_lines(folder / "twice.jsonl", twice))], runs.make_targets(folder)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, data: Data, tiny_model: Path) -> Path:
+    """A run with its features kept and its index built by the command."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    runs.run(out, *data, keep_features=True, bits=8)
+    assert main(["index", str(out), "--recall-queries", "20"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, data: Data, tiny_model: Path) -> Path:
+    """A run without features."""
+    out = tmp_path_factory.mktemp("run") / "bare"
+    runs.run(out, *data, kind="sketch")
+    return out
+
+
+def test_index_of_a_scored_run(scored: Path) -> None:
+    built = json.loads((scored / "index" / "index.json").read_text())
+    # Four queries of each of two tasks; the control is none of them.
+    assert (built["documents"], built["recall_queries"], built["recall_target_queries"]) == (62, 20, 8)
+    assert built["recall_at_100"] == 1.0
+
+
+def test_queries_find_the_texts_of_every_format(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every text is the best one for itself, found by the index as by the exact scan, under its own id."""
+    texts = runs.texts(60)
+    asked = [3, 19, 20, 33, 40, 59]
+    problems = runs.write_lines(tmp_path / "problems.jsonl", [{"text": texts[i]} for i in asked])
+    answers = []
+    for extra in ([], ["--exact"]):
+        assert main(["query", str(scored), "--file", str(problems), "--k", "62", *extra]) == 0
+        answers.append([json.loads(line)["matches"] for line in capsys.readouterr().out.splitlines()])
+    for i, index, exact in zip(asked, *answers, strict=True):
+        assert (index[0]["id"], index[0]["text"], index[0]["source"]) == (f"doc-{i}", texts[i], "ab"[i % 2])
+        assert {m["id"] for m in index} == {m["id"] for m in exact}
+        np.testing.assert_allclose([m["score"] for m in index], [m["score"] for m in exact], atol=1e-3)
+    # Equal texts are found once each, both by the place of the first.
+    assert sum(m["id"] == "once" for m in answers[0][0]) == 2
+
+
+def test_query_scores_are_the_means_of_the_run(scored: Path) -> None:
+    """The mean over a task's queries of what query finds is the task's column, up to the codes."""
+    from jz3.gradients import tokenize_query
+    from jz3.index.query import Searcher
+
+    collection = open_collection(scored)
+    searcher = Searcher(collection)
+    queries = [q for q in collection.queries() if q.task == "sums"]
+    tokens = [tokenize_query(searcher.tokenizer, q.id, q.prompt, q.completion, 512) for q in queries]
+    values = searcher.features(tokens).mean(0, keepdim=True)
+    found = {m.doc.id: m.score for m in searcher.nearest(values, 62) if m.doc.id.startswith("doc")}
+    table = runs.scores(scored)
+    wanted = dict(zip(table["id"].to_pylist(), table["influence:sums"].to_pylist(), strict=True))
+    assert len(found) == 60
+    np.testing.assert_allclose([found[i] for i in found], [wanted[i] for i in found], atol=0.01)
+
+
+def test_query_asks_and_answers_one_text(
+    scored: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 3 + 4?\n\n"))
+    assert main(["query", str(scored), "--k", "2"]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("cosine") == 2 and "Flat, 62 documents" in told.err
+    assert main(["query", str(scored), "--text", "What is 3 + 4?", "--solution", "7.", "--k", "1"]) == 0
+    assert capsys.readouterr().out.count("cosine") == 1
+
+
+def test_view_of_a_scored_run(scored: Path) -> None:
+    view = View(open_collection(scored))
+    assert "62 texts" in view.header() and "recall@100 1.000" in view.header()
+    assert len(view.examples()) == 2
+    answer = view.ask(runs.texts(60)[25], "")
+    assert answer.matches[0].doc.id == "doc-25"
+    assert "rgba(" in view.found(answer, 0, 2, True)
+    check_ranked(view, scored)
+
+
+def check_ranked(view: View, out: Path) -> None:
+    """Best and worst texts by their columns, all pages, with their texts; histograms of every task."""
+    table = runs.scores(out)
+    assert view.table().tasks == ["sums", "apples", "control"] and len(view.table()) == 62
+    column = table["influence:apples"].to_numpy()
+    order = np.argsort(-column, kind="stable")
+    pages = "".join(view.ranked("apples", False, start, 5) for start in range(0, 62, 5))
+    assert re.findall(r'jz3-id">([\w-]+) ', pages) == [table["id"][int(i)].as_py() for i in order]
+    assert re.findall(r'jz3-score">([+-][\d.]+)<', pages) == [f"{column[i]:+.4f}" for i in order]
+    texts = dict(enumerate(runs.texts(60)))
+    assert all(texts.get(int(i), "apples and pears in equal number") in pages for i in order)
+    worst = view.ranked("apples", True, 0, 1)
+    assert re.findall(r'jz3-rank">(\d+)<', worst) == ["62"]
+    assert view.table().histogram("sums")[0].sum() == 62
+    assert view.table().sources == ["a", "b", "twice.jsonl"] and view.pictures().count("<svg") == 2
+
+
+def test_without_features_scores_are_shown_and_the_rest_is_told(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["index"], ["query", "--text", "What is 3 + 4?"], ["query", "--exact", "--text", "x y"]):
+        assert main([command[0], str(bare), *command[1:]]) == 2
+        assert re.search(r"scored without --keep-features.*into another folder", capsys.readouterr().err)
+    view = View(open_collection(bare))
+    assert "no features" in view.header() and "--keep-features" in view.missing_features
+    check_ranked(view, bare)
+    with pytest.raises(Jz3Error, match="without --keep-features"):
+        view.ask("What is 3 + 4?", "")
+
+
+def test_page_without_features_can_be_built(bare: Path, scored: Path) -> None:
+    pytest.importorskip("gradio")
+    from jz3.explore.page import build_page
+
+    shown = json.dumps(build_page(View(open_collection(bare))).get_config_file(), default=str)
+    assert "No problem can be looked up" in shown and "Find the texts that help" not in shown
+    shown = json.dumps(build_page(View(open_collection(scored))).get_config_file(), default=str)
+    assert "Find the texts that help" in shown
+
+
+def test_without_an_index(
+    scored: Path, data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half-scored and not indexed: the page scans what there is and says so, query names the remedy."""
+    out = tmp_path / "half"
+    runs.start(out, *data, keep_features=True)
+    with pytest.raises(Jz3Error, match="has no features yet; run the same `jz3 score` command"):
+        View(open_collection(out))
+    work(out, (0, 2))
+    assert main(["query", str(out), "--text", "What is 3 + 4?"]) == 2
+    assert "has no index yet; run `jz3 index" in capsys.readouterr().err
+    view = View(open_collection(out))
+    assert "exact scan" in view.header() and "shards are not scored yet" in view.header()
+    assert 0 < len(view.ask("What is 3 + 4?", "").matches) == len(view.table()) < 62
+
+
+def test_what_does_not_belong_to_the_run_is_refused(scored: Path, bare: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(scored, out)
+    collection: Any = open_collection(out)
+    fit = out / "fit" / "0" / "fit.safetensors"
+    data = fit.read_bytes()
+    fit.write_bytes(data[:-4] + b"\1\2\3\4")
+    with pytest.raises(Jz3Error, match="is not the one that the features were made with"):
+        collection.projection()
+    fit.write_bytes(data)
+    info = json.loads((out / "store" / "store.json").read_text())
+    (out / "store" / "store.json").write_text(json.dumps({**info, "model_hash": "0" * 16}))
+    with pytest.raises(Jz3Error, match="another run's store .*model_hash: '0000000000000000' in the store"):
+        collection.store()
+    with pytest.raises(Jz3Error, match="has scored no text 0000000000000005"):
+        collection.texts([5])
+    with pytest.raises(ValueError, match="--checkpoint must be from 0 to 0, got 1"):
+        open_collection(out, 1)
+    with pytest.raises(Jz3Error, match="neither recipe.json nor plan.json"):
+        open_collection(tmp_path)
+
+
+def test_lost_corpus_and_changed_model_are_told(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, targets = runs.make_corpus(tmp_path, 12), runs.make_targets(tmp_path)
+    model: Any = load_model(tiny_model, "float32")
+    copy = tmp_path / "model"
+    model.save_pretrained(copy)
+    load_tokenizer(tiny_model).save_pretrained(copy)
+    out = tmp_path / "out"
+    runs.run(out, corpus, targets, model=str(copy), kind="sketch", keep_features=True)
+    asked = ["query", str(out), "--exact", "--text", "What is 3 + 4?", "--k", "12"]
+    assert main(asked) == 0
+    Path(corpus[1]).rename(tmp_path / "moved.jsonl.gz")
+    assert main(asked) == 2
+    assert "b.jsonl.gz, a file of the corpus, can't be read" in capsys.readouterr().err
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(copy)
+    assert main(asked) == 2
+    assert re.search("the model .* changed: .* restore it", capsys.readouterr().err)
+    with pytest.raises(Jz3Error, match="the model .* changed"):
+        open_collection(out).encoding()
+
+
+def test_one_of_several_checkpoints_is_searched(tmp_path: Path, data: Data, tiny_model: Path) -> None:
+    model: Any = load_model(tiny_model, "float32")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    load_tokenizer(tiny_model).save_pretrained(other)
+    out = tmp_path / "out"
+    runs.run(out, *data, checkpoint=(f"{tiny_model}=1", f"{other}=1"), kind="sketch", keep_features=True)
+    for number in ("0", "1"):
+        assert main(["index", str(out), "--checkpoint", number, "--recall-queries", "4"]) == 0
+    found = []
+    for number in (0, 1):
+        view = View(open_collection(out, number))
+        assert f"checkpoint {number} of 0 to 1" in view.header()
+        found.append([m.score for m in view.ask(runs.texts(60)[7], "").matches])
+    assert found[0] != found[1]
+    assert {p.name for p in out.glob("index-*")} == {"index-0", "index-1"}
+
+
+def test_settings_of_an_index_belong_to_one_kind_of_run(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", str(scored), "--recipe", "tiny"]) == 2
+    assert "is a run of `jz3 score`, which has none" in capsys.readouterr().err
+    assert main(["index", str(tmp_path), "--factory", "HNSW8"]) == 2
+    assert "the settings are in the recipe's section [index]" in capsys.readouterr().err
+    assert main(["index", str(scored), "--factory", "HNSW8"]) == 2
+    assert "factory: 'Flat' there, 'HNSW8' now" in capsys.readouterr().err
