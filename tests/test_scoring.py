@@ -178,9 +178,13 @@ def test_manifest_explains_the_choice(finished: tuple[Path, dict[str, Any]]) -> 
     assert chosen[0]["scores"]["sums"] == pytest.approx(table["influence:sums"][int(best[0])].as_py())
     assert chosen[0]["score"] == pytest.approx(mean[best[0]]) and "number 1 of 60" in chosen[0]["why"]
     methods = manifest["methods"]
-    assert set(methods) == {"influence", "hidden", "bm25", "loss", "random", "selected"}
+    assert set(methods) == {"influence", "hidden", "bm25", "loss", "random", "control", "selected"}
     for method in methods.values():
-        assert sum(method["mix"].values()) == 8
+        assert sum(method["mix"].values()) == 8 and method["about"]
+    control = np.argsort(-table["influence:control"].to_numpy())[:8]
+    shared = len(set(control.tolist()) & set(best.tolist())) / 8
+    assert methods["control"]["overlap_with_influence"] == shared
+    assert methods["hidden"]["about"].startswith("RDS+")
     assert methods["influence"]["overlap_with_influence"] == 1
     assert set(manifest["negative_control"]["overlap"]) == {"sums", "apples"}
     assert manifest["selection"]["chosen"] == manifest["selection"]["wanted"] == 8

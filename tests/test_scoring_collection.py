@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def scored(tmp_path_factory: pytest.TempPathFactory, data: Data, tiny_model: Path) -> Path:
     """A run with its features kept and its index built by the command."""
     out = tmp_path_factory.mktemp("run") / "out"
-    runs.run(out, *data, keep_features=True, bits=8)
+    runs.run(out, *data, keep_features=True, bits=8, max_tokens=256)
     assert main(["index", str(out), "--recall-queries", "20"]) == 0
     return out
 
@@ -60,7 +60,7 @@ def test_index_of_a_scored_run(scored: Path) -> None:
 def test_queries_find_the_texts_of_every_format(
     scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every text is the best one for itself, found by the index as by the exact scan, under its own id."""
+    """The index finds what the exact scan finds, every text under its own id and source."""
     texts = runs.texts(60)
     asked = [3, 19, 20, 33, 40, 59]
     problems = runs.write_lines(tmp_path / "problems.jsonl", [{"text": texts[i]} for i in asked])
@@ -68,9 +68,11 @@ def test_queries_find_the_texts_of_every_format(
     for extra in ([], ["--exact"]):
         assert main(["query", str(scored), "--file", str(problems), "--k", "62", *extra]) == 0
         answers.append([json.loads(line)["matches"] for line in capsys.readouterr().out.splitlines()])
-    for i, index, exact in zip(asked, *answers, strict=True):
-        assert (index[0]["id"], index[0]["text"], index[0]["source"]) == (f"doc-{i}", texts[i], "ab"[i % 2])
-        assert {m["id"] for m in index} == {m["id"] for m in exact}
+    wanted = {f"doc-{i}": (text, "ab"[i % 2]) for i, text in enumerate(texts)}
+    wanted["once"] = ("apples and pears in equal number", "twice.jsonl")
+    for index, exact in zip(*answers, strict=True):
+        assert {m["id"]: (m["text"], m["source"]) for m in index} == wanted
+        assert {m["id"] for m in exact} == wanted.keys()
         np.testing.assert_allclose([m["score"] for m in index], [m["score"] for m in exact], atol=1e-3)
     # Equal texts are found once each, both by the place of the first.
     assert sum(m["id"] == "once" for m in answers[0][0]) == 2

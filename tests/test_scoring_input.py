@@ -23,11 +23,14 @@ from jz3.errors import Jz3Error
 from jz3.models import load_model, load_tokenizer
 from jz3.scoring.command import score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
+from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
 from jz3.scoring.plan import load_plan, make_plan, open_plan
 from jz3.scoring.reading import Reader
+from jz3.scoring.shard import Scorer
 from jz3.scoring.targets import read_target
 from jz3.scoring.workers import missing_shards, work
+from jz3.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +183,17 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
     assert not (tmp_path / "out").exists()
 
 
-def test_half_a_gzip(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+def test_half_a_compressed_file(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
     rng = np.random.default_rng(0)
     noise = [f"{t} {rng.bytes(40).hex()}" for t in runs.texts(60)]
     data = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in noise).encode())
     (tmp_path / "half.jsonl.gz").write_bytes(data[: len(data) // 2])
+    other = pa.compress("".join(json.dumps({"text": t}) + "\n" for t in noise), "zstd", asbytes=True)
+    (tmp_path / "half.jsonl.zst").write_bytes(other[: len(other) // 2])
     whole = runs.write_lines(tmp_path / "whole.jsonl", [{"text": t} for t in runs.texts(20)])
-    corpus = [str(tmp_path / "half.jsonl.gz"), str(whole)]
+    corpus = [str(tmp_path / "half.jsonl.gz"), str(tmp_path / "half.jsonl.zst"), str(whole)]
     manifest = runs.run(tmp_path / "out", corpus, targets)
-    assert manifest["documents"]["rejected"] == {"damaged_file": 1}
+    assert manifest["documents"]["rejected"] == {"damaged_file": 2}
     files = Counter(Path(f).name for f in runs.scores(tmp_path / "out")["file"].to_pylist())
     assert files["whole.jsonl"] == 20 and 15 < files["half.jsonl.gz"] < 35
 
@@ -307,13 +312,12 @@ def test_full_disk_in_the_middle_of_a_shard(
     work(tmp_path / "out")
     merge(tmp_path / "out", plan, job, ChooseSettings(k=8))
     assert runs.score_files(tmp_path / "out") == runs.score_files(tmp_path / "reference")
-    from jz3.store import Store
-
     store = Store(tmp_path / "out" / "store", verify=True)
     assert not store.damaged and len(store) == 24
 
 
 def test_full_file_system(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    """Full in the middle of the third shard, with features kept: the store stays whole, and goes on with room."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -323,15 +327,24 @@ def test_full_file_system(tmp_path: Path, targets: dict[str, Path], tiny_model: 
         pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
     try:
         corpus = runs.make_corpus(tmp_path, 24)
-        plan, _ = runs.start(small / "out", corpus, targets)
+        runs.run(tmp_path / "reference", corpus, targets, keep_features=True)
+        plan, _ = runs.start(small / "out", corpus, targets, keep_features=True)
+        scorer = Scorer(small / "out", plan, load_job(small / "out"))
+        for shard in plan.shards[:2]:
+            scorer.run(shard)
         filler = small / "filler"
         with open(filler, "wb", buffering=0) as handle, contextlib.suppress(OSError):
             while True:
                 handle.write(bytes(1024))
-        with pytest.raises(Jz3Error, match="disk of .* is full"):
+        with pytest.raises(Jz3Error, match="disk of .* is full|does not fit on the disk"):
             work(small / "out")
-        assert len(missing_shards(small / "out", plan)) == len(load_plan(small / "out").shards)
+        assert missing_shards(small / "out", plan) == [s.number for s in plan.shards[2:]]
+        store = Store(small / "out" / "store", verify=True)
+        assert not store.damaged and [s.number for s in store.shards] == [0, 1]
         filler.unlink()
-        runs.run(small / "out", corpus, targets)
+        runs.run(small / "out", corpus, targets, keep_features=True)
+        assert runs.score_files(small / "out") == runs.score_files(tmp_path / "reference")
+        store, wanted = (Store(f / "store", verify=True) for f in (small / "out", tmp_path / "reference"))
+        assert not store.damaged and [s.xxh3 for s in store.shards] == [s.xxh3 for s in wanted.shards]
     finally:
         subprocess.run(["umount", str(small)], check=True)

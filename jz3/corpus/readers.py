@@ -297,20 +297,18 @@ class ParquetReader:
                 self._enter(skip)
             while self._number < stop:
                 batch, wanted = self._next(), stop - self._number
+                first = self._number + 1
+                # Before anything is yielded, as whoever asked may not come back for the rest.
                 self._batch = batch[wanted:]
-                for row in _batch_rows(batch[:wanted]):
-                    self._number += 1
-                    yield from_row(row, f"{self.path}:{self._number}", self._source)
+                self._number += min(len(batch), wanted)
+                for number, row in enumerate(_batch_rows(batch[:wanted]), first):
+                    yield from_row(row, f"{self.path}:{number}", self._source)
             if not total:
                 yield reject("empty_file", str(self.path), "no rows")
         except (pyarrow.ArrowException, OSError) as error:
             where = f"{self.path}:{self._number + 1}"
             self.close()
             yield reject("damaged_file", where, f"{type(error).__name__}: {first_line(error)}")
-        except GeneratorExit:
-            # The rows of the batch that weren't asked for are gone.
-            self.close()
-            raise
 
     def _open(self) -> Reject | None:
         """Open the file unless it is; say why its records can't be used."""

@@ -69,38 +69,45 @@ def score_corpus(
     Raises:
         Jz3Error: see the functions it calls; the message says what to do.
     """
+    from jz3.files import read_json
     from jz3.scoring import cluster, workers
-    from jz3.scoring.job import prepare
-    from jz3.scoring.merge import deduplicator, merge, summary
-    from jz3.scoring.plan import locked, open_plan
+    from jz3.scoring.job import load_job
+    from jz3.scoring.merge import check_choice, merge, summary
+    from jz3.scoring.plan import load_plan, locked
+    from jz3.scoring.request import Request
 
     # What would fail at the end is asked for at the beginning.
     part = run.part() if run.worker else None
     if part is None:
-        deduplicator(choose)
+        check_choice(choose, settings)
     say = workers.print_error(sys.stderr)
     deadline = time.time() + run.limit_hours * 3600 if run.limit_hours else 0.0
     count = run.workers or workers.default_workers()
+    request = Request(corpus, targets, settings, choose)
     with locked(out / ".lock", wait=False) as alone:
         # The workers of a scheduler share the folder; only one process may choose.
         if not alone and not run.worker:
             raise Jz3Error(f"another process is running in {out}")
-        plan = open_plan(out, corpus, settings, targets, workers.default_threads(count))
-        job = prepare(out, plan, targets, say)
-        todo = workers.missing_shards(out, plan)
-        say(
-            f"{plan.rows:,} records in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} to do"
-        )
-        if part is not None:
-            done = workers.work(out, part, deadline)
-            say(f"worker {run.worker}: {'done' if done else 'stopped at the limit'}")
-            return
+        before = _chosen_at(out)
         if run.slurm:
-            cluster.run_slurm(out, plan, count, run.slurm_arguments, run.limit_hours, say)
+            cluster.run_slurm(out, request, count, run.slurm_arguments, run.limit_hours, say)
+            plan, job = load_plan(out), load_job(out)
         elif run.ray:
-            cluster.run_ray(out, plan, run.workers, run.ray, deadline, say)
-        elif todo:
-            workers.run_local(out, plan, min(count, len(todo)), run.restarts, deadline, say)
+            cluster.run_ray(out, request, run.workers, run.ray, deadline, say)
+            plan, job = load_plan(out), load_job(out)
+        else:
+            plan, job = request.prepare(out, workers.default_threads(count), say)
+            todo = workers.missing_shards(out, plan)
+            say(
+                f"{plan.rows:,} records in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} "
+                "to do"
+            )
+            if part is not None:
+                done = workers.work(out, part, deadline)
+                say(f"worker {run.worker}: {'done' if done else 'stopped at the limit'}")
+                return
+            if todo:
+                workers.run_local(out, plan, min(count, len(todo)), run.restarts, deadline, say)
         missing = workers.missing_shards(out, plan)
         if missing and deadline:
             say(
@@ -108,5 +115,14 @@ def score_corpus(
                 f"{len(plan.shards)} shards are done; run the same command again to go on"
             )
             return
-        summary(merge(out, plan, job, choose), lambda line: print(line))
+        # The last of Slurm's jobs has chosen already.
+        chosen = run.slurm and _chosen_at(out) != before
+        manifest = read_json(out / "manifest.json") if chosen else merge(out, plan, job, choose)
+        summary(manifest, print)
         print(f"{out / 'selected.jsonl'}  {out / 'scores'}  {out / 'manifest.json'}")
+
+
+def _chosen_at(out: Path) -> int:
+    """Return when the run's choice was written, in nanoseconds; 0 if there is none."""
+    path = out / "manifest.json"
+    return path.stat().st_mtime_ns if path.is_file() else 0

@@ -66,8 +66,9 @@ class ScoreSettings:
     """The targets' field with the problem; found by itself if it is question or problem."""
     solution_field: str = ""
     """The targets' field with the solution; found by itself if it is answer or solution."""
-    baselines: tuple[str, ...] = ("hidden", "loss", "random")
-    """Columns without gradients: hidden, loss, random; bm25 (document frequencies from the sample)."""
+    baselines: tuple[str, ...] = ("hidden", "bm25", "loss", "random")
+    """Columns without gradients: hidden (RDS+: cosine of position-weighted means of the last hidden states),
+    bm25 (document frequencies from a sample; needs bm25s), loss, random."""
     keep_features: bool = False
     """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N, which
     `jz3.store.scan_checkpoints` scans together)."""
@@ -123,10 +124,10 @@ class ScoreSettings:
 class ChooseSettings:
     """How the best documents are chosen from the scores; may be changed in a later run."""
 
-    k: int = 0
-    """How many to choose; 0: by --share."""
-    share: float = 0.1
-    """Share of the scored documents to choose."""
+    k: int = 10_000
+    """How many to choose; memory and time of the choice grow with it, not with the corpus."""
+    share: float = 0.0
+    """Share of the scored documents to choose, instead of --k."""
     combine: str = "mean"
     """`mean` or `max` of the tasks' scores, or `quota`: the tasks choose in turn."""
     source_quota: float = 1.0
@@ -137,8 +138,8 @@ class ChooseSettings:
     """Estimated Jaccard similarity from which on a text counts as a near duplicate."""
 
     def __post_init__(self) -> None:
-        if self.k < 0 or not 0 < self.share <= 1:
-            raise ValueError(f"--k must be 0 or more, --share in 0..1; got {self.k} and {self.share}")
+        if self.k < 1 or not 0 <= self.share <= 1:
+            raise ValueError(f"--k must be at least 1, --share in 0..1; got {self.k} and {self.share}")
         if self.combine not in ("mean", "max", "quota"):
             raise ValueError(f"--combine must be mean, max or quota, got {self.combine!r}")
         if not 0 < self.source_quota <= 1:
@@ -152,11 +153,13 @@ class RunSettings:
     workers: int = 0
     """Local processes; 0: one per GPU, or one where there is none."""
     worker: str = ""
-    """I/N: do part I (from 0) of N of the shards in this process and choose nothing; for any scheduler."""
+    """I/N: do part I (from 0) of N of the shards in this process and choose nothing; for any scheduler.
+    The first one plans and fits, the others wait for it."""
     slurm: bool = False
-    """Submit the shards as an array job of --workers tasks through sbatch, and wait for it."""
+    """Submit the fits, the shards (an array of --workers tasks) and the choice through sbatch, each after
+    the one before, and wait. The nodes settle --dtype auto and --threads 0, not this machine."""
     slurm_arguments: str = ""
-    """Further arguments of sbatch, e.g. "--partition=gpu --gres=gpu:1"."""
+    """Further arguments of sbatch, e.g. "--partition=gpu --gres=gpu:1", for all jobs."""
     ray: str = ""
     """Address of a Ray cluster (`auto`: the running one, `local`: start one here)."""
     restarts: int = 3

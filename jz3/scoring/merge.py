@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 import jz3
+from jz3.bm25 import tokenize
 from jz3.corpus.config import MinHashConfig
 from jz3.corpus.dedup import Deduplicator
 from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, write_json, write_jsonl
 from jz3.influence import negative_control
-from jz3.scoring.config import ChooseSettings
+from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
 from jz3.scoring.plan import Plan
 from jz3.scoring.reading import Reader
@@ -27,6 +28,18 @@ from jz3.selection import Choice, Place, StreamingSelection
 
 SLACK = (1.5, 4.0)
 """Candidates per text to choose at first, and by how much more if duplicates leave too few."""
+
+
+ABOUT = {
+    "influence": "cosine of gradients, mean over a target's queries",
+    "hidden": "RDS+: cosine of position-weighted means of the last hidden states, mean over a target's queries",
+    "bm25": "BM25 of the text for a target's problems and solutions, mean over the queries",
+    "loss": "the text's own loss, highest first",
+    "random": "drawn by the text's place in the corpus",
+    "control": "cosine of gradients with the unrelated target's queries",
+    "selected": "influence without repeats and within the sources' limit: selected.jsonl",
+}
+"""Per method of the manifest's table what its choice goes by."""
 
 
 def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
         raise Jz3Error(
             f"no text of the corpus could be scored: {json.dumps(counts['rejected'])}; see {out / 'rejects'}"
         )
-    k = min(choose.k or max(1, round(choose.share * kept)), kept)
+    k = min(max(1, round(choose.share * kept)) if choose.share else choose.k, kept)
     tasks = [t for t in job.tasks if t != "control"]
     codes = {source: number for number, source in enumerate(counts["sources"])}
     limit = max(1, int(choose.source_quota * k)) if choose.source_quota < 1 else None
@@ -155,6 +168,8 @@ def _tables(out: Path, plan: Plan, columns: list[str]) -> Iterator[tuple[int, di
 
 
 def _columns(method: str, tasks: list[str]) -> list[str]:
+    if method == "control":
+        return ["influence:control"]
     return [f"{method}:{task}" for task in tasks] if method in ("influence", "hidden", "bm25") else [method]
 
 
@@ -190,6 +205,17 @@ class _Spill:
         self._handle.seek(at)
         text, where, meta = json.loads(self._handle.read(size))
         return SourceText(text=text, source="", where=where, meta=meta)
+
+
+def check_choice(choose: ChooseSettings, settings: ScoreSettings) -> None:
+    """Look for what the choice and the baselines need, before the work begins.
+
+    Raises:
+        Jz3Error: a package is missing; the message says how to get it, or do without.
+    """
+    deduplicator(choose)
+    if "bm25" in settings.baselines:
+        tokenize([])
 
 
 def deduplicator(choose: ChooseSettings) -> Deduplicator:
@@ -297,9 +323,9 @@ def _methods(
     k: int,
     combine: str,
 ) -> dict[str, Any]:
-    """Compare the choice with that of the baselines, repeats not removed: sources, lengths, overlap."""
+    """Compare the choice with those of the baselines and the control, repeats not removed."""
     tasks = [t for t in job.tasks if t != "control"]
-    methods = ["influence", *plan.settings.baselines]
+    methods = ["influence", *plan.settings.baselines, *(["control"] if "control" in job.tasks else [])]
     columns = [c for method in methods for c in _columns(method, tasks)]
     tops = {
         m: StreamingSelection(k, combine if m in ("influence", "hidden", "bm25") else "mean") for m in methods
@@ -314,6 +340,7 @@ def _methods(
     mine = {place[:3] for place in chosen["influence"]}
     result = {
         method: {
+            "about": ABOUT[method],
             "mean_tokens": float(np.mean([place[3] for place in places])),
             "overlap_with_influence": len({place[:3] for place in places} & mine) / max(len(places), 1),
             "mix": dict(sorted(Counter(names[place[4]] for place in places).items())),
@@ -322,6 +349,7 @@ def _methods(
     }
     rows = [details[c.place[1:]] for c in choices]
     result["selected"] = {
+        "about": ABOUT["selected"],
         "mean_tokens": float(np.mean([r["tokens"] for r in rows])) if rows else 0.0,
         "overlap_with_influence": len({c.place for c in choices} & mine) / max(len(rows), 1),
         "mix": dict(sorted(Counter(r["source"] for r in rows).items())),

@@ -43,6 +43,20 @@ def missing_shards(out: Path, plan: Plan) -> list[int]:
     return [s.number for s in plan.shards if f"{s.number:06d}" not in there]
 
 
+def parts(plan: Plan, count: int) -> list[int]:
+    """Return per shard which of `count` parts it is in: runs of shards of about as many bytes each.
+
+    Neighbours stay together, as the shards of a compressed file are cheapest to read one after the other.
+    """
+    before, total = 0, max(plan.size, 1)
+    found = []
+    for shard in plan.shards:
+        middle = 2 * before + shard.size
+        found.append(min(middle * count // (2 * total), count - 1))
+        before += shard.size
+    return found
+
+
 def work(
     out: Path,
     part: tuple[int, int] = (0, 1),
@@ -53,7 +67,7 @@ def work(
 
     Args:
         out: the run's folder, planned and prepared.
-        part: (i, n): only shards whose number is i modulo n.
+        part: (i, n): only the i-th of n parts, see `parts`.
         deadline: seconds since the epoch after which no shard is begun that is not expected to end
             before; 0: none.
         rotate: (i, n): begin at the i-th of n equal parts, so that workers seldom meet.
@@ -62,7 +76,7 @@ def work(
         Whether all were done that no other worker holds.
     """
     plan = load_plan(out)
-    shards = [s for s in plan.shards if s.number % part[1] == part[0]]
+    shards = [s for s, i in zip(plan.shards, parts(plan, part[1]), strict=True) if i == part[0]]
     first = len(shards) * rotate[0] // rotate[1]
     longest = 0.0
     scorer: Scorer | None = None
@@ -136,7 +150,7 @@ def run_local(
                 if status == 0:
                     continue
                 if status == USER_ERROR:
-                    raise Jz3Error(_last_line(child.log))
+                    raise Jz3Error(last_line(child.log).removeprefix("jz3: error: ") or f"see {child.log}")
                 how = signal.Signals(-status).name if status < 0 else f"status {status}"
                 if child.restarts >= restarts:
                     raise Jz3Error(
@@ -206,9 +220,10 @@ def _spawn(out: Path, plan: Plan, number: int, workers: int, deadline: float, de
     return _Child(number, process, path)
 
 
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("jz3: error: ") if lines else f"see {path}"
+def last_line(path: Path) -> str:
+    """Return the last line of a log that isn't blank; nothing if there is none."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 class Progress:
