@@ -30,6 +30,7 @@ def score(
 
     Writes OUT/scores/*.parquet (a row per text, a column per task), OUT/selected.jsonl (the best texts),
     OUT/rejects.jsonl and OUT/manifest.json. Run the same command again to go on after a kill.
+    `jz3 explore OUT` shows them; with --keep-features `jz3 index OUT` and `jz3 query OUT` search them.
 
     Args:
         corpus: files or globs of .jsonl (.gz, .zst) or .parquet.
