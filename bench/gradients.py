@@ -5,18 +5,15 @@ installed packages), norms over all linear layers of the blocks, `adapted` featu
 4 N floating point operations per token for N parameters (forward, and backward to the activations) at the fastest
 product of two 2048 x 2048 matrices in this process, in whatever number format is the faster.
 
-Peers run in an environment of their own, named by JZ3_PEER_PYTHON; see bench/peer_bergson.py. Without it they
-are "absent".
+Peers run in environments of their own, named by JZ3_PEER_PYTHON; see bench/peers.py. Without it they are "absent".
 """
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +32,10 @@ from jz3.ops import ce_hidden_grad
 from jz3.records import Reject
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import peers  # noqa: E402
+
 SAMPLES = HERE.parents[1] / "shared" / "data" / "samples"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 SHORTEST, LONGEST = 64, 512
@@ -171,29 +172,6 @@ def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, flo
     return {"products of the blocks and the rest": rest, **timed.seconds}
 
 
-def peers(folder: Path, texts: list[Tokens], repeats: int) -> dict[str, float | str]:
-    """Return tokens per second of every peer, or why there is none."""
-    python = os.environ.get("JZ3_PEER_PYTHON", "")
-    names = {"bergson": "bfloat16", "bergson float32": "float32"}
-    if not python:
-        return dict.fromkeys(names, "absent")
-    found: dict[str, float | str] = {}
-    count = sum(len(t.ids) for t in texts)
-    with tempfile.TemporaryDirectory() as temporary:
-        tokens = Path(temporary) / "tokens.json"
-        tokens.write_text(json.dumps([t.ids for t in texts]), encoding="utf-8")
-        for name, dtype in names.items():
-            command = [python, str(HERE / "peer_bergson.py"), str(folder), str(tokens), dtype, str(repeats)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                found[name] = f"failed: {done.stderr.strip().splitlines()[-1:]}"
-            else:
-                seconds = json.loads(done.stdout.strip().splitlines()[-1])
-                found[name] = count / statistics.median(seconds)
-    return found
-
-
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -222,9 +200,9 @@ def main() -> None:
     # The higher of two measurements: a machine that was busy at one of them must not flatter the fraction.
     peak = {k: max(v, before[k]) for k, v in peak_gflops().items()}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    others = peers(folder, texts, arguments.repeats)
+    others = peers.run_peers(folder, [t.ids for t in texts], torch.get_num_threads(), arguments.repeats)
     floor = max(peak.values()) * 1e9 / (4 * parameters)
-    rival = others["bergson"]
+    rival = others["bergson"].tokens_per_s
     result = {
         "machine": machine(),
         "model": {"name": EMBEDDED, "dtype": arguments.dtype, "parameters": parameters},
@@ -240,8 +218,9 @@ def main() -> None:
         "fraction_of_floor": tokens / seconds / floor,
         "fraction_of_floor_without_features": tokens / bare / floor,
         "norms": getattr(sink, "norms", {}),
-        "peers": others,
-        "ratio_vs_bergson": None if isinstance(rival, str) else tokens / seconds / rival,
+        "peers": {name: other.cell for name, other in others.items()},
+        "peer_features": {name: other.shape for name, other in others.items() if other.shape},
+        "ratio_vs_bergson": tokens / seconds / rival if rival else None,
         "breakdown_s": parts,
         "peak_memory_mb": memory,
     }
