@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from jz3.comparison import ComparisonConfig
-from jz3.comparison.table import plot, text_table
+from jz3.comparison.table import plot, text_table, verdicts
 from jz3.config import Recipe
 from jz3.corpus.config import CorpusConfig, SourceConfig
-from jz3.features import FeaturesConfig
+from jz3.features import KINDS, FeaturesConfig
 from jz3.influence import InfluenceConfig
 from jz3.models import ModelConfig
 from jz3.pipeline import run_pipeline
@@ -104,7 +104,13 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             tasks=tasks(data, names, arguments.queries, arguments.problems), control=ControlConfig(count=24)
         ),
         features=FeaturesConfig(
-            fit_documents=160, exact_documents=0, batch_tokens=1024, fit_batch_tokens=768, query_tokens=256
+            kind=arguments.features,
+            k=arguments.k,
+            fit_documents=160,
+            exact_documents=0,
+            batch_tokens=1024,
+            fit_batch_tokens=768,
+            query_tokens=256,
         ),
         influence=InfluenceConfig(),
         selection=SelectionConfig(k=arguments.pool // 10),
@@ -116,12 +122,13 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             seeds=arguments.seeds,
             workers=arguments.workers,
             train=TrainSettings(
-                precision="float32",
-                learning_rate=2e-5,
-                epochs=2,
+                method=arguments.method,
+                precision=arguments.precision,
+                learning_rate=arguments.learning_rate,
+                epochs=arguments.epochs,
                 schedule="constant",
                 warmup=0.0,
-                max_length=512,
+                max_length=arguments.pack,
                 batch_packs=1,
                 save_every=0,
             ),
@@ -142,10 +149,21 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1200, help="texts, about")
     parser.add_argument("--no-finetune", action="store_true", help="the pool without the fine-tuning rows")
     parser.add_argument("--max-tokens", type=int, default=128, help="of a text")
-    parser.add_argument("--tokens", type=int, default=8_000, help="that each model is trained on, twice")
+    parser.add_argument(
+        "--tokens", type=int, default=8_000, help="that each model is trained on, in every epoch"
+    )
     parser.add_argument("--more-tokens", default="", help="further budgets, e.g. 2000,32000")
     parser.add_argument("--queries", type=int, default=40, help="solutions of each target that choose")
     parser.add_argument("--problems", type=int, default=150, help="test problems of each target")
+    parser.add_argument("--features", choices=KINDS, default="adapted", help="kind; `sketch` needs no fit")
+    parser.add_argument("--k", type=int, default=2048, help="numbers of a feature; 8192 for a sketch")
+    parser.add_argument("--method", choices=("full", "lora"), default="full", help="what is trained")
+    parser.add_argument(
+        "--precision", choices=("float32", "mixed"), default="float32", help="of the training"
+    )
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--pack", type=int, default=512, help="tokens of a step")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -155,6 +173,7 @@ def main() -> None:
     ctx = StageContext(recipe=wanted, run_dir=arguments.out, name="comparison")
     manifest = ctx.manifest("comparison")
     print(text_table(manifest["summary"]))
+    print("\n".join(verdicts(manifest["summary"])))
     if arguments.json:
         cost = {stage: ctx.manifest(stage)["seconds"] for stage in ("features", "influence")}
         result = {**manifest["summary"], "machine": manifest["machine"], "seconds": cost}

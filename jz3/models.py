@@ -1,5 +1,6 @@
 """Model folders: the embedded SmolLM2, a tiny random model for tests, any Hugging Face model."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -124,8 +125,13 @@ def best_device() -> str:
 def _prepared(name: str, build: Any) -> Path:
     folder = cache_folder() / name
     if not (folder / "config.json").is_file():
-        with atomic_path(folder) as part:
-            build(part)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that prepare it at once would write into, and delete, the same `.part`.
+        with open(folder.with_name(f"{name}.lock"), "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not (folder / "config.json").is_file():
+                with atomic_path(folder) as part:
+                    build(part)
     return folder
 
 

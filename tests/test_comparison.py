@@ -10,9 +10,10 @@ import pytest
 
 from jz3.comparison import ComparisonConfig
 from jz3.comparison.sets import coverage, diverse, matching
+from jz3.comparison.table import verdicts
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
-from jz3.files import read_jsonl, write_jsonl
+from jz3.files import read_json, read_jsonl, write_jsonl
 from jz3.pipeline import run_pipeline
 from jz3.stage import StageContext
 
@@ -81,6 +82,9 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     assert all(np.isfinite(r["change"]["mean"]) and r["trained_tokens"] > 300 for r in rows)
     assert rows[0]["overlap_with_influence"] == 1.0 and rows[2]["against_random"]["mean"] == 0.0
     assert not list(run_folder.glob("comparison/runs/*/model*"))
+    results = [read_json(path) for path in run_folder.glob("comparison/runs/*/result.json")]
+    # The random draw is the same for both tasks and trained once; the others are judged by their own task.
+    assert sorted(len(result["nll"]) for result in results) == [1, 1, 1, 1, 2]
 
     monkeypatch.setattr("jz3.comparison.stage.train", None)
     again = compared(run_folder, **wanted)[1]["table"]
@@ -190,6 +194,23 @@ def test_every_task_counts_alike_and_no_candidate_is_lost(run_folder: Path, tmp_
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(Jz3Error, match="000000"):
         features_of(ctx, ids, tasks)
+
+
+def test_the_verdict_compares_the_best_of_both_kinds() -> None:
+    def row(chooser: str, mean: float) -> dict[str, Any]:
+        change = {"mean": mean, "low": mean - 0.004, "high": mean + 0.004}
+        return {"budget": 2000, "task": "sums", "chooser": chooser, "change": change}
+
+    rows = [row("random", -0.01), row("bm25", -0.02), row("hidden", -0.026), row("loss", 0.001)]
+    table = [*rows, row("influence", -0.03), row("matching", -0.039)]
+    assert verdicts({"table": table}) == [
+        "sums, 2,000 tokens: matching -0.0390; 1.50 x hidden -0.0260, intervals apart; "
+        "3.90 x random -0.0100, intervals apart"
+    ]
+    assert verdicts({"table": rows}) == []
+    assert verdicts({"table": [row("random", 0.01), row("influence", 0.004)]}) == [
+        "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals overlap"
+    ]
 
 
 def test_bad_settings_are_named() -> None:

@@ -54,6 +54,13 @@ class Training:
     seed: int
     dtype: str
     queries: dict[str, list[Query]]
+    """Of the tasks that the choice was made for."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result for all of its tasks."""
+        result = self.folder / "result.json"
+        return result.exists() and self.queries.keys() <= read_json(result)["nll"].keys()
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -78,10 +85,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
     choices = [
         _choose(ctx, pool, chooser, task, tokens, seed)
         for tokens in (config.tokens, *config.more_tokens)
+        for seed in range(config.seeds)
         for task in (pool.tasks if config.per_task else ("",))
         for chooser in config.methods
-        for seed in range(config.seeds)
     ]
+    judged: dict[str, set[str]] = {}
+    for choice in choices:
+        judged.setdefault(choice.run, set()).update([choice.task] if choice.task else queries)
     base = resolve_model(ctx.recipe.model)
     # What was trained in float32 must not be rounded before it is judged.
     dtype = "float32" if config.train.precision == "float32" else ctx.recipe.model.dtype
@@ -94,7 +104,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             ctx.out / "runs" / choice.run,
             seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
             dtype,
-            queries,
+            {task: rows for task, rows in queries.items() if task in judged[choice.run]},
         )
         for choice in choices
     }
@@ -130,7 +140,7 @@ def _choose(ctx: StageContext, pool: Pool, chooser: str, task: str, tokens: int,
 
 
 def _train_all(ctx: StageContext, trainings: Sequence[Training], workers: int) -> None:
-    missing = [t for t in trainings if not (t.folder / "result.json").exists()]
+    missing = [t for t in trainings if not t.done]
     with ctx.progress(len(trainings), "trainings") as advance:
         advance(len(trainings) - len(missing))
         if workers == 1:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from jz3.comparison.config import DERIVED, SETS
+
 
 def text_table(summary: dict[str, Any]) -> str:
     """Return the comparison's table in Markdown, the best chooser of each target and budget first.
@@ -28,6 +30,43 @@ def text_table(summary: dict[str, Any]) -> str:
         "problem left out; intervals over problems, paired."
     )
     return "\n".join(lines)
+
+
+GRADIENTS = ("influence", *DERIVED, *SETS)
+"""Choosers that use gradients."""
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """Return a line per target and budget: the best chooser with gradients against the best without.
+
+    The best of several looks better than it is, on both sides alike only if as many compete.
+
+    Args:
+        summary: of the comparison stage.
+    """
+    lines = []
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in _ranked(summary):
+        groups.setdefault((row["budget"], row["task"]), []).append(row)
+    for (budget, task), rows in groups.items():
+        mine = [row for row in rows if row["chooser"] in GRADIENTS]
+        others = [row for row in rows if row["chooser"] not in (*GRADIENTS, "random")]
+        random = [row for row in rows if row["chooser"] == "random"]
+        if mine:
+            said = [f"{mine[0]['chooser']} {mine[0]['change']['mean']:+.4f}"]
+            said += [_against(mine[0], row) for row in (*others[:1], *random)]
+            lines.append(f"{task or 'all'}, {budget:,} tokens: " + "; ".join(said))
+    return lines
+
+
+def _against(mine: dict[str, Any], other: dict[str, Any]) -> str:
+    ours, theirs = mine["change"], other["change"]
+    said = f"{other['chooser']} {theirs['mean']:+.4f}"
+    if theirs["mean"] < 0:
+        said = f"{ours['mean'] / theirs['mean']:.2f} x {said}"
+    if ours["high"] is None or theirs["low"] is None:
+        return said
+    return f"{said}, intervals {'apart' if ours['high'] < theirs['low'] else 'overlap'}"
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
