@@ -101,7 +101,8 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             pieces_per_document=1,
         ),
         targets=TargetsConfig(
-            tasks=tasks(data, names, arguments.queries, arguments.problems), control=ControlConfig(count=24)
+            tasks=tasks(data, names, arguments.queries, arguments.problems),
+            control=ControlConfig(count=min(24, arguments.queries)),
         ),
         features=FeaturesConfig(
             kind=arguments.features,

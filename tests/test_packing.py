@@ -158,6 +158,27 @@ def test_the_token_budget_ends_the_reading(tokenizer):
     )
 
 
+def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer):
+    from itertools import pairwise
+
+    long, short = [("", "seven words of a text that is " * 4)] * 40, rows(200)
+    settings = TrainSettings(max_length=64, max_tokens=1000, epochs=2, packing="even")
+    for phase in (Phase(name="a", rows=long), Phase(name="a", rows=short)):
+        packs = pack([phase], tokenizer, settings, 0)
+        assert [len(ids) for ids in packs.dataset["input_ids"]] == [64] * 15 + [40]
+        assert [sum(lengths) for lengths in packs.dataset["seq_lengths"]] == [64] * 15 + [40]
+        assert (packs.counts["a"]["tokens"], packs.counts["a"]["packs"]) == (1000, 16)
+        assert packs.counts["a"]["targets"] == sum(labelled(packs).values())
+        for lengths, labels in zip(packs.dataset["seq_lengths"], packs.dataset["labels"], strict=True):
+            starts = [sum(lengths[:i]) for i in range(len(lengths))]
+            assert all(labels[start] == IGNORED for start in starts), "predicted across documents"
+    encoded = {tuple(p.ids.tolist()) for d in encode(short, tokenizer)[0] for p in split(d, 64)}
+    first = packs.dataset[0]
+    bounds = [sum(first["seq_lengths"][:i]) for i in range(len(first["seq_lengths"]) + 1)]
+    whole = [tuple(first["input_ids"][start:end]) for start, end in pairwise(bounds)][:-1]
+    assert whole and set(whole) <= encoded
+
+
 def collated(packs, index, tokenizer):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

@@ -75,7 +75,7 @@ class Pool:
 
 
 def _fill(order: Iterator[int] | list[int], sizes: Sequence[int], tokens: int) -> list[int]:
-    """Take rows until they hold `tokens`; the trainer cuts the last one."""
+    """Take rows until they hold `tokens`; the trainer reads them in its own order and cuts where it ends."""
     rows: list[int] = []
     total = 0
     for row in order:

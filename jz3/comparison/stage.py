@@ -100,7 +100,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
         choice.run: Training(
             base,
             tuple(docs[i].text for i in choice.ids),
-            replace(config.train, max_tokens=choice.tokens * config.train.epochs),
+            # Texts of a length that fills packs badly would buy more steps for as many tokens.
+            replace(config.train, max_tokens=choice.tokens * config.train.epochs, packing="even"),
             ctx.out / "runs" / choice.run,
             seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
             dtype,

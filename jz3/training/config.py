@@ -13,6 +13,7 @@ PRECISIONS = ("auto", "mixed", "float32")
 SCHEDULES = ("wsd", "cosine", "constant")
 DECAYS = ("linear", "cosine", "1-sqrt")
 OVERLONG = ("split", "reject")
+PACKINGS = ("best_fit", "even")
 BOOSTS = ("continue", "retrain")
 
 
@@ -50,11 +51,14 @@ class TrainSettings:
     epochs: int = 1
     """How often each phase is read before the next one begins; shuffled and packed afresh each time."""
     max_tokens: int = 0
-    """Stop before the first text that would exceed so many tokens; 0: no limit."""
+    """Stop before the first text that would exceed so many tokens (`even`: within it); 0: no limit."""
     max_length: int = 2048
     """Tokens in a pack, and so in a text."""
     overlong: str = "split"
     """A text longer than max_length is cut into pieces (`split`) or left out (`reject`)."""
+    packing: str = "best_fit"
+    """`best_fit`: texts stay whole, packs are nearly full; `even`: texts are cut where a pack or max_tokens
+    ends, so that every training on as many tokens takes as many steps."""
     batch_packs: int = 512
     """Packs per step over all processes and accumulation steps."""
     packs_at_once: int = 1
@@ -74,6 +78,7 @@ class TrainSettings:
             "schedule": SCHEDULES,
             "decay": DECAYS,
             "overlong": OVERLONG,
+            "packing": PACKINGS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -1,4 +1,4 @@
-"""Rows to packs: tokens and labels, reading order, cutting, best-fit packing without loss."""
+"""Rows to packs: tokens and labels, reading order, cutting, packing by best fit or to equal size."""
 
 import logging
 from collections import Counter
@@ -153,24 +153,37 @@ def pack(
         documents, dropped = encode(phase.rows, tokenizer)
         documents, split_rows = _fit(documents, settings, dropped)
         counts = Counter(rows=len(phase.rows), split_rows=split_rows)
+        even: list[Document] = []
+        read: list[Document] = []
+        before = len(parts)
         for epoch in range(settings.epochs):
             order = rng(seed, "order", phase.name, epoch).permutation(len(documents))
             chosen = [documents[i] for i in order]
             if budget is not None:
                 within = _within(chosen, budget)
+                left = budget - sum(len(d.ids) for d in chosen[:within])
+                cut = [Document(ids=d.ids[:left], target=d.target) for d in chosen[within : within + 1]]
                 dropped["over_budget"] += len(chosen) - within
-                budget = 0 if within < len(chosen) else budget - sum(len(d.ids) for d in chosen)
+                budget = 0 if within < len(chosen) else left
                 chosen = chosen[:within]
-            if not chosen:
-                continue
-            packed = _best_fit(chosen, settings.max_length)
-            packed = packed.select(rng(seed, "packs", phase.name, epoch).permutation(len(packed)))
-            parts.append(packed)
-            result.phase += [phase.name] * len(packed)
+                if settings.packing == "even" and left > 0 and cut:
+                    chosen.append(cut[0])
+                    dropped["over_budget"] -= 1
             counts["documents"] += len(chosen)
-            counts["packs"] += len(packed)
-            counts["tokens"] += sum(len(d.ids) for d in chosen)
-            counts["targets"] += sum(len(d.ids) - d.target for d in chosen)
+            if settings.packing == "even":
+                even += chosen
+            elif chosen:
+                packed = _best_fit(chosen, settings.max_length)
+                parts.append(packed.select(rng(seed, "packs", phase.name, epoch).permutation(len(packed))))
+                read += chosen
+        if even:
+            filled = _fill(even, settings.max_length)
+            parts.append(_filled(filled))
+            read = [piece for pieces in filled for piece in pieces]
+        counts["packs"] = sum(map(len, parts[before:]))
+        counts["tokens"] = sum(len(d.ids) for d in read)
+        counts["targets"] = sum(max(len(d.ids) - d.target, 0) for d in read)
+        result.phase += [phase.name] * counts["packs"]
         result.counts[phase.name] = {
             key: counts[key] for key in ("rows", "documents", "split_rows", "packs", "tokens", "targets")
         }
@@ -241,3 +254,33 @@ def _best_fit(documents: list[Document], max_length: int) -> "Dataset":
     from trl import pack_dataset
 
     return pack_dataset(_dataset(documents), max_length, "bfd", {"batch_size": CHUNK})
+
+
+def _fill(documents: list[Document], max_length: int) -> list[list[Document]]:
+    """Fill packs in order, cutting documents where a pack ends: every pack but the last is full."""
+    packs: list[list[Document]] = []
+    room = 0
+    for document in documents:
+        start = 0
+        while start < len(document.ids):
+            if not room:
+                packs.append([])
+                room = max_length
+            ids = document.ids[start : start + room]
+            packs[-1].append(Document(ids=ids, target=max(1, document.target - start)))
+            start += len(ids)
+            room -= len(ids)
+    return packs
+
+
+def _filled(packs: list[list[Document]]) -> "Dataset":
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+    columns = {
+        "input_ids": [np.concatenate([d.ids for d in pack]) for pack in packs],
+        "labels": [np.concatenate([_labels(d) for d in pack]) for pack in packs],
+        "seq_lengths": [np.array([len(d.ids) for d in pack], np.int32) for pack in packs],
+    }
+    return Dataset(pa.table({name: pa.array(rows, pa.list_(pa.int32())) for name, rows in columns.items()}))
