@@ -63,6 +63,12 @@ void bind_block(py::module_& module, const std::string& type) {
     jz3::softmax_residual<T>(
         {at<T>(logits), at<const int64_t>(target), at<float>(loss), at<float>(total), rows, width, stride}, threads);
   });
+  module.def(m("product").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t columns,
+                                      int64_t depth, int64_t x_stride, int64_t y_stride, int threads) {
+    py::gil_scoped_release release;
+    jz3::product<T>(
+        {at<const uint16_t>(x), at<const uint32_t>(w), at<T>(y), rows, columns, depth, x_stride, y_stride}, threads);
+  });
 }
 #endif
 
@@ -142,6 +148,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("stride_a"), py::arg("stride_g"), py::arg("stride_left"), py::arg("scale"), py::arg("signs"),
       py::arg("bf16"), py::arg("unit"), py::arg("threads"));
   m.def("has_bf16", &jz3::has_bf16);
+  m.def("pack_product", [](uintptr_t w, uintptr_t out, int64_t depth, int64_t columns, int64_t row_stride,
+                           int64_t column_stride, int threads) {
+    py::gil_scoped_release release;
+    jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
+  });
   bind_block<float>(m, "float32");
   bind_block<uint16_t>(m, "bfloat16");
 #endif

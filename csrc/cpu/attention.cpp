@@ -14,33 +14,18 @@
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
+
+namespace jz3 {
 
 #ifdef JZ3_BF16
-#define JZ3_BF16_PRODUCTS
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-#include "cpu/avx512.h"
-#include "cpu/multiply.h"
 
-namespace jz3 {
 namespace {
 
 constexpr int64_t BLOCK = 48;  // queries at a time
-
-template <class T>
-struct Of : Avx512 {
-  using Plain = T;  // as the type of a buffer
-};
-template <>
-struct Of<bf16> : Avx512Bf16 {
-  using Plain = uint32_t;
-};
-template <class T>
-constexpr int64_t units(int64_t numbers) {
-  return units_of<Of<T>>(numbers);
-}
-constexpr int64_t PANEL = panel_of<Of<float>>;
 
 // y = x rotated by the angle of its position.
 template <class T>
@@ -158,10 +143,10 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
     for (int64_t first = 0; first < a.tokens; first += BLOCK) {
       const int64_t rows = std::min(BLOCK, a.tokens - first), seen = first + rows;
       task.rotated(task.queries + h * width, first, rows, block.get());
-      multiply<Of<T>>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
+      multiply<T, true>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
                   scores.get(), padded, false);
       softmax_block(scores.get(), padded, first, rows, a.scale, p.get(), top, sum);
-      multiply<Of<T>>(rows, width, units<T>(seen), {as_units(p.get()), units<T>(padded), 1},
+      multiply<T, true>(rows, width, units<T>(seen), {as_units(p.get()), units<T>(padded), 1},
                   {values.get(), PANEL, width}, out.get(), width, false);
       float* statistics = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
       for (int64_t i = 0; i < rows; ++i) {
@@ -257,23 +242,23 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
       task.rotated(task.queries + h * width, first, rows, block.get());
       pack_rows(block.get(), width, rows, width, query_rows.get());
       pack_rows(dout + first * row, row, rows, width, grad_rows.get());
-      multiply<Of<T>>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
+      multiply<T, true>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
                   scores.get(), padded, false);
-      multiply<Of<T>>(rows, seen, depth, {as_units(dout + first * row), units<T>(row), 1},
+      multiply<T, true>(rows, seen, depth, {as_units(dout + first * row), units<T>(row), 1},
                   {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
       const float* top = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
       BackwardRows<T>{scores.get(), dp.get(), padded, first, round_up(seen, 16), a.scale, top, top + a.tokens, delta}
           .run(rows, ds.get(), p_units.get(), ds_pairs.get());
-      multiply<Of<T>>(rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
+      multiply<T, true>(rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
                   {key_rows.get(), PANEL, width}, dq.get(), width, false);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t position = first + i;
         rotate_back(dq.get() + i * width, a.cosine + position * width, a.sine + position * width, width,
                     grad + position * task.stride + head * width);
       }
-      multiply<Of<T>>(seen, width, units<T>(rows), {p_units.get(), 1, padded}, {grad_rows.get(), PANEL, width}, dv.get(),
+      multiply<T, false>(seen, width, units<T>(rows), {p_units.get(), 1, padded}, {grad_rows.get(), PANEL, width}, dv.get(),
                   width, true);
-      multiply<Of<T>>(seen, width, units<T>(rows), {ds_units, 1, padded}, {query_rows.get(), PANEL, width}, dk.get(),
+      multiply<T, false>(seen, width, units<T>(rows), {ds_units, 1, padded}, {query_rows.get(), PANEL, width}, dk.get(),
                   width, true);
     }
   }
@@ -308,5 +293,6 @@ template void attention(const AttentionArguments<uint16_t>&, int);
 template void attention_backward(const AttentionArguments<float>&, int);
 template void attention_backward(const AttentionArguments<uint16_t>&, int);
 
-}  // namespace jz3
 #endif
+
+}  // namespace jz3

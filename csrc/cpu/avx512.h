@@ -36,6 +36,9 @@ struct Avx512Bf16 {
   static Sums add(Sums x, Sums y) { return _mm512_add_ps(x, y); }
   static Sums load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Sums x) { _mm512_storeu_ps(p, x); }
+  static void store(uint16_t* p, Sums x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+  }
   static Column column(const Pair* p) { return _mm512_loadu_si512(p); }
   static Sums multiply_add(Sums total, Pair a, Column b) {
     return _mm512_dpbf16_ps(total, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);

@@ -136,6 +136,22 @@ struct SoftmaxArguments {
 };
 template <class T>
 void softmax_residual(const SoftmaxArguments<T>& arguments, int threads);
+
+// W[k][n] = w[k * row_stride + n * column_stride] for `product`: out[ceil(columns / 64)][ceil(depth / 2)][64].
+void pack_product(const uint16_t* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
+                  int64_t column_stride, int threads);
+
+// y = x W of bfloat16, y in bfloat16 or float32. Strides are in numbers; depth and x_stride are even, columns is a
+// multiple of 16.
+template <class Out>
+struct ProductArguments {
+  const uint16_t* x;  // [rows][x_stride]
+  const uint32_t* w;  // from pack_product
+  Out* y;             // [rows][y_stride]
+  int64_t rows, columns, depth, x_stride, y_stride;
+};
+template <class Out>
+void product(const ProductArguments<Out>& arguments, int threads);
 #endif
 
 }  // namespace jz3

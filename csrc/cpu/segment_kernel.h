@@ -114,7 +114,7 @@ class Segments {
           copy_units(g + token(i) * x.stride_g + k, depth, g_units.get() + (i - begin) * count);
         columns = {g_units.get(), count, 1};
       }
-      multiply<V>(end - begin, outputs, count, columns, {left.get(), count * panel_of<V>, panel_of<V>}, rows.get(),
+      multiply_packed<V>(end - begin, outputs, count, columns, {left.get(), count * panel_of<V>, panel_of<V>}, rows.get(),
                   stride, k > 0);
     }
   }
@@ -163,7 +163,7 @@ class Segments {
     const Unit* projected = outer_units(rows.get() + (from - begin) * stride, tokens, stride, x.scale, outer.get());
     const bool whole = x.columns == wide_columns;
     float* sums = whole ? out : block.get() + q * wide_columns;
-    multiply<V>(outputs, x.columns, count, {projected, 1, stride}, {a_units.get(), count * panel_of<V>, panel_of<V>},
+    multiply_packed<V>(outputs, x.columns, count, {projected, 1, stride}, {a_units.get(), count * panel_of<V>, panel_of<V>},
                 sums, wide_columns, from > x.bounds[document]);
     if (!whole && to == x.bounds[document + 1])
       for (int64_t r = 0; r < outputs; ++r)

@@ -137,6 +137,7 @@ class AdaptedSink:
         )
         self._grams = InputGrams()
         self._matrices: dict[tuple[str, str, bool, Any], Any] = {}
+        self._products: dict[tuple[str, str, bool, Any], Any] = {}
         self._long = 0
         self._values: Any = None
         self._square: Any = None
@@ -165,13 +166,26 @@ class AdaptedSink:
             self._matrices[key] = torch.cat([p.to(self._device, dtype) for p in parts], 1).contiguous()
         return self._matrices[key]
 
+    def _project(self, side: str, name: str, x: "torch.Tensor") -> "torch.Tensor":
+        """Multiply factors [B, S, D] with a layer's matrix of one side; a CPU keeps the result in float32."""
+        import torch
+
+        from jz3.gradients.products import Product
+
+        if x.device.type != "cpu":
+            return x @ self._matrix(side, name, x.shape[2], x.dtype)
+        key = (side, name, bool(self._long), x.dtype)
+        if key not in self._products:
+            self._products[key] = Product(self._matrix(side, name, x.shape[2], x.dtype))
+        return self._products[key](x.flatten(0, 1), torch.float32).view(len(x), x.shape[1], -1)
+
     def forward(self, name: str, a: "torch.Tensor") -> Any:
         """Keep a R with the sketch of a, and for short texts the Gram matrix of a; a itself is dropped."""
         projected = None
         if name in self._coordinates:
-            projected = a @ self._matrix("right", name, a.shape[2], a.dtype)
+            projected = self._project("right", name, a)
         elif self._long:
-            projected = a[: self._long] @ self._matrix("right", name, a.shape[2], a.dtype)
+            projected = self._project("right", name, a[: self._long])
         grams = None
         if self._long < len(a):
             grams = self._grams.of(a if not self._long else a[self._long :])
@@ -189,8 +203,7 @@ class AdaptedSink:
             self._square[self._long :] += (grams * gram(g[self._long :])).sum((1, 2))
         if projected is None:
             return
-        left = self._matrix("left", name, g.shape[2], g.dtype)
-        blocks = _segment_blocks(projected, g[: len(projected)], left)
+        blocks = self._blocks(name, projected, g[: len(projected)])
         rest = blocks[: self._long]
         if name in self._coordinates:
             rows, columns = self._fit.left[name].shape[1], self._fit.right[name].shape[1]
@@ -205,6 +218,20 @@ class AdaptedSink:
             turned = self._turn("left", name).T @ known @ self._turn("right", name)
             rest = rest[:, rows:, columns:] - turned
         self._square[: self._long] += rest.square().sum((1, 2))
+
+    def _blocks(self, name: str, projected: "torch.Tensor", g: "torch.Tensor") -> "torch.Tensor":
+        """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""
+        import torch
+
+        from jz3.ops.segment_project import segment_project
+
+        if g.device.type == "cpu":
+            return self._project("left", name, g).transpose(1, 2) @ projected
+        count, width, size = g.shape
+        bounds = torch.arange(0, count * width + 1, width, device=g.device)
+        left = self._matrix("left", name, size, g.dtype)
+        # Pads have no gradient, so that a row of the batch is its text's segment.
+        return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()
 
     def _turn(self, side: str, name: str) -> "torch.Tensor":
         """Return L^T S or R^T S: how the sketch sees a layer's basis."""
@@ -223,18 +250,6 @@ class AdaptedSink:
         values = self._values / norm[:, None]
         self._values = self._square = None
         return values.cpu(), norm.cpu()
-
-
-def _segment_blocks(projected: "torch.Tensor", g: "torch.Tensor", left: "torch.Tensor") -> "torch.Tensor":
-    """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""
-    import torch
-
-    from jz3.ops.segment_project import segment_project
-
-    count, width, _ = g.shape
-    bounds = torch.arange(0, count * width + 1, width, device=g.device)
-    # Pads have no gradient, so that a row of the batch is its text's segment.
-    return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()
 
 
 class _FactorSink:

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from jz3 import backend
+from jz3.gradients.products import Product
 from jz3.machine import fast_bfloat16_cpu
 
 log = logging.getLogger(__name__)
@@ -185,15 +186,27 @@ class _Block:
     """One block's weights in the dtype of the computation, and the names of its hooked layers."""
 
     norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    qkv: "_Linear"
+    o: "_Linear"
+    gate_up: "_Linear"
+    down: "_Linear"
+
+
+class _Linear:
+    """Layers that share their input, as one product in either direction."""
+
+    def __init__(self, layers: list[Any], dtype: torch.dtype) -> None:
+        def together(field: str) -> Any:
+            parts = [getattr(layer, field) for layer in layers]
+            if parts[0] is None:
+                return None
+            parts = [p.detach().to(dtype) for p in parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        weight = together("weight")
+        self.forward = Product(weight.T, together("bias"))
+        self.backward = Product(weight)
 
 
 class Blocks:
@@ -216,26 +229,13 @@ class Blocks:
         self.names: list[dict[str, str]] = []
 
     def _block(self, block: Any) -> _Block:
-        def together(field: str, *names: str) -> Any:
-            parts = [getattr(block.get_submodule(n), field) for n in names]
-            if parts[0] is None:
-                return None
-            parts = [p.detach().to(self.dtype) for p in parts]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        def linear(*names: str) -> _Linear:
+            return _Linear([block.get_submodule(n) for n in names], self.dtype)
 
         q, k, v, o, gate, up, down = PARTS
-        return _Block(
-            block.input_layernorm.weight.detach().to(self.dtype),
-            together("weight", q, k, v),
-            together("bias", q, k, v),
-            together("weight", o),
-            together("bias", o),
-            block.post_attention_layernorm.weight.detach().to(self.dtype),
-            together("weight", gate, up),
-            together("bias", gate, up),
-            together("weight", down),
-            together("bias", down),
-        )
+        norms = (block.input_layernorm, block.post_attention_layernorm)
+        weights = (n.weight.detach().to(self.dtype) for n in norms)
+        return _Block(*weights, linear(q, k, v), linear(o), linear(gate, up), linear(down))
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
         """Note under which names a sink wants which layers."""
@@ -322,21 +322,19 @@ class Run:
         self, block: _Block, name: dict[str, str], x: torch.Tensor, add: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the block's two summands: the residual stream and what the block adds last."""
-        linear, own = torch.nn.functional.linear, self.model
+        own = self.model
         x, y, scale = self.native.norm(x, add, block.norm, own.epsilon)
         q, k, v, o, gate, up, down = PARTS
         kept = self._offer(y, [name[p] for p in (q, k, v) if p in name])
-        qkv = linear(y, block.qkv, block.qkv_bias)
+        qkv = block.qkv.forward(y)
         mixed = x.new_empty(len(x), own.heads * own.width)
         statistics = torch.empty(self.rows, own.heads, 2, self.tokens)
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
         self.native.attention(qkv, *self.angles, mixed, statistics, None, None, sizes=sizes, scale=own.scale)
         kept |= self._offer(mixed, [name[o]] if o in name else [])
-        middle, y, mlp_scale = self.native.norm(
-            x, linear(mixed, block.o, block.o_bias), block.mlp_norm, own.epsilon
-        )
+        middle, y, mlp_scale = self.native.norm(x, block.o.forward(mixed), block.mlp_norm, own.epsilon)
         kept |= self._offer(y, [name[p] for p in (gate, up) if p in name])
-        gate_up = linear(y, block.gate_up, block.gate_up_bias)
+        gate_up = block.gate_up.forward(y)
         y = self.native.swiglu(gate_up)
         kept |= self._offer(y, [name[down]] if down in name else [])
         self.saved.append(
@@ -352,7 +350,7 @@ class Run:
                 "kept": kept,
             }
         )
-        return middle, linear(y, block.down, block.down_bias)
+        return middle, block.down.forward(y)
 
     @torch.no_grad()
     def backward(self, grad: torch.Tensor) -> None:
@@ -373,20 +371,22 @@ class Run:
         own, native, kept = self.model, self.native, saved["kept"]
         q, k, v, o, gate, up, down = PARTS
         self._give(name, kept, g, [down], [g.shape[1]])
-        d = native.swiglu_backward(saved["gate_up"], g @ block.down)
+        d = native.swiglu_backward(saved["gate_up"], block.down.backward(g))
         self._give(name, kept, d, [gate, up], [d.shape[1] // 2] * 2)
-        g = native.norm_backward(saved["middle"], block.mlp_norm, d @ block.gate_up, g, saved["mlp_scale"])
+        g = native.norm_backward(
+            saved["middle"], block.mlp_norm, block.gate_up.backward(d), g, saved["mlp_scale"]
+        )
         self._give(name, kept, g, [o], [g.shape[1]])
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
         d = torch.empty_like(saved["qkv"])
-        tensors = (saved["qkv"], *self.angles, saved["mixed"], saved["statistics"], g @ block.o, d)
+        tensors = (saved["qkv"], *self.angles, saved["mixed"], saved["statistics"], block.o.backward(g), d)
         native.attention(*tensors, sizes=sizes, scale=own.scale)
         self._give(
             name, kept, d, [q, k, v], [h * own.width for h in (own.heads, own.key_heads, own.key_heads)]
         )
         if last:
             return None
-        return native.norm_backward(saved["x"], block.norm, d @ block.qkv, g, saved["scale"])
+        return native.norm_backward(saved["x"], block.norm, block.qkv.backward(d), g, saved["scale"])
 
     def _give(
         self, name: dict[str, str], kept: dict[str, Any], g: torch.Tensor, parts: list[str], sizes: list[int]

@@ -1,0 +1,62 @@
+// Products with a fixed matrix of bfloat16, packed once into the pairs that vdpbf16ps multiplies: y = x W with sums in
+// float32, rounded once. A thread has a part of the rows; a block of them stays in its second-level cache while W
+// comes by in panels of 64 columns.
+#include <cstring>
+
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "cpu/tiles.h"
+
+namespace jz3 {
+
+#ifdef JZ3_BF16
+
+void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
+                  int64_t column_stride, int threads) {
+  const int64_t pairs = (depth + 1) / 2;
+  parallel((columns + PANEL - 1) / PANEL, depth * PANEL, threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t k = 0; k < pairs; ++k)
+        for (int64_t n = 0; n < PANEL; ++n) {
+          const int64_t column = panel * PANEL + n;
+          const bf16* entry = w + 2 * k * row_stride + column * column_stride;
+          const bool inside = column < columns;
+          const uint32_t low = inside ? entry[0] : 0, high = inside && 2 * k + 1 < depth ? entry[row_stride] : 0;
+          out[(panel * pairs + k) * PANEL + n] = low | high << 16;
+        }
+  });
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+
+namespace {
+
+constexpr int64_t CACHED = 192 * 1024;  // numbers of x that a block of rows may have
+
+template <class Out>
+void product_rows(const ProductArguments<Out>& a, int64_t begin, int64_t end) {
+  const int64_t pairs = a.depth / 2, block = std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 384);
+  for (int64_t first = begin; first < end; first += block) {
+    const auto* x = reinterpret_cast<const Pair*>(a.x + first * a.x_stride);
+    multiply<bf16, true>(std::min(block, end - first), a.columns, pairs, {x, a.x_stride / 2, 1},
+                         {a.w, pairs * PANEL, PANEL}, a.y + first * a.y_stride, a.y_stride, false);
+  }
+}
+
+}  // namespace
+
+#pragma GCC pop_options
+
+template <class Out>
+void product(const ProductArguments<Out>& a, int threads) {
+  parallel(a.rows, a.columns * a.depth, threads,
+           [&](int64_t, int64_t begin, int64_t end) { product_rows(a, begin, end); });
+}
+
+template void product(const ProductArguments<float>&, int);
+template void product(const ProductArguments<uint16_t>&, int);
+
+#endif
+
+}  // namespace jz3
