@@ -27,8 +27,8 @@ from jz3.features.adapted import fit_adapted
 from jz3.features.extract import open_sink
 from jz3.files import write_json
 from jz3.gradients import GradientPass, Tokens, linear_layers, llama, make_batches, passes, tokenize_text
+from jz3.gradients.products import OutputLayer
 from jz3.models import EMBEDDED, ModelConfig, load_model, load_tokenizer, resolve_model
-from jz3.ops import ce_hidden_grad
 from jz3.records import Reject
 
 HERE = Path(__file__).resolve().parent
@@ -158,7 +158,7 @@ def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, flo
         timed.wrap(llama._Native, "norm_backward", "norms and activations"),
         timed.wrap(llama._Native, "swiglu", "norms and activations"),
         timed.wrap(llama._Native, "swiglu_backward", "norms and activations"),
-        timed.wrap(ce_hidden_grad, "ce_hidden_grad", "loss and output layer"),
+        timed.wrap(OutputLayer, "__call__", "loss and output layer"),
         timed.wrap(type(sink), "forward", "projection and norms of inputs"),
         timed.wrap(type(sink), "backward", "projection and norms of gradients"),
     ]

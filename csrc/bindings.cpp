@@ -153,6 +153,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
   });
+  m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
+                            uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,
+                            int64_t words, int64_t width, int threads) {
+    py::gil_scoped_release release;
+    jz3::cross_entropy({at<const uint16_t>(h), at<const uint16_t>(w), at<const uint32_t>(forward),
+                        at<const uint32_t>(backward), at<const int64_t>(target), at<const float>(weight),
+                        at<float>(loss), at<float>(rest), at<uint16_t>(grad), rows, words, width},
+                       threads);
+  });
   bind_block<float>(m, "float32");
   bind_block<uint16_t>(m, "bfloat16");
 #endif

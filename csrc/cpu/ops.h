@@ -152,6 +152,18 @@ struct ProductArguments {
 };
 template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);
+
+// Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
+struct CrossEntropyArguments {
+  const uint16_t *h, *w;               // [rows][width], [words][width]
+  const uint32_t *forward, *backward;  // w from pack_product, as [width][words] and as [words][width]
+  const int64_t* target;               // [rows]
+  const float* weight;                 // [rows]
+  float *loss, *rest;                  // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
+  uint16_t* grad;                      // [rows][width], not finite where rest isn't
+  int64_t rows, words, width;
+};
+void cross_entropy(const CrossEntropyArguments& arguments, int threads);
 #endif
 
 }  // namespace jz3

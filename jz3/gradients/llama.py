@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from jz3 import backend
-from jz3.gradients.products import Product
+from jz3.gradients.products import OutputLayer, Product
 from jz3.machine import fast_bfloat16_cpu
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class Blocks:
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = model.get_input_embeddings()
         self.rotary = model.model.rotary_emb
-        self.head = model.get_output_embeddings().weight.detach().to(self.dtype)
+        self.output = OutputLayer(model.get_output_embeddings().weight.detach().to(self.dtype))
         self.norm = model.model.norm.weight.detach().to(self.dtype)
         self.blocks = [self._block(block) for block in model.model.layers]
         self.names: list[dict[str, str]] = []

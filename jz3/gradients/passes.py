@@ -178,8 +178,12 @@ class GradientPass:
         scale = torch.ones(len(rows), dtype=wide, device=device)
         if self.reduction == "mean":
             scale /= counts[owner[rows]]
-        head: Any = self._fast.head if self._fast else model.get_output_embeddings().weight.detach()
-        loss, grad = ce_hidden_grad(hidden[rows, columns], head, ids[rows, columns + 1], scale)
+        scored, targets = hidden[rows, columns], ids[rows, columns + 1]
+        if self._fast:
+            loss, grad = self._fast.output(scored, targets, scale)
+        else:
+            head: Any = model.get_output_embeddings().weight.detach()
+            loss, grad = ce_hidden_grad(scored, head, targets, scale)
         full = torch.zeros_like(hidden)
         full[rows, columns] = grad.to(hidden.dtype)
         backward(full)

@@ -23,6 +23,15 @@ def native_products() -> bool:
     )
 
 
+def pack(matrix: torch.Tensor) -> torch.Tensor:
+    """Bring a bfloat16 matrix [I, O] to the layout of jz3's own products: int32 [ceil(O / 64), ceil(I / 2), 64]."""
+    depth, columns = matrix.shape
+    packed = torch.empty(-(-columns // 64), -(-depth // 2), 64, dtype=torch.int32)
+    pointers = (matrix.data_ptr(), packed.data_ptr())
+    backend.extension().pack_product(*pointers, *matrix.shape, *matrix.stride(), backend.threads())
+    return packed
+
+
 class Product:
     """y = x W (+ b) for a fixed matrix W [I, O], packed once where jz3's own code computes it.
 
@@ -40,9 +49,7 @@ class Product:
         self._bias = bias
         self._matrix = self._packed = None
         if matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not depth % 2 and native_products():
-            self._packed = torch.empty(-(-self._columns // 64), depth // 2, 64, dtype=torch.int32)
-            pointers = (matrix.data_ptr(), self._packed.data_ptr())
-            backend.extension().pack_product(*pointers, *matrix.shape, *matrix.stride(), backend.threads())
+            self._packed = pack(matrix)
         else:
             self._matrix = matrix
 
@@ -70,3 +77,37 @@ class Product:
         run(*pointers, len(x), columns, depth, x.stride(0), columns, backend.threads())
         y = y[:, : self._columns]
         return y if self._bias is None else y.add_(self._bias)
+
+
+class OutputLayer:
+    """Cross entropy through a fixed output layer, as jz3.ops.ce_hidden_grad; logits stay in the cache."""
+
+    LARGEST = 1e30
+    """Sums of exp(logit - the target's) beyond this, of a loss over 69, are left to `ce_hidden_grad`."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Pack the layer's matrix [V, d] in both directions."""
+        self._weight = weight.contiguous()
+        native = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and native_products()
+        self._packed = (pack(weight.T), pack(weight)) if native and not weight.shape[1] % LANES else None
+
+    def __call__(
+        self, h: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses [T] float32 and weighted gradients [T, d] for hidden states [T, d] and targets [T]."""
+        from jz3.ops.ce_hidden_grad import ce_hidden_grad
+
+        if self._packed is None:
+            return ce_hidden_grad(h, self._weight, y, weights)
+        h, y, weights = h.contiguous(), y.contiguous(), weights.float().contiguous()
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(self._weight):
+            raise ValueError(f"targets must be in [0, {len(self._weight)}), got {int(y.min())} to {int(y.max())}")
+        loss, rest, grad = torch.empty(len(h)), torch.empty(len(h)), torch.empty_like(h)
+        tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
+        backend.extension().cross_entropy(
+            *(t.data_ptr() for t in tensors), len(h), *self._weight.shape, backend.threads()
+        )
+        left = (~(rest < self.LARGEST)).nonzero()[:, 0]
+        if len(left):
+            loss[left], grad[left] = ce_hidden_grad(h[left], self._weight, y[left], weights[left])
+        return loss, grad
