@@ -1,9 +1,9 @@
 // Causal attention with rotary positions, forward and backward, from one matrix of queries, keys and values.
 //
 // A task is one text and one key head with its query heads. Keys and values are rotated and packed once per task
-// into units: single float32 numbers, or the pairs of bfloat16 that vdpbf16ps multiplies. Blocks of queries then
-// see only the keys up to themselves. Scores stay in float32 and in the cache; the forward pass leaves every
-// row's largest score and sum, from which the backward pass makes the probabilities again.
+// into units: single float32 numbers, or the pairs of bfloat16 that vdpbf16ps multiplies. Blocks of queries, of all of
+// the task's heads at once, then see only the keys up to themselves. Scores stay in float32 and in the cache; the
+// forward pass leaves every row's largest score and sum, from which the backward pass makes the probabilities again.
 //
 // Operations per text of S tokens and per query head of width D: 2 S^2 D forward, 5 S^2 D backward (half of
 // the full square), plus what the blocks add along the diagonal.
@@ -25,7 +25,7 @@ namespace jz3 {
 
 namespace {
 
-constexpr int64_t BLOCK = 48;  // queries at a time
+constexpr int64_t ROWS = 72;  // queries at a time, of all heads of a task
 
 // y = x rotated by the angle of its position.
 template <class T>
@@ -97,16 +97,28 @@ struct Task {
     for (int64_t r = begin; r < begin + count; ++r)
       rotate(x + r * stride, a.cosine + r * a.width, a.sine + r * a.width, a.width, out + (r - begin) * a.width);
   }
+  int64_t group() const { return a.heads / a.key_heads; }
+  int64_t block() const { return std::max<int64_t>(4, ROWS / group()); }  // queries of a head at a time
+  float* statistics(int64_t h) const {
+    return a.statistics + (text * a.heads + head * group() + h) * 2 * a.tokens;
+  }
+};
+
+// Rows of a block: query `first + r % count` of head r / count.
+struct Block {
+  int64_t first, count, rows;
+  int64_t query(int64_t r) const { return first + r % count; }
+  int64_t seen() const { return first + count; }
 };
 
 // Rows of unnormalised probabilities exp(scale * (score - top)); sums in float32.
 template <class T>
-void softmax_block(float* scores, int64_t stride, int64_t first, int64_t rows, float scale, T* p, float* top,
-                   float* sum) {
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int64_t i = 0; i < rows; ++i) {
+void softmax_block(float* scores, int64_t stride, const Block& block, float scale, T* p, float* top, float* sum) {
+  const __m512 factor = _mm512_set1_ps(scale * LOG2E);
+  const int64_t end = round_up(block.seen(), 16);
+  for (int64_t i = 0; i < block.rows; ++i) {
     float* row = scores + i * stride;
-    const int64_t count = first + i + 1, end = round_up(first + rows, 32);
+    const int64_t count = block.query(i) + 1;
     for (int64_t c = count; c < end; ++c) row[c] = -INFINITY;
     __m512 largest = _mm512_set1_ps(-INFINITY);
     for (int64_t c = 0; c < count; c += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + c));
@@ -114,7 +126,7 @@ void softmax_block(float* scores, int64_t stride, int64_t first, int64_t rows, f
     const __m512 shift = _mm512_set1_ps(top[i]);
     __m512 total = _mm512_setzero_ps();
     for (int64_t c = 0; c < end; c += 16) {
-      const __m512 e = exp_ps(_mm512_mul_ps(factor, _mm512_sub_ps(_mm512_loadu_ps(row + c), shift)));
+      const __m512 e = exp2_ps<T>(_mm512_mul_ps(factor, _mm512_sub_ps(_mm512_loadu_ps(row + c), shift)));
       total = _mm512_add_ps(total, e);
       store(p + i * stride + c, e);
     }
@@ -130,32 +142,32 @@ const typename Of<T>::Unit* as_units(const T* row) {
 template <class T>
 void forward_task(const AttentionArguments<T>& a, int64_t index) {
   const Task<T> task(a, index);
-  const int64_t width = a.width, padded = task.padded, group = a.heads / a.key_heads, depth = units<T>(width);
-  Buffer<T> rotated(a.tokens * width), block(BLOCK * width), p(BLOCK * padded);
+  const int64_t width = a.width, padded = task.padded, group = task.group(), depth = units<T>(width);
+  const int64_t most = group * task.block();
+  Buffer<T> rotated(a.tokens * width), queries(most * width), p(most * padded);
   Buffer<typename Of<T>::Plain> keys(padded * depth), values(padded * depth);
-  Buffer<float> scores(BLOCK * padded), out(BLOCK * width);
-  float top[BLOCK], sum[BLOCK];
+  Buffer<float> scores(most * padded), out(most * width), top(most), sum(most);
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
   pack_rows(task.values, task.stride, a.tokens, width, values.get());
-  for (int64_t h = 0; h < group; ++h) {
-    const int64_t head = task.head * group + h;
-    for (int64_t first = 0; first < a.tokens; first += BLOCK) {
-      const int64_t rows = std::min(BLOCK, a.tokens - first), seen = first + rows;
-      task.rotated(task.queries + h * width, first, rows, block.get());
-      multiply<T, true>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
-                  scores.get(), padded, false);
-      softmax_block(scores.get(), padded, first, rows, a.scale, p.get(), top, sum);
-      multiply<T, true>(rows, width, units<T>(seen), {as_units(p.get()), units<T>(padded), 1},
-                  {values.get(), PANEL, width}, out.get(), width, false);
-      float* statistics = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
-      for (int64_t i = 0; i < rows; ++i) {
-        statistics[i] = top[i], statistics[a.tokens + i] = 1.0f / sum[i];
-        const int64_t token = task.text * a.tokens + first + i;
-        for (int64_t c = 0; c < width; c += 16)
-          store(a.out + (token * a.heads + head) * width + c,
-                _mm512_mul_ps(_mm512_loadu_ps(out.get() + i * width + c), _mm512_set1_ps(statistics[a.tokens + i])));
-      }
+  for (int64_t first = 0; first < a.tokens; first += task.block()) {
+    const int64_t count = std::min(task.block(), a.tokens - first);
+    const Block block{first, count, count * group};
+    for (int64_t h = 0; h < group; ++h)
+      task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
+    multiply<T, true>(block.rows, block.seen(), depth, {as_units(queries.get()), depth, 1},
+                      {keys.get(), depth * PANEL, PANEL}, scores.get(), padded, false);
+    softmax_block(scores.get(), padded, block, a.scale, p.get(), top.get(), sum.get());
+    multiply<T, true>(block.rows, width, units<T>(block.seen()), {as_units(p.get()), units<T>(padded), 1},
+                      {values.get(), PANEL, width}, out.get(), width, false);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t h = r / count, query = block.query(r), token = task.text * a.tokens + query;
+      float* statistics = task.statistics(h);
+      statistics[query] = top.get()[r], statistics[a.tokens + query] = 1.0f / sum.get()[r];
+      const __m512 inverse = _mm512_set1_ps(statistics[a.tokens + query]);
+      for (int64_t c = 0; c < width; c += 16)
+        store(a.out + (token * a.heads + task.head * group + h) * width + c,
+              _mm512_mul_ps(_mm512_loadu_ps(out.get() + r * width + c), inverse));
     }
   }
 }
@@ -165,26 +177,33 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
 template <class T>
 struct BackwardRows {
   const float *scores, *dp;
-  int64_t stride, first, end;  // of the buffers; number of the first row's query; columns to fill
+  int64_t stride;  // of the buffers
+  Block block;
   float scale;
   const float *top, *inverse, *delta;  // inverse = 1 / sum
+  int64_t end = round_up(block.seen(), 16);
 
-  void one(int64_t i, int64_t rows, int64_t c, __m512& p, __m512& d) const {
-    const int64_t ahead = i < rows ? std::clamp<int64_t>(first + i + 1 - c, 0, 16) : 0;
+  void one(int64_t i, int64_t c, __m512& p, __m512& d) const {
+    if (i >= block.rows) {
+      p = d = _mm512_setzero_ps();
+      return;
+    }
+    const int64_t ahead = std::clamp<int64_t>(block.query(i) + 1 - c, 0, 16);
     const __mmask16 seen = __mmask16((1u << ahead) - 1);
     const __m512 s = _mm512_maskz_loadu_ps(seen, scores + i * stride + c);
-    const __m512 e = exp_ps(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_sub_ps(s, _mm512_set1_ps(top[i]))));
+    const __m512 e =
+        exp2_ps<T>(_mm512_mul_ps(_mm512_set1_ps(scale * LOG2E), _mm512_sub_ps(s, _mm512_set1_ps(top[i]))));
     p = _mm512_maskz_mul_ps(seen, e, _mm512_set1_ps(inverse[i]));
     const __m512 g = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dp + i * stride + c), _mm512_set1_ps(delta[i]));
     d = _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, _mm512_set1_ps(scale)), g);
   }
 
-  void run(int64_t rows, bf16* ds, Pair* p_units, Pair* ds_units) const {
-    for (int64_t i = 0; i < rows; i += 2)
+  void run(bf16* ds, Pair* p_units, Pair* ds_units) const {
+    for (int64_t i = 0; i < block.rows; i += 2)
       for (int64_t c = 0; c < end; c += 16) {
         __m512 p[2], d[2];
-        one(i, rows, c, p[0], d[0]);
-        one(i + 1, rows, c, p[1], d[1]);
+        one(i, c, p[0], d[0]);
+        one(i + 1, c, p[1], d[1]);
         const __m256i d_low = (__m256i)_mm512_cvtneps_pbh(d[0]), d_high = (__m256i)_mm512_cvtneps_pbh(d[1]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + i * stride + c), d_low);
         _mm512_storeu_si512(ds_units + i / 2 * stride + c, pairs(d_low, d_high));
@@ -194,11 +213,11 @@ struct BackwardRows {
       }
   }
 
-  void run(int64_t rows, float* ds, float* p_units, float*) const {
-    for (int64_t i = 0; i < rows; ++i)
+  void run(float* ds, float* p_units, float*) const {
+    for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t c = 0; c < end; c += 16) {
         __m512 p, d;
-        one(i, rows, c, p, d);
+        one(i, c, p, d);
         _mm512_storeu_ps(ds + i * stride + c, d);
         _mm512_storeu_ps(p_units + i * stride + c, p);
       }
@@ -209,17 +228,16 @@ template <class T>
 void backward_task(const AttentionArguments<T>& a, int64_t index) {
   using Plain = typename Of<T>::Plain;
   const Task<T> task(a, index);
-  const int64_t width = a.width, padded = task.padded, group = a.heads / a.key_heads, row = a.heads * width;
-  const int64_t depth = units<T>(width), block_units = units<T>(BLOCK);
-  Buffer<T> rotated(a.tokens * width), block(BLOCK * width), ds(BLOCK * padded);
+  const int64_t width = a.width, padded = task.padded, group = task.group(), row = a.heads * width;
+  const int64_t depth = units<T>(width), most = round_up(group * task.block(), 2), most_units = units<T>(most);
+  Buffer<T> rotated(a.tokens * width), queries(most * width), grads(most * width), ds(most * padded);
   Buffer<Plain> keys(padded * depth), key_rows(padded * depth), values(padded * depth);
-  Buffer<Plain> query_rows(block_units * width), grad_rows(block_units * width);
-  Buffer<Plain> p_units(block_units * padded), ds_pairs(Of<T>::count == 1 ? 1 : block_units * padded);
-  Buffer<float> scores(BLOCK * padded), dp(BLOCK * padded), dq(BLOCK * width);
-  Buffer<float> dk(padded * width), dv(padded * width);
+  Buffer<Plain> query_rows(most_units * width), grad_rows(most_units * width);
+  Buffer<Plain> p_units(most_units * padded), ds_pairs(Of<T>::count == 1 ? 1 : most_units * padded);
+  Buffer<float> scores(most * padded), dp(most * padded), dq(most * width);
+  Buffer<float> dk(padded * width), dv(padded * width), delta(most), top(most), inverse(most);
   // Single numbers are their own units.
   const auto* ds_units = Of<T>::count == 1 ? as_units(ds.get()) : ds_pairs.get();
-  float delta[BLOCK];
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
   pack_rows(rotated.get(), width, a.tokens, width, key_rows.get());
@@ -227,40 +245,43 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
   std::memset(dk.get(), 0, size_t(padded * width) * sizeof(float));
   std::memset(dv.get(), 0, size_t(padded * width) * sizeof(float));
   T* grad = a.dqkv + task.text * a.tokens * task.stride;
-  for (int64_t h = 0; h < group; ++h) {
-    const int64_t head = task.head * group + h;
-    const T* out = a.out + task.text * a.tokens * row + head * width;
-    const T* dout = a.dout + task.text * a.tokens * row + head * width;
-    for (int64_t first = 0; first < a.tokens; first += BLOCK) {
-      const int64_t rows = std::min(BLOCK, a.tokens - first), seen = first + rows;
-      for (int64_t i = 0; i < rows; ++i) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t c = 0; c < width; c += 16)
-          sum = _mm512_fmadd_ps(load(out + (first + i) * row + c), load(dout + (first + i) * row + c), sum);
-        delta[i] = _mm512_reduce_add_ps(sum);
+  for (int64_t first = 0; first < a.tokens; first += task.block()) {
+    const int64_t count = std::min(task.block(), a.tokens - first);
+    const Block block{first, count, count * group};
+    const int64_t seen = block.seen();
+    for (int64_t h = 0; h < group; ++h)
+      task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t h = r / count, query = block.query(r);
+      const int64_t place = (task.text * a.tokens + query) * row + (task.head * group + h) * width;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t c = 0; c < width; c += 16) {
+        const __m512 g = load(a.dout + place + c);
+        sum = _mm512_fmadd_ps(load(a.out + place + c), g, sum);
+        store(grads.get() + r * width + c, g);
       }
-      task.rotated(task.queries + h * width, first, rows, block.get());
-      pack_rows(block.get(), width, rows, width, query_rows.get());
-      pack_rows(dout + first * row, row, rows, width, grad_rows.get());
-      multiply<T, true>(rows, seen, depth, {as_units(block.get()), depth, 1}, {keys.get(), depth * PANEL, PANEL},
-                  scores.get(), padded, false);
-      multiply<T, true>(rows, seen, depth, {as_units(dout + first * row), units<T>(row), 1},
-                  {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
-      const float* top = a.statistics + (task.text * a.heads + head) * 2 * a.tokens + first;
-      BackwardRows<T>{scores.get(), dp.get(), padded, first, round_up(seen, 16), a.scale, top, top + a.tokens, delta}
-          .run(rows, ds.get(), p_units.get(), ds_pairs.get());
-      multiply<T, true>(rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
-                  {key_rows.get(), PANEL, width}, dq.get(), width, false);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t position = first + i;
-        rotate_back(dq.get() + i * width, a.cosine + position * width, a.sine + position * width, width,
-                    grad + position * task.stride + head * width);
-      }
-      multiply<T, false>(seen, width, units<T>(rows), {p_units.get(), 1, padded}, {grad_rows.get(), PANEL, width}, dv.get(),
-                  width, true);
-      multiply<T, false>(seen, width, units<T>(rows), {ds_units, 1, padded}, {query_rows.get(), PANEL, width}, dk.get(),
-                  width, true);
+      delta.get()[r] = _mm512_reduce_add_ps(sum);
+      top.get()[r] = task.statistics(h)[query], inverse.get()[r] = task.statistics(h)[a.tokens + query];
     }
+    pack_rows(queries.get(), width, block.rows, width, query_rows.get());
+    pack_rows(grads.get(), width, block.rows, width, grad_rows.get());
+    multiply<T, true>(block.rows, seen, depth, {as_units(queries.get()), depth, 1},
+                      {keys.get(), depth * PANEL, PANEL}, scores.get(), padded, false);
+    multiply<T, true>(block.rows, seen, depth, {as_units(grads.get()), depth, 1},
+                      {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
+    BackwardRows<T>{scores.get(), dp.get(), padded, block, a.scale, top.get(), inverse.get(), delta.get()}.run(
+        ds.get(), p_units.get(), ds_pairs.get());
+    multiply<T, true>(block.rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
+                      {key_rows.get(), PANEL, width}, dq.get(), width, false);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t position = block.query(r) * width;
+      rotate_back(dq.get() + r * width, a.cosine + position, a.sine + position, width,
+                  grad + block.query(r) * task.stride + (task.head * group + r / count) * width);
+    }
+    multiply<T, false>(seen, width, units<T>(block.rows), {p_units.get(), 1, padded},
+                       {grad_rows.get(), PANEL, width}, dv.get(), width, true);
+    multiply<T, false>(seen, width, units<T>(block.rows), {ds_units, 1, padded},
+                       {query_rows.get(), PANEL, width}, dk.get(), width, true);
   }
   T* key_grad = grad + (a.heads + task.head) * width;
   for (int64_t r = 0; r < a.tokens; ++r) {

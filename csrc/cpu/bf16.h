@@ -46,6 +46,26 @@ inline __m512 exp_ps(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, y, n);
 }
 
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x for x <= 0, 0 below -125, to the precision that T shows: 2e-6 of bfloat16, 1e-7 of float; NaN stays NaN.
+template <class T>
+inline __m512 exp2_ps(__m512 x) {
+  const __m512 least = _mm512_set1_ps(-125.0f);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+  x = _mm512_max_ps(least, x);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 y = _mm512_set1_ps(1.5403530e-4f);
+  if constexpr (sizeof(T) == 2)
+    y = _mm512_set1_ps(1.3333558e-3f);
+  else
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3333558e-3f));
+  for (const float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  return _mm512_maskz_scalef_ps(normal, y, n);
+}
+
 }  // namespace jz3
 
 #pragma GCC pop_options
