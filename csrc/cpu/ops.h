@@ -153,6 +153,15 @@ struct ProductArguments {
 template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);
 
+// out[i] = sum of g_t a_t^T over the tokens bounds[i] .. bounds[i + 1]; columns is a multiple of 16.
+struct SegmentOuterArguments {
+  const float *g, *a;     // [tokens][g_stride], [tokens][a_stride]
+  const int64_t* bounds;  // [segments + 1]
+  float* out;             // [segments][rows][columns]
+  int64_t tokens, segments, rows, columns, g_stride, a_stride;
+};
+void segment_outer(const SegmentOuterArguments& arguments, int threads);
+
 // Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
 struct CrossEntropyArguments {
   const uint16_t *h, *w;               // [rows][width], [words][width]

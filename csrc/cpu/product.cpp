@@ -44,6 +44,13 @@ void product_rows(const ProductArguments<Out>& a, int64_t begin, int64_t end) {
   }
 }
 
+void outer(const SegmentOuterArguments& a, int64_t segment) {
+  const int64_t first = a.bounds[segment], count = a.bounds[segment + 1] - first;
+  multiply<float, false>(a.rows, a.columns, count, {a.g + first * a.g_stride, 1, a.g_stride},
+                         {a.a + first * a.a_stride, PANEL, a.a_stride}, a.out + segment * a.rows * a.columns,
+                         a.columns, false);
+}
+
 }  // namespace
 
 #pragma GCC pop_options
@@ -52,6 +59,13 @@ template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
   parallel(a.rows, a.columns * a.depth, threads,
            [&](int64_t, int64_t begin, int64_t end) { product_rows(a, begin, end); });
+}
+
+void segment_outer(const SegmentOuterArguments& a, int threads) {
+  const int64_t size = a.tokens / std::max<int64_t>(a.segments, 1);
+  parallel(a.segments, size * a.rows * a.columns, threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) outer(a, i);
+  });
 }
 
 template void product(const ProductArguments<float>&, int);

@@ -223,12 +223,13 @@ class AdaptedSink:
         """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""
         import torch
 
+        from jz3.gradients.products import segment_outer
         from jz3.ops.segment_project import segment_project
 
-        if g.device.type == "cpu":
-            return self._project("left", name, g).transpose(1, 2) @ projected
         count, width, size = g.shape
         bounds = torch.arange(0, count * width + 1, width, device=g.device)
+        if g.device.type == "cpu":
+            return segment_outer(self._project("left", name, g).flatten(0, 1), projected.flatten(0, 1), bounds)
         left = self._matrix("left", name, size, g.dtype)
         # Pads have no gradient, so that a row of the batch is its text's segment.
         return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()

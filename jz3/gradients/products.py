@@ -79,6 +79,28 @@ class Product:
         return y if self._bias is None else y.add_(self._bias)
 
 
+def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Sum the outer products of every segment's tokens: out[i] = sum_t g_t a_t^T.
+
+    Args:
+        g: [T, Q] float32, from a Product.
+        a: [T, P] float32, from a Product.
+        bounds: int64 [S + 1], segment i has the tokens bounds[i] .. bounds[i + 1].
+
+    Returns:
+        float32 [S, Q, P].
+    """
+    columns = -(-a.shape[1] // LANES) * LANES
+    if not native_products() or min(g.stride(0), a.stride(0) - columns + 1) < 1 or a.stride(1) * g.stride(1) != 1:
+        edges = bounds.tolist()
+        return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
+    out = torch.empty(len(bounds) - 1, g.shape[1], columns)
+    pointers = (g.data_ptr(), a.data_ptr(), bounds.data_ptr(), out.data_ptr())
+    sizes = (len(g), *out.shape, g.stride(0), a.stride(0))
+    backend.extension().segment_outer(*pointers, *sizes, backend.threads())
+    return out[:, :, : a.shape[1]]
+
+
 class OutputLayer:
     """Cross entropy through a fixed output layer, as jz3.ops.ce_hidden_grad; logits stay in the cache."""
 
