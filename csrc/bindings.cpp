@@ -154,11 +154,11 @@ PYBIND11_MODULE(_C, m) {
     jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
   });
   m.def("segment_outer",
-        [](uintptr_t g, uintptr_t a, uintptr_t bounds, uintptr_t out, int64_t tokens, int64_t segments, int64_t rows,
+        [](uintptr_t g, uintptr_t a, uintptr_t bounds, uintptr_t out, int64_t segments, int64_t rows,
            int64_t columns, int64_t g_stride, int64_t a_stride, int threads) {
           py::gil_scoped_release release;
           jz3::segment_outer({at<const float>(g), at<const float>(a), at<const int64_t>(bounds), at<float>(out),
-                              tokens, segments, rows, columns, g_stride, a_stride},
+                              segments, rows, columns, g_stride, a_stride},
                              threads);
         });
   m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,

@@ -13,7 +13,7 @@
 
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
-#include "cpu/parallel.h"
+#include "cpu/pool.h"
 #include "cpu/tiles.h"
 
 namespace jz3 {
@@ -297,16 +297,12 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
 
 template <class T>
 void attention(const AttentionArguments<T>& a, int threads) {
-  parallel(a.texts * a.key_heads, a.tokens * a.tokens * a.width, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) forward_task(a, i);
-  });
+  share(a.texts * a.key_heads, threads, [&](int64_t i) { forward_task(a, i); });
 }
 
 template <class T>
 void attention_backward(const AttentionArguments<T>& a, int threads) {
-  parallel(a.texts * a.key_heads, a.tokens * a.tokens * a.width, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) backward_task(a, i);
-  });
+  share(a.texts * a.key_heads, threads, [&](int64_t i) { backward_task(a, i); });
 }
 
 template void attention(const AttentionArguments<float>&, int);

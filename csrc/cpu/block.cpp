@@ -5,7 +5,7 @@
 
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
-#include "cpu/parallel.h"
+#include "cpu/pool.h"
 
 namespace jz3 {
 
@@ -20,6 +20,8 @@ bool has_bf16() {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 
 namespace {
+
+constexpr int64_t PIECE = 128;  // rows at a time
 
 template <class T>
 void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end) {
@@ -139,30 +141,27 @@ void softmax_rows(const SoftmaxArguments<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void rms_norm(const NormArguments<T>& a, int threads) {
-  parallel(a.rows, a.width / 4, threads, [&](int64_t, int64_t begin, int64_t end) { norm_rows(a, begin, end); });
+  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) { norm_rows(a, begin, end); });
 }
 
 template <class T>
 void rms_norm_backward(const NormBackwardArguments<T>& a, int threads) {
-  parallel(a.rows, a.width / 4, threads,
-           [&](int64_t, int64_t begin, int64_t end) { norm_backward_rows(a, begin, end); });
+  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) { norm_backward_rows(a, begin, end); });
 }
 
 template <class T>
 void swiglu(const T* gate_up, T* y, int64_t rows, int64_t width, int threads) {
-  parallel(rows, width, threads,
-           [&](int64_t, int64_t begin, int64_t end) { swiglu_rows(gate_up, y, width, begin, end); });
+  share_rows(rows, PIECE, threads, [&](int64_t begin, int64_t end) { swiglu_rows(gate_up, y, width, begin, end); });
 }
 
 template <class T>
 void swiglu_backward(const T* gate_up, const T* dy, T* out, int64_t rows, int64_t width, int threads) {
-  parallel(rows, width, threads,
-           [&](int64_t, int64_t begin, int64_t end) { swiglu_backward_rows(gate_up, dy, out, width, begin, end); });
+  share_rows(rows, PIECE, threads, [&](int64_t begin, int64_t end) { swiglu_backward_rows(gate_up, dy, out, width, begin, end); });
 }
 
 template <class T>
 void softmax_residual(const SoftmaxArguments<T>& a, int threads) {
-  parallel(a.rows, a.width, threads, [&](int64_t, int64_t begin, int64_t end) { softmax_rows(a, begin, end); });
+  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) { softmax_rows(a, begin, end); });
 }
 
 #define JZ3_INSTANTIATE(T)                                                     \

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
-#include "cpu/parallel.h"
+#include "cpu/pool.h"
 #include "cpu/tiles.h"
 
 namespace jz3 {
@@ -82,11 +82,10 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
 #pragma GCC pop_options
 
 void cross_entropy(const CrossEntropyArguments& a, int threads) {
-  parallel(a.rows, a.words * a.width, threads, [&](int64_t, int64_t begin, int64_t end) {
+  share_rows(a.rows, ROWS, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch{std::vector<float>(ROWS * WORDS), std::vector<float>(ROWS * round_up(a.width, PANEL)),
                     std::vector<uint32_t>(ROWS * WORDS / 2)};
-    for (int64_t first = begin; first < end; first += ROWS)
-      cross_entropy_block(a, first, std::min(ROWS, end - first), scratch);
+    cross_entropy_block(a, begin, end - begin, scratch);
   });
 }
 

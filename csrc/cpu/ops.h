@@ -158,7 +158,7 @@ struct SegmentOuterArguments {
   const float *g, *a;     // [tokens][g_stride], [tokens][a_stride]
   const int64_t* bounds;  // [segments + 1]
   float* out;             // [segments][rows][columns]
-  int64_t tokens, segments, rows, columns, g_stride, a_stride;
+  int64_t segments, rows, columns, g_stride, a_stride;
 };
 void segment_outer(const SegmentOuterArguments& arguments, int threads);
 

@@ -1,10 +1,10 @@
 // Products with a fixed matrix of bfloat16, packed once into the pairs that vdpbf16ps multiplies: y = x W with sums in
-// float32, rounded once. A thread has a part of the rows; a block of them stays in its second-level cache while W
-// comes by in panels of 64 columns.
+// float32, rounded once. A block of rows stays in a core's second-level cache while W comes by in panels of 64 columns.
 #include <cstring>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "cpu/pool.h"
 #include "cpu/tiles.h"
 
 namespace jz3 {
@@ -36,12 +36,10 @@ constexpr int64_t CACHED = 192 * 1024;  // numbers of x that a block of rows may
 
 template <class Out>
 void product_rows(const ProductArguments<Out>& a, int64_t begin, int64_t end) {
-  const int64_t pairs = a.depth / 2, block = std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 384);
-  for (int64_t first = begin; first < end; first += block) {
-    const auto* x = reinterpret_cast<const Pair*>(a.x + first * a.x_stride);
-    multiply<bf16, true>(std::min(block, end - first), a.columns, pairs, {x, a.x_stride / 2, 1},
-                         {a.w, pairs * PANEL, PANEL}, a.y + first * a.y_stride, a.y_stride, false);
-  }
+  const int64_t pairs = a.depth / 2;
+  const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
+  multiply<bf16, true>(end - begin, a.columns, pairs, {x, a.x_stride / 2, 1}, {a.w, pairs * PANEL, PANEL},
+                       a.y + begin * a.y_stride, a.y_stride, false);
 }
 
 void outer(const SegmentOuterArguments& a, int64_t segment) {
@@ -57,15 +55,12 @@ void outer(const SegmentOuterArguments& a, int64_t segment) {
 
 template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
-  parallel(a.rows, a.columns * a.depth, threads,
-           [&](int64_t, int64_t begin, int64_t end) { product_rows(a, begin, end); });
+  const int64_t block = std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 192);
+  share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) { product_rows(a, begin, end); });
 }
 
 void segment_outer(const SegmentOuterArguments& a, int threads) {
-  const int64_t size = a.tokens / std::max<int64_t>(a.segments, 1);
-  parallel(a.segments, size * a.rows * a.columns, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) outer(a, i);
-  });
+  share(a.segments, threads, [&](int64_t i) { outer(a, i); });
 }
 
 template void product(const ProductArguments<float>&, int);

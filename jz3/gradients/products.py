@@ -96,7 +96,7 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
         return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
     out = torch.empty(len(bounds) - 1, g.shape[1], columns)
     pointers = (g.data_ptr(), a.data_ptr(), bounds.data_ptr(), out.data_ptr())
-    sizes = (len(g), *out.shape, g.stride(0), a.stride(0))
+    sizes = (*out.shape, g.stride(0), a.stride(0))
     backend.extension().segment_outer(*pointers, *sizes, backend.threads())
     return out[:, :, : a.shape[1]]
 

@@ -1,0 +1,94 @@
+#include "cpu/pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace jz3 {
+namespace {
+
+struct Job {
+  const std::function<void(int64_t)>* item;  // the caller's: valid until every item is done
+  int64_t count;
+  std::atomic<int64_t> next{0}, done{0}, seats{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) {
+      try {
+        (*item)(i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+      }
+      done.fetch_add(1);
+    }
+  }
+};
+
+class Pool {
+ public:
+  // One job at a time; another caller's is done by that caller alone.
+  bool run(int64_t count, int threads, const std::function<void(int64_t)>& item) {
+    const std::unique_lock<std::mutex> one(busy_, std::try_to_lock);
+    if (!one.owns_lock()) return false;
+    const auto job = std::make_shared<Job>();
+    job->item = &item, job->count = count, job->seats = threads - 1;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+      job_ = job, ++number_;
+    }
+    changed_.notify_all();
+    job->work();
+    // What is left is under way on a running thread, as a rule.
+    for (int64_t turn = 0; job->done.load() < count; ++turn)
+      if (turn > 256) std::this_thread::yield();
+    if (job->error) std::rethrow_exception(job->error);
+    return true;
+  }
+
+ private:
+  void serve() {
+    for (int64_t seen = 0;;) {
+      std::shared_ptr<Job> job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [&] { return number_ != seen; });
+        seen = number_, job = job_;
+      }
+      if (job->seats.fetch_sub(1) > 0) job->work();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable changed_;
+  std::shared_ptr<Job> job_;
+  int64_t number_ = 0;
+  int workers_ = 0;
+};
+
+// Threads don't outlive a fork, nor may they be waited for at exit: a process has a pool of its own, never destroyed.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* own = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (owner != getpid()) own = new Pool, owner = getpid();
+  return *own;
+}
+
+}  // namespace
+
+void share(int64_t count, int threads, const std::function<void(int64_t)>& item) {
+  if (count > 1 && threads > 1 && pool().run(count, threads, item)) return;
+  for (int64_t i = 0; i < count; ++i) item(i);
+}
+
+}  // namespace jz3
