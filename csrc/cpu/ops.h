@@ -162,6 +162,16 @@ struct SegmentOuterArguments {
 };
 void segment_outer(const SegmentOuterArguments& arguments, int threads);
 
+// Of blocks [K * ; * S], K [rows][columns] known and S [left][right] a sketch of the whole: square += the squares of K
+// and of S - turn_left^T K turn_right.
+struct KnownRestArguments {
+  const float* blocks;                   // [segments][rows + left][stride]
+  const float *turn_left, *turn_right;   // [rows][left], [columns][right]
+  float* square;                         // [segments]
+  int64_t segments, stride, rows, columns, left, right;
+};
+void known_and_rest(const KnownRestArguments& arguments);
+
 // Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
 struct CrossEntropyArguments {
   const uint16_t *h, *w;               // [rows][width], [words][width]

@@ -1,6 +1,7 @@
 // Products with a fixed matrix of bfloat16, packed once into the pairs that vdpbf16ps multiplies: y = x W with sums in
 // float32, rounded once. A block of rows stays in a core's second-level cache while W comes by in panels of 64 columns.
-#include <cstring>
+#include <algorithm>
+#include <vector>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -57,6 +58,28 @@ template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
   const int64_t block = std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 192);
   share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) { product_rows(a, begin, end); });
+}
+
+void known_and_rest(const KnownRestArguments& a) {
+  std::vector<float> half(a.rows * a.right), rest(a.right);
+  for (int64_t segment = 0; segment < a.segments; ++segment) {
+    const float* block = a.blocks + segment * a.stride * (a.rows + a.left);
+    float known = 0, left_out = 0;
+    std::fill(half.begin(), half.end(), 0.0f);
+    for (int64_t r = 0; r < a.rows; ++r)
+      for (int64_t c = 0; c < a.columns; ++c) {
+        const float value = block[r * a.stride + c];
+        known += value * value;
+        for (int64_t n = 0; n < a.right; ++n) half[r * a.right + n] += value * a.turn_right[c * a.right + n];
+      }
+    for (int64_t m = 0; m < a.left; ++m) {
+      std::copy_n(block + (a.rows + m) * a.stride + a.columns, a.right, rest.begin());
+      for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t n = 0; n < a.right; ++n) rest[n] -= a.turn_left[r * a.left + m] * half[r * a.right + n];
+      for (int64_t n = 0; n < a.right; ++n) left_out += rest[n] * rest[n];
+    }
+    a.square[segment] += known + left_out;
+  }
 }
 
 void segment_outer(const SegmentOuterArguments& a, int threads) {

@@ -195,6 +195,8 @@ class AdaptedSink:
         """Add the layer's part of ||G||^2 and, for a kept layer, its coordinates."""
         import torch
 
+        from jz3.gradients.products import known_and_rest
+
         projected, grams = kept
         if self._square is None:
             self._square = torch.zeros(len(g), device=g.device)
@@ -204,20 +206,17 @@ class AdaptedSink:
         if projected is None:
             return
         blocks = self._blocks(name, projected, g[: len(projected)])
-        rest = blocks[: self._long]
-        if name in self._coordinates:
-            rows, columns = self._fit.left[name].shape[1], self._fit.right[name].shape[1]
-            known = blocks[:, :rows, :columns]
-            chosen = self._coordinates[name]
-            start = self._offset[name]
-            self._values[:, start : start + len(chosen)] = known.flatten(1)[:, chosen]
-            if not self._long:
-                return
-            known = known[: self._long]
-            self._square[: self._long] += known.square().sum((1, 2))
-            turned = self._turn("left", name).T @ known @ self._turn("right", name)
-            rest = rest[:, rows:, columns:] - turned
-        self._square[: self._long] += rest.square().sum((1, 2))
+        long = blocks[: self._long]
+        if name not in self._coordinates:
+            self._square[: self._long] += long.square().sum((1, 2))
+            return
+        rows, columns = self._fit.left[name].shape[1], self._fit.right[name].shape[1]
+        chosen = self._coordinates[name]
+        start = self._offset[name]
+        self._values[:, start : start + len(chosen)] = blocks[:, :rows, :columns].flatten(1)[:, chosen]
+        if self._long:
+            turns = (self._turn(side, name) for side in ("left", "right"))
+            self._square[: self._long] += known_and_rest(long, *turns)
 
     def _blocks(self, name: str, projected: "torch.Tensor", g: "torch.Tensor") -> "torch.Tensor":
         """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""

@@ -101,6 +101,32 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
     return out[:, :, : a.shape[1]]
 
 
+def known_and_rest(blocks: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Square a gradient that is known in part and sketched as a whole.
+
+    ||K||^2 + ||S - left^T K right||^2 for every block [K *; * S].
+
+    Args:
+        blocks: [B, Q + s, P + s] float32; a row's numbers lie behind one another.
+        left: [Q, s] float32, how the sketch sees the left basis.
+        right: [P, s] float32.
+
+    Returns:
+        [B] float32.
+    """
+    rows, columns = len(left), len(right)
+    known, sketch = blocks[:, :rows, :columns], blocks[:, rows:, columns:]
+    square = torch.zeros(len(blocks), device=blocks.device)
+    dense = blocks.stride(0) == blocks.shape[1] * blocks.stride(1) and blocks.stride(2) == 1
+    if blocks.device.type != "cpu" or backend.extension_missing() or not dense:
+        rest = sketch - left.T @ known @ right
+        return square + known.square().sum((1, 2)) + rest.square().sum((1, 2))
+    tensors = (blocks, left.contiguous(), right.contiguous(), square)
+    sizes = (len(blocks), blocks.stride(1), rows, columns, sketch.shape[1], sketch.shape[2])
+    backend.extension().known_and_rest(*(t.data_ptr() for t in tensors), *sizes)
+    return square
+
+
 class OutputLayer:
     """Cross entropy through a fixed output layer, as jz3.ops.ce_hidden_grad; logits stay in the cache."""
 
