@@ -1,12 +1,16 @@
 """The sign projection against traker's BasicProjector: `python bench/sign_project.py [--json FILE]`.
 
 BasicProjector is what TRAK runs without a GPU: a block of 100 columns of signs at a time, drawn by torch's
-generator, then a product. Where the package `traker` can't be imported, the same steps run in plain torch and are
-called so. Its signs are others than ours; only times and memory are compared. Times are the least of several runs.
+generator, then a product. It runs in an environment of its own, one of those that JZ3_PEER_PYTHON names (Pythons
+separated by `:`); without one the same steps run in plain torch and are called so. Its signs are others than ours;
+only times and memory are compared. Times are the least of several runs.
 """
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +24,8 @@ from jz3.ops.signs import signs
 
 PEER_BLOCK = 100
 """BasicProjector's default."""
+WIDER = 4
+"""How many times the columns a last run has, for its memory."""
 
 
 def cases(device: str) -> Iterator[dict[str, Any]]:
@@ -53,17 +59,27 @@ def same_in_torch(x: torch.Tensor, k: int) -> torch.Tensor:
     return out
 
 
-def peer(columns: int, k: int) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return what to compare with: its name and its projection."""
-    try:
-        from trak.projectors import (  # pyright: ignore[reportMissingImports]
-            BasicProjector,
-            ProjectionType,
-        )
-    except ImportError:
-        return "BasicProjector's steps in plain torch", lambda x: same_in_torch(x, k)
-    projector = BasicProjector(columns, k, 0, ProjectionType.rademacher, torch.device("cpu"))
-    return "traker BasicProjector", lambda x: projector.project(x, model_id=0)
+def traker(columns: int, k: int, counts: list[int], repeats: int) -> list[float] | None:
+    """Time BasicProjector in the first environment of JZ3_PEER_PYTHON that has it; None if none has.
+
+    Raises:
+        RuntimeError: it is there and fails.
+    """
+    for python in filter(None, os.environ.get("JZ3_PEER_PYTHON", "").split(os.pathsep)):
+        if subprocess.run([python, "-c", "import trak"], capture_output=True).returncode:
+            continue
+        numbers = map(str, (columns, k, repeats, backend.threads(), *counts))
+        command = [python, str(Path(__file__).with_name("peer_traker.py")), *numbers]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    return None
+
+
+def peak() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def least(function: Callable[[], Any], repeats: int) -> float:
@@ -86,19 +102,48 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
-    columns, k = arguments.columns, arguments.k
-    name, project = peer(columns, k)
+    columns, k, counts = arguments.columns, arguments.k, arguments.rows
+    inputs = [torch.randn(count, columns) for count in counts]
+    sign_project(
+        inputs[0][:, :1024], k, seed=0, name="m"
+    )  # the op's own check and the threads are not counted
+    wide = torch.randn(counts[0], WIDER * columns)
+    before = peak()
+    ours = [least(lambda x=x: sign_project(x, k, seed=0, name="m"), arguments.repeats) for x in inputs]
+    grown = peak() - before
+    sign_project(wide, k, seed=0, name="m")
+    grown_wide = peak() - before
+    real = traker(columns, k, counts, arguments.repeats)
+    if real:
+        name, theirs = "traker BasicProjector", real
+    else:
+        name = "BasicProjector's steps in plain torch (JZ3_PEER_PYTHON names no Python that has traker)"
+        theirs = [least(lambda x=x: same_in_torch(x, k), arguments.repeats) for x in inputs]
     print(f"{columns} columns -> {k}, {backend.threads()} threads, against {name}")
     rows = []
-    for count in arguments.rows:
-        x = torch.randn(count, columns)
-        ours = least(lambda x=x: sign_project(x, k, seed=0, name="m"), arguments.repeats)
-        theirs = least(lambda x=x: project(x), arguments.repeats)
-        rows.append({"rows": count, "seconds": ours, "seconds_peer": theirs, "ratio": theirs / ours})
-        print(f"{count:5} rows: {ours:.3f} s, the peer {theirs:.3f} s, {theirs / ours:.1f}x")
-    memory = {"signs_bytes": 4 * TILE, "signs_bytes_peer": 4 * columns * min(k, PEER_BLOCK)}
-    result = {"peer": name, "columns": columns, "k": k, "rows": rows, **memory}
-    result["ratio"] = min(row["ratio"] for row in rows)
+    for count, mine, other in zip(counts, ours, theirs, strict=True):
+        rows.append({"rows": count, "seconds": mine, "seconds_peer": other, "ratio": other / mine})
+        print(f"{count:5} rows: {mine:.3f} s, the peer {other:.3f} s, {other / mine:.1f}x")
+    result = {
+        "peer": name,
+        "columns": columns,
+        "k": k,
+        "threads": backend.threads(),
+        "rows": rows,
+        "ratio": min(row["ratio"] for row in rows),
+        "signs_bytes": 4 * TILE,
+        "signs_bytes_peer": 4 * columns * min(k, PEER_BLOCK),
+        "grown_bytes": grown,
+        "grown_bytes_wide": grown_wide,
+    }
+    print(
+        f"signs held at a time: {result['signs_bytes'] / 2**20:.1f} MiB whatever the columns and k, the peer's "
+        f"{result['signs_bytes_peer'] / 2**20:.1f} MiB of {4 * columns * k / 2**20:.0f}"
+    )
+    print(
+        f"the process grew by {grown / 2**20:.1f} MiB with the results, by {grown_wide / 2**20:.1f} MiB with {WIDER} "
+        "times the columns"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
