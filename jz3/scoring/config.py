@@ -125,7 +125,8 @@ class ChooseSettings:
     """How the best documents are chosen from the scores; may be changed in a later run."""
 
     k: int = 10_000
-    """How many to choose; memory and time of the choice grow with it, not with the corpus."""
+    """How many to choose. The memory of the choice grows with it, by about 6 KB a text, and not with the
+    corpus."""
     share: float = 0.0
     """Share of the scored documents to choose, instead of --k."""
     combine: str = "mean"
