@@ -257,6 +257,10 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="NAME=FILE is missing"):
         split_targets(())
     assert split_targets(("a=x=y",)) == {"a": Path("x=y")}
+    # By default what memory surely has room for.
+    assert [ChooseSettings().count(n) for n in (3, 60, 20_000_000)] == [1, 6, 10_000]
+    assert ChooseSettings(share=0.1).count(20_000_000) == 2_000_000
+    assert [ChooseSettings(k=8).count(n) for n in (5, 100)] == [5, 8]
 
 
 def test_shards_know_their_counts(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -105,7 +105,7 @@ class ScoredCollection(Collection):
         """See Collection."""
         if (self.folder / "manifest.json").is_file():
             return int(read_json(self.folder / "manifest.json")["selection"]["wanted"])
-        return ChooseSettings().k
+        return ChooseSettings().count(self._plan.rows)
 
     @property
     def _store_folder(self) -> Path:

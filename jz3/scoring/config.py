@@ -10,6 +10,7 @@ from jz3.store import CODES
 
 KINDS = ("adapted", "known", "sketch", "readout")
 BASELINES = ("hidden", "bm25", "loss", "random")
+DEFAULT_SHARE, DEFAULT_MOST = 0.1, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +125,11 @@ class ScoreSettings:
 class ChooseSettings:
     """How the best documents are chosen from the scores; may be changed in a later run."""
 
-    k: int = 10_000
-    """How many to choose. The memory of the choice grows with it, by about 6 KB a text, and not with the
-    corpus."""
+    k: int = 0
+    """How many to choose; 0: by --share."""
     share: float = 0.0
-    """Share of the scored documents to choose, instead of --k."""
+    """Share of the scored documents to choose; 0: a tenth, but at most 10,000. The memory of the choice
+    grows with it, by about 6 KB a text, and not with the corpus."""
     combine: str = "mean"
     """`mean` or `max` of the tasks' scores, or `quota`: the tasks choose in turn."""
     source_quota: float = 1.0
@@ -139,12 +140,20 @@ class ChooseSettings:
     """Estimated Jaccard similarity from which on a text counts as a near duplicate."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not 0 <= self.share <= 1:
-            raise ValueError(f"--k must be at least 1, --share in 0..1; got {self.k} and {self.share}")
+        if self.k < 0 or not 0 <= self.share <= 1:
+            raise ValueError(f"--k must be 0 or more, --share in 0..1; got {self.k} and {self.share}")
         if self.combine not in ("mean", "max", "quota"):
             raise ValueError(f"--combine must be mean, max or quota, got {self.combine!r}")
         if not 0 < self.source_quota <= 1:
             raise ValueError(f"--source-quota must be above 0 and at most 1, got {self.source_quota}")
+
+    def count(self, documents: int) -> int:
+        """Return how many of so many documents are chosen."""
+        if self.k:
+            return min(self.k, documents)
+        share = self.share or DEFAULT_SHARE
+        count = min(documents, max(1, round(share * documents)))
+        return count if self.share else min(count, DEFAULT_MOST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

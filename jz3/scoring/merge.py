@@ -66,7 +66,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
         raise Jz3Error(
             f"no text of the corpus could be scored: {json.dumps(counts['rejected'])}; see {out / 'rejects'}"
         )
-    k = min(max(1, round(choose.share * kept)) if choose.share else choose.k, kept)
+    k = choose.count(kept)
     tasks = [t for t in job.tasks if t != "control"]
     codes = {source: number for number, source in enumerate(counts["sources"])}
     limit = max(1, int(choose.source_quota * k)) if choose.source_quota < 1 else None
