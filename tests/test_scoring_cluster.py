@@ -103,10 +103,14 @@ def asked(corpus: list[str], targets: Any, **settings: Any) -> Request:
 
 def test_requests_are_read_as_they_were_written(tmp_path: Path) -> None:
     request = Request(
-        ("a*.jsonl",), {"t": tmp_path}, ScoreSettings(checkpoint=("a=1", "b=2")), ChooseSettings(k=3)
+        ("a*.jsonl",),
+        {"t": tmp_path, "a": tmp_path},
+        ScoreSettings(checkpoint=("a=1", "b=2")),
+        ChooseSettings(k=3),
     )
     request.write(tmp_path / "request.json")
-    assert Request.read(tmp_path / "request.json") == request
+    found = Request.read(tmp_path / "request.json")
+    assert found == request and list(found.targets) == ["t", "a"]
 
 
 def test_slurm_task_that_fails_is_named_and_done_again(

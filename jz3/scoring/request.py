@@ -25,7 +25,8 @@ class Request:
     def write(self, path: Path) -> None:
         """Write the request as JSON."""
         table = dataclasses.asdict(self)
-        write_json(path, {**table, "targets": {name: str(file) for name, file in self.targets.items()}})
+        # Pairs, as their order, which is that of the scores' columns, counts.
+        write_json(path, {**table, "targets": [[name, str(file)] for name, file in self.targets.items()]})
 
     @classmethod
     def read(cls, path: Path) -> "Request":
@@ -35,7 +36,7 @@ class Request:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in table["settings"].items()
         }
-        targets = {name: Path(file) for name, file in table["targets"].items()}
+        targets = {name: Path(file) for name, file in table["targets"]}
         choose = ChooseSettings(**table["choose"])
         return cls(tuple(table["corpus"]), targets, ScoreSettings(**settings), choose)
 
