@@ -186,9 +186,10 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
 def test_half_a_compressed_file(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
     rng = np.random.default_rng(0)
     noise = [f"{t} {rng.bytes(40).hex()}" for t in runs.texts(60)]
-    data = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in noise).encode())
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in noise).encode()
+    data = gzip.compress(lines)
     (tmp_path / "half.jsonl.gz").write_bytes(data[: len(data) // 2])
-    other = pa.compress("".join(json.dumps({"text": t}) + "\n" for t in noise), "zstd", asbytes=True)
+    other = pa.compress(lines, "zstd", asbytes=True)
     (tmp_path / "half.jsonl.zst").write_bytes(other[: len(other) // 2])
     whole = runs.write_lines(tmp_path / "whole.jsonl", [{"text": t} for t in runs.texts(20)])
     corpus = [str(tmp_path / "half.jsonl.gz"), str(tmp_path / "half.jsonl.zst"), str(whole)]
