@@ -6,7 +6,7 @@ The names below load their packages when they are first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jz3.embed import Adapted, Features, Scores, Sketch, featurize, influence_scores, select
+    from jz3.embed import Adapted, Features, Less, Scores, Sketch, featurize, influence_scores, select
     from jz3.errors import Jz3Error
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "Adapted",
     "Features",
     "Jz3Error",
+    "Less",
     "Scores",
     "Sketch",
     "__version__",

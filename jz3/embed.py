@@ -1,14 +1,16 @@
 """The core in three calls, for pipelines of one's own: featurize, influence_scores, select."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jz3 import selection
-from jz3.features import adapted, sketch
-from jz3.features.extract import Extracted, Projection, extract
+from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
+from jz3.features.extract import Extracted, Projection, extract, weights_hash
+from jz3.files import canonical_json, hash_text
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.seeding import rng
 
@@ -44,6 +46,26 @@ class Sketch:
 
 
 @dataclass(frozen=True, slots=True)
+class Less:
+    """Adam's direction on low-rank adapters, as LESS measures influence; see jz3.features.less."""
+
+    folder: Path | str
+    """Of the checkpoints; those of another model, other texts or other settings are left alone, a killed warm-up
+    goes on, and what `Features.encode` needs later lies here."""
+    checkpoints: Sequence[Path | str] = ()
+    """Of a PEFT training with the Hugging Face Trainer (adapters and optimizer.pt); if there are any, nothing
+    is warmed up."""
+    learning_rates: Sequence[float] = ()
+    """The weights of `checkpoints`; by default what their training logged."""
+    k: int = 8192
+    """Numbers per checkpoint."""
+    shape: lora.LoraShape = lora.LoraShape()
+    warm_up: lora.WarmUp = lora.WarmUp()
+    direction: less.AdamDirection = less.AdamDirection()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Features:
     """Features of documents, and what encodes further queries in the same way."""
 
@@ -53,9 +75,9 @@ class Features:
     max_tokens: int
     reduction: str
     values: np.ndarray = field(repr=False)
-    """[N, K] float32: projected gradients, each divided by the norm of the whole gradient."""
+    """[N, K] float32: projected gradients, each divided by the norm of the whole gradient (Less: of unit length)."""
     norm: np.ndarray = field(repr=False)
-    """[N] float32."""
+    """[N] float32 (Less: of the last checkpoint's direction)."""
     loss: np.ndarray = field(repr=False)
     """[N] float32, cross-entropy per text."""
 
@@ -98,7 +120,7 @@ def featurize(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     docs: Sequence[str],
-    kind: Adapted | Sketch | None = None,
+    kind: Adapted | Sketch | Less | None = None,
     *,
     max_tokens: int = 512,
     batch_tokens: int = 4096,
@@ -106,13 +128,15 @@ def featurize(
 ) -> Features:
     """Compute gradient features of texts.
 
-    phi_i = the kind's K numbers of G_i / ||G_i||, so that phi_i . phi_q is about cos(G_i, G_q).
+    phi_i = the kind's K numbers of G_i / ||G_i||, so that phi_i . phi_q is about cos(G_i, G_q); of Less, phi_i has
+    Gamma_i instead of G_i, and the product is the mean of the checkpoints' cosines weighted by learning rate.
 
     Args:
         model: a Hugging Face causal language model; it is frozen and put into evaluation mode.
         tokenizer: its tokenizer.
         docs: N texts of at least two tokens; longer ones than `max_tokens` are cut at the end.
-        kind: Adapted (the default, fitted to the documents alone) or Sketch.
+        kind: Adapted (the default, fitted to the documents alone), Sketch, or Less (warmed up on a share of the
+            documents, or on the checkpoints that it names).
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
@@ -122,6 +146,7 @@ def featurize(
 
     Raises:
         ValueError: there is no text, one is too short, or its gradient is not finite.
+        Jz3Error: a checkpoint that Less names doesn't fit.
     """
     kind = kind or Adapted()
     if not docs:
@@ -132,6 +157,8 @@ def featurize(
     projection: Projection
     if isinstance(kind, Sketch):
         projection = sketch.Sketch.of("", layers, kind.k, kind.left, kind.right, kind.seed)
+    elif isinstance(kind, Less):
+        projection = _less(model, texts, kind, batch_tokens)
     else:
         order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
         projection = adapted.fit_adapted(
@@ -194,6 +221,34 @@ def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
     """
     ids = [f"{i:016x}" for i in range(len(scores.values))]
     return selection.select(scores.values, ids, k, combine)
+
+
+def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_tokens: int) -> less.Less:
+    """Warm adapters up or adopt a training's, in a folder of their own for this model, texts and settings."""
+    name = weights_hash(model)
+    if kind.checkpoints:
+        about: list[Any] = [name, [str(c) for c in kind.checkpoints], list(kind.learning_rates)]
+        paths = trainer_checkpoint.adopt_checkpoints(
+            [Path(c) for c in kind.checkpoints],
+            model,
+            name,
+            Path(kind.folder) / hash_text(canonical_json(about)),
+            learning_rates=tuple(kind.learning_rates),
+            direction=kind.direction,
+        )
+    else:
+        about = [name, [t.ids for t in texts], asdict(kind.shape), asdict(kind.warm_up), kind.seed]
+        paths = lora.warm_up(
+            model,
+            name,
+            texts,
+            Path(kind.folder) / hash_text(canonical_json(about)),
+            shape=kind.shape,
+            settings=kind.warm_up,
+            batch_tokens=batch_tokens,
+            seed=kind.seed,
+        )
+    return less.Less(name, paths, kind.k, kind.seed, kind.direction)
 
 
 def _query_tokens(

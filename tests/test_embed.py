@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jz3
+from jz3.features.lora import LoraShape, WarmUp
 from jz3.models import load_model, load_tokenizer
 
 DOCS = [f"The sum of {a} and {b} is {a + b}." for a, b in zip(range(3, 15), range(20, 8, -1), strict=True)]
@@ -30,6 +31,27 @@ def test_sketch_needs_no_query(tiny_model: Path) -> None:
     features = jz3.featurize(model, tokenizer, DOCS[:3], jz3.Sketch(k=4096, left=32, right=16))
     norms = np.linalg.norm(features.values, axis=1)
     assert (np.abs(norms - 1) < 0.35).all()
+
+
+def test_less_warms_up_once_per_model_and_texts(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    shape = LoraShape(rank=4, alpha=16.0)
+    kind = jz3.Less(tmp_path, k=64, shape=shape, warm_up=WarmUp(share=0.5, epochs=2, batch_texts=2))
+    features = jz3.featurize(model, tokenizer, DOCS, kind)
+    assert features.values.shape == (len(DOCS), 128)
+    assert np.allclose(np.linalg.norm(features.values, axis=1), 1, atol=1e-4)
+    [folder] = tmp_path.iterdir()
+    written = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    assert len(written) == 2
+    assert np.array_equal(jz3.featurize(model, tokenizer, DOCS, kind).values, features.values)
+    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == written
+    # A text as a query has its plain gradient, which is not Adam's direction.
+    [query] = features.encode([("", DOCS[0])])
+    assert np.isclose(np.linalg.norm(query), 1, atol=1e-4) and query @ features.values[0] < 0.99
+    scores = jz3.influence_scores(features, {"sums": [QUERY]})
+    assert np.allclose(scores.values[:, 0], features.values @ features.encode([QUERY])[0])
+    jz3.featurize(model, tokenizer, DOCS[1:], kind)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_errors(tiny_model: Path) -> None:

@@ -29,6 +29,11 @@ class LessConfig:
     """m' / sqrt(v' + eps), as LESS has it, instead of Adam's m' / (sqrt(v') + eps)."""
     bias_correction: bool = False
     """Adam's division by 1 - beta^t, which LESS's code leaves out."""
+    checkpoints: tuple[str, ...] = ()
+    """Folders of a PEFT training of the same model with the Hugging Face Trainer (adapters and optimizer.pt), or of
+    LESS's (optimizer.bin); if there are any, they take the place of the warm-up."""
+    learning_rates: tuple[float, ...] = ()
+    """The weights of `checkpoints`; none: what their training logged over the epoch that ends there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

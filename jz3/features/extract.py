@@ -129,3 +129,14 @@ def model_hash(folder: Path) -> str:
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name} {hash_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def weights_hash(model: "PreTrainedModel") -> str:
+    """Return the 16 hexadecimal digits that identify a loaded model's weights."""
+    import torch
+
+    digest = xxhash.xxh3_64()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(weight.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

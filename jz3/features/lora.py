@@ -56,6 +56,30 @@ class WarmUp:
     eps: float = 1e-8
 
 
+def adapter_sizes(model: "PreTrainedModel", shape: LoraShape) -> dict[str, tuple[int, int]]:
+    """Return the adapters' names (`<layer>.lora_A`, `<layer>.lora_B`) and sizes (rows, columns) in the model's order.
+
+    Raises:
+        ValueError: no layer has one of the targets' names.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    every = {n: m for n, m in linear_layers(model).items() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    wanted = None if shape.targets == ("all-linear",) else set(shape.targets)
+    chosen = {n: m for n, m in every.items() if wanted is None or n.rpartition(".")[2] in wanted}
+    if not chosen:
+        known = sorted({n.rpartition(".")[2] for n in every})
+        raise ValueError(
+            f"no layer is called {' or '.join(shape.targets)}; this model has {', '.join(known)}"
+        )
+    sizes = {}
+    for name, layer in chosen.items():
+        outputs, inputs = layer_shape(layer)
+        sizes[f"{name}.lora_A"], sizes[f"{name}.lora_B"] = (shape.rank, inputs), (outputs, shape.rank)
+    return sizes
+
+
 class LoraAdapters:
     """Adapters hanging on a model, trained ones or fresh ones (B = 0, so that nothing changes)."""
 
@@ -81,24 +105,12 @@ class LoraAdapters:
                 another shape.
         """
         import torch
-        from transformers.pytorch_utils import Conv1D
 
-        every = {n: m for n, m in linear_layers(model).items() if isinstance(m, (torch.nn.Linear, Conv1D))}
-        wanted = None if shape.targets == ("all-linear",) else set(shape.targets)
-        chosen = {n: m for n, m in every.items() if wanted is None or n.rpartition(".")[2] in wanted}
-        if not chosen:
-            known = sorted({n.rpartition(".")[2] for n in every})
-            raise ValueError(
-                f"no layer is called {' or '.join(shape.targets)}; this model has {', '.join(known)}"
-            )
+        sizes = adapter_sizes(model, shape)
         self.layers: dict[str, torch.nn.Module] = {}
         """Adapter layers (`<layer>.lora_A`, `<layer>.lora_B`), for a GradientPass."""
         self.dropout = 0.0
         self._hooks: list[Any] = []
-        sizes = {}
-        for name, layer in chosen.items():
-            outputs, inputs = layer_shape(layer)
-            sizes[f"{name}.lora_A"], sizes[f"{name}.lora_B"] = (shape.rank, inputs), (outputs, shape.rank)
         if weights is not None:
             check_names("weight", weights, sizes)
         device = next(model.parameters()).device
@@ -113,7 +125,8 @@ class LoraAdapters:
                     draw = rng(seed, "lora", name).uniform(-1, 1, size) / math.sqrt(size[1])
                     adapter.weight.copy_(torch.from_numpy(draw))
             self.layers[name] = adapter.to(device).requires_grad_(False)
-        for name, layer in chosen.items():
+        for name in dict.fromkeys(n.rpartition(".")[0] for n in sizes):
+            layer = model.get_submodule(name)
             self._hooks.append(layer.register_forward_hook(self._hook(name, shape.alpha / shape.rank)))
 
     def _hook(self, name: str, scale: float) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from jz3.features.less import AdamDirection, Less
 from jz3.features.lora import LoraShape, WarmUp, warm_up
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
+from jz3.features.trainer_checkpoint import adopt_checkpoints
 from jz3.files import atomic_path, hash_file, write_jsonl
 from jz3.gradients import Tokens, layer_shape, linear_layers, tokenize_query, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
@@ -271,9 +272,20 @@ def _queries(
 
 
 def _warmed_up(ctx: StageContext, model: Any, name: str, documents: list[Tokens]) -> Less:
-    """Train the adapters of `less` on a part of the corpus."""
+    """Train the adapters of `less` on a part of the corpus, or adopt the checkpoints of a training."""
     config = ctx.recipe.features
     less = config.less
+    direction = AdamDirection(eps=less.eps, eps_inside=less.eps_inside, bias_correction=less.bias_correction)
+    if less.checkpoints:
+        checkpoints = adopt_checkpoints(
+            [Path(c) for c in less.checkpoints],
+            model,
+            name,
+            ctx.out / "warm-up",
+            learning_rates=less.learning_rates,
+            direction=direction,
+        )
+        return Less(name, checkpoints, config.k, ctx.seed, direction)
     shape = LoraShape(rank=less.rank, alpha=less.alpha, dropout=less.dropout, targets=less.targets)
     settings = WarmUp(
         share=less.share,
@@ -295,7 +307,6 @@ def _warmed_up(ctx: StageContext, model: Any, name: str, documents: list[Tokens]
             advance=advance,
         )
     release_memory()
-    direction = AdamDirection(eps=less.eps, eps_inside=less.eps_inside, bias_correction=less.bias_correction)
     return Less(name, checkpoints, config.k, ctx.seed, direction)
 
 
