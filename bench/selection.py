@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jz3.comparison import ComparisonConfig
+from jz3.comparison.stage import so_far
 from jz3.comparison.table import plot, text_table, verdicts
-from jz3.config import Recipe
+from jz3.config import Recipe, settled
 from jz3.corpus.config import CorpusConfig, SourceConfig
 from jz3.features import KINDS, FeaturesConfig
 from jz3.influence import InfluenceConfig
@@ -166,15 +167,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pack", type=int, default=512, help="tokens of a step")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--so-far", action="store_true", help="print what is finished, train nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     wanted = recipe(arguments)
+    ctx = StageContext(recipe=settled(wanted), run_dir=arguments.out, name="comparison")
+    if arguments.so_far:
+        summary = so_far(ctx)
+        print(text_table(summary), *verdicts(summary), sep="\n")
+        return
     run_pipeline(wanted, arguments.out, "comparison", say=lambda line: print(line, file=sys.stderr))
-    ctx = StageContext(recipe=wanted, run_dir=arguments.out, name="comparison")
     manifest = ctx.manifest("comparison")
-    print(text_table(manifest["summary"]))
-    print("\n".join(verdicts(manifest["summary"])))
+    print(text_table(manifest["summary"]), *verdicts(manifest["summary"]), sep="\n")
     if arguments.json:
         cost = {stage: ctx.manifest(stage)["seconds"] for stage in ("features", "influence")}
         result = {**manifest["summary"], "machine": manifest["machine"], "seconds": cost}

@@ -10,6 +10,7 @@ import pytest
 
 from jz3.comparison import ComparisonConfig
 from jz3.comparison.sets import coverage, diverse, matching
+from jz3.comparison.stage import so_far
 from jz3.comparison.table import verdicts
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
@@ -74,7 +75,7 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {"methods": ("influence", "matching", "random"), "per_task": True, "workers": 2}
-    _, summary = compared(run_folder, **wanted)
+    recipe, summary = compared(run_folder, **wanted)
     rows = summary["table"]
     assert [(r["task"], r["chooser"]) for r in rows] == list(
         itertools.product(("word_problems", "number_algebra"), wanted["methods"])
@@ -82,13 +83,22 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     assert all(np.isfinite(r["change"]["mean"]) and r["trained_tokens"] > 300 for r in rows)
     assert rows[0]["overlap_with_influence"] == 1.0 and rows[2]["against_random"]["mean"] == 0.0
     assert not list(run_folder.glob("comparison/runs/*/model*"))
-    results = [read_json(path) for path in run_folder.glob("comparison/runs/*/result.json")]
+    results = {path.parent.name: read_json(path) for path in run_folder.glob("comparison/runs/*/result.json")}
     # The random draw is the same for both tasks and trained once; the others are judged by their own task.
-    assert sorted(len(result["nll"]) for result in results) == [1, 1, 1, 1, 2]
+    assert sorted(len(result["nll"]) for result in results.values()) == [1, 1, 1, 1, 2]
 
     monkeypatch.setattr("jz3.comparison.stage.train", None)
     again = compared(run_folder, **wanted)[1]["table"]
     assert [r["change"] for r in again] == [r["change"] for r in rows]
+
+    ctx = StageContext(recipe=recipe, run_dir=run_folder, name="comparison")
+    assert [r["change"] for r in so_far(ctx)["table"]] == [r["change"] for r in rows]
+    # Only the draw of `random` is judged by both tasks.
+    (shared,) = (run for run, result in results.items() if len(result["nll"]) == 2)
+    (run_folder / "comparison" / "runs" / shared / "result.json").rename(run_folder / "random.json")
+    left = so_far(ctx)["table"]
+    assert [r["chooser"] for r in left] == ["influence", "matching"] * 2
+    assert all(r["against_random"] is None for r in left)
 
 
 @pytest.mark.parametrize("chooser", ["dot", "mix", "coverage", "diverse", "bm25", "hidden", "loss"])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jz3.comparison.choosers import Pool, load_pool
+from jz3.errors import Jz3Error
 from jz3.evaluation import mean_nll
 from jz3.evaluation.intervals import mean
 from jz3.files import canonical_json, hash_text, read_json, write_json, write_jsonl
@@ -22,6 +23,9 @@ from jz3.records import Doc, Query, Reject
 from jz3.seeding import seed_for
 from jz3.stage import StageContext
 from jz3.training import Phase, TrainSettings, train
+
+BASE = "base.json"
+"""The untrained model's NLL of every problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,18 @@ class Training:
         return result.exists() and self.queries.keys() <= read_json(result)["nll"].keys()
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is to be trained, and what it is judged by."""
+
+    queries: dict[str, list[Query]]
+    refused: list[Reject]
+    pool: Pool
+    choices: list[Choice]
+    trainings: dict[str, Training]
+    """By the name of the run."""
+
+
 def run(ctx: StageContext) -> dict[str, Any]:
     """Train the base model on each chooser's texts and score the evaluation problems before and after.
 
@@ -72,6 +88,31 @@ def run(ctx: StageContext) -> dict[str, Any]:
     config = ctx.recipe.comparison
     if not config.tokens:
         return {"tokens": 0, "table": []}
+    plan = _plan(ctx)
+    write_jsonl(ctx.out / "rejects.jsonl", (reject.to_json() for reject in plan.refused))
+    before = _scored(ctx.out / BASE, resolve_model(ctx.recipe.model), _dtype(ctx), plan.queries)
+    _train_all(ctx, list(plan.trainings.values()), config.workers)
+    return _summary(ctx, plan, before)
+
+
+def so_far(ctx: StageContext) -> dict[str, Any]:
+    """Return the summary of the trainings that are finished, while others run or after a kill.
+
+    Args:
+        ctx: of the comparison, with the settings that it runs with.
+
+    Raises:
+        Jz3Error: not even the base model has been scored.
+    """
+    if not (ctx.out / BASE).exists():
+        raise Jz3Error(f"{ctx.out} holds no result yet; run the comparison first")
+    plan = _plan(ctx)
+    done = [choice for choice in plan.choices if plan.trainings[choice.run].done]
+    return _summary(ctx, replace(plan, choices=done), read_json(ctx.out / BASE))
+
+
+def _plan(ctx: StageContext) -> Plan:
+    config = ctx.recipe.comparison
     queries: dict[str, list[Query]] = {}
     for row in ctx.rows("targets", "eval.jsonl"):
         query = Query.from_json(row)
@@ -80,7 +121,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
             mine.append(query)
     docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
     refused = _contaminated(docs, queries)
-    write_jsonl(ctx.out / "rejects.jsonl", (reject.to_json() for reject in refused))
     pool = load_pool(ctx, {reject.id for reject in refused})
     choices = [
         _choose(ctx, pool, chooser, task, tokens, seed)
@@ -92,31 +132,37 @@ def run(ctx: StageContext) -> dict[str, Any]:
     judged: dict[str, set[str]] = {}
     for choice in choices:
         judged.setdefault(choice.run, set()).update([choice.task] if choice.task else queries)
-    base = resolve_model(ctx.recipe.model)
-    # What was trained in float32 must not be rounded before it is judged.
-    dtype = "float32" if config.train.precision == "float32" else ctx.recipe.model.dtype
-    before = _scored(ctx.out / "base.json", base, dtype, queries)
     trainings = {
         choice.run: Training(
-            base,
+            resolve_model(ctx.recipe.model),
             tuple(docs[i].text for i in choice.ids),
             # Texts of a length that fills packs badly would buy more steps for as many tokens.
             replace(config.train, max_tokens=choice.tokens * config.train.epochs, packing="even"),
             ctx.out / "runs" / choice.run,
             seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
-            dtype,
+            _dtype(ctx),
             {task: rows for task, rows in queries.items() if task in judged[choice.run]},
         )
         for choice in choices
     }
-    _train_all(ctx, list(trainings.values()), config.workers)
-    after = {name: read_json(training.folder / "result.json") for name, training in trainings.items()}
+    return Plan(queries, refused, pool, choices, trainings)
+
+
+def _dtype(ctx: StageContext) -> str:
+    """Return what models are judged in: what was trained in float32 must not be rounded before."""
+    recipe = ctx.recipe
+    return "float32" if recipe.comparison.train.precision == "float32" else recipe.model.dtype
+
+
+def _summary(ctx: StageContext, plan: Plan, before: dict[str, list[float]]) -> dict[str, Any]:
+    runs = {choice.run for choice in plan.choices}
+    after = {name: read_json(plan.trainings[name].folder / "result.json") for name in runs}
     return {
-        "tokens": config.tokens,
-        "problems": sum(map(len, queries.values())),
-        "contaminated": len(refused),
+        "tokens": ctx.recipe.comparison.tokens,
+        "problems": sum(map(len, plan.queries.values())),
+        "contaminated": len(plan.refused),
         "base": {task: float(np.nanmean(values)) for task, values in before.items()},
-        "table": _table(pool, choices, before, after),
+        "table": _table(plan.pool, plan.choices, before, after),
     }
 
 

@@ -13,20 +13,20 @@ def text_table(summary: dict[str, Any]) -> str:
         summary: of the comparison stage.
     """
     lines = [
-        "| target | tokens | chooser | change of NLL (95%) | against random (95%) | texts | in influence's |",
-        "|---|---|---|---|---|---|---|",
+        "| target | tokens | chooser | change of NLL (95%) | against random (95%) | texts "
+        "| in influence's | trainings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in _ranked(summary):
         against = row["against_random"]
         lines.append(
             f"| {row['task'] or 'all'} | {row['budget']:,} | {row['chooser']} | {_interval(row['change'])} "
             f"| {_interval(against) if against and row['chooser'] != 'random' else ''} | {row['texts']} "
-            f"| {row['overlap_with_influence']:.0%} |"
+            f"| {row['overlap_with_influence']:.0%} | {len(row['change_per_seed'])} |"
         )
-    seeds = len(summary["table"][0]["change_per_seed"]) if summary["table"] else 0
     base = ", ".join(f"{task} {value:.4f}" for task, value in summary.get("base", {}).items())
     lines.append(
-        f"\n{seeds} training(s) a row; NLL before: {base}; {summary.get('contaminated', 0)} texts with a test "
+        f"\nNLL before: {base}; {summary.get('contaminated', 0)} texts with a test "
         "problem left out; intervals over problems, paired."
     )
     return "\n".join(lines)
