@@ -3,7 +3,7 @@
 // A task is one text and one key head with its query heads. Keys and values are rotated and packed once per task
 // into units: single float32 numbers, or the pairs of bfloat16 that vdpbf16ps multiplies. Blocks of queries, of all of
 // the task's heads at once, then see only the keys up to themselves. Scores stay in float32 and in the cache; the
-// forward pass leaves every row's largest score and sum, from which the backward pass makes the probabilities again.
+// forward pass leaves the logarithm of every row's sum, from which the backward pass makes the probabilities again.
 //
 // Operations per text of S tokens and per query head of width D: 2 S^2 D forward, 5 S^2 D backward (half of
 // the full square), plus what the blocks add along the diagonal.
@@ -100,7 +100,7 @@ struct Task {
   int64_t group() const { return a.heads / a.key_heads; }
   int64_t block() const { return std::max<int64_t>(4, ROWS / group()); }  // queries of a head at a time
   float* statistics(int64_t h) const {
-    return a.statistics + (text * a.heads + head * group() + h) * 2 * a.tokens;
+    return a.statistics + (text * a.heads + head * group() + h) * a.tokens;
   }
 };
 
@@ -162,9 +162,8 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
                       {values.get(), PANEL, width}, out.get(), width, false);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t h = r / count, query = block.query(r), token = task.text * a.tokens + query;
-      float* statistics = task.statistics(h);
-      statistics[query] = top.get()[r], statistics[a.tokens + query] = 1.0f / sum.get()[r];
-      const __m512 inverse = _mm512_set1_ps(statistics[a.tokens + query]);
+      task.statistics(h)[query] = top.get()[r] * a.scale * LOG2E + std::log2(sum.get()[r]);
+      const __m512 inverse = _mm512_set1_ps(1.0f / sum.get()[r]);
       for (int64_t c = 0; c < width; c += 16)
         store(a.out + (token * a.heads + task.head * group + h) * width + c,
               _mm512_mul_ps(_mm512_loadu_ps(out.get() + r * width + c), inverse));
@@ -172,7 +171,7 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
   }
 }
 
-// P = exp(scale * (score - top)) / sum and dS = scale * P * (dP - delta) of a block of queries: dS by rows for the
+// P = exp(scale * score - log sum) and dS = scale * P * (dP - delta) of a block of queries: dS by rows for the
 // queries' gradient, both in units of rows for the keys' and values'.
 template <class T>
 struct BackwardRows {
@@ -180,7 +179,7 @@ struct BackwardRows {
   int64_t stride;  // of the buffers
   Block block;
   float scale;
-  const float *top, *inverse, *delta;  // inverse = 1 / sum
+  const float *log2_sum, *delta;  // of every row
   int64_t end = round_up(block.seen(), 16);
 
   void one(int64_t i, int64_t c, __m512& p, __m512& d) const {
@@ -191,11 +190,10 @@ struct BackwardRows {
     const int64_t ahead = std::clamp<int64_t>(block.query(i) + 1 - c, 0, 16);
     const __mmask16 seen = __mmask16((1u << ahead) - 1);
     const __m512 s = _mm512_maskz_loadu_ps(seen, scores + i * stride + c);
-    const __m512 e =
-        exp2_ps<T>(_mm512_mul_ps(_mm512_set1_ps(scale * LOG2E), _mm512_sub_ps(s, _mm512_set1_ps(top[i]))));
-    p = _mm512_maskz_mul_ps(seen, e, _mm512_set1_ps(inverse[i]));
+    const __m512 exponent = _mm512_fmsub_ps(s, _mm512_set1_ps(scale * LOG2E), _mm512_set1_ps(log2_sum[i]));
+    p = _mm512_maskz_mov_ps(seen, exp2_ps<T>(exponent));
     const __m512 g = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dp + i * stride + c), _mm512_set1_ps(delta[i]));
-    d = _mm512_maskz_mul_ps(seen, _mm512_mul_ps(p, _mm512_set1_ps(scale)), g);
+    d = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_set1_ps(scale)), g);
   }
 
   void run(bf16* ds, Pair* p_units, Pair* ds_units) const {
@@ -235,7 +233,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
   Buffer<Plain> query_rows(most_units * width), grad_rows(most_units * width);
   Buffer<Plain> p_units(most_units * padded), ds_pairs(Of<T>::count == 1 ? 1 : most_units * padded);
   Buffer<float> scores(most * padded), dp(most * padded), dq(most * width);
-  Buffer<float> dk(padded * width), dv(padded * width), delta(most), top(most), inverse(most);
+  Buffer<float> dk(padded * width), dv(padded * width), delta(most), log2_sum(most);
   // Single numbers are their own units.
   const auto* ds_units = Of<T>::count == 1 ? as_units(ds.get()) : ds_pairs.get();
   task.rotated(task.keys, 0, a.tokens, rotated.get());
@@ -261,7 +259,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
         store(grads.get() + r * width + c, g);
       }
       delta.get()[r] = _mm512_reduce_add_ps(sum);
-      top.get()[r] = task.statistics(h)[query], inverse.get()[r] = task.statistics(h)[a.tokens + query];
+      log2_sum.get()[r] = task.statistics(h)[query];
     }
     pack_rows(queries.get(), width, block.rows, width, query_rows.get());
     pack_rows(grads.get(), width, block.rows, width, grad_rows.get());
@@ -269,7 +267,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
                       {keys.get(), depth * PANEL, PANEL}, scores.get(), padded, false);
     multiply<T, true>(block.rows, seen, depth, {as_units(grads.get()), depth, 1},
                       {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
-    BackwardRows<T>{scores.get(), dp.get(), padded, block, a.scale, top.get(), inverse.get(), delta.get()}.run(
+    BackwardRows<T>{scores.get(), dp.get(), padded, block, a.scale, log2_sum.get(), delta.get()}.run(
         ds.get(), p_units.get(), ds_pairs.get());
     multiply<T, true>(block.rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
                       {key_rows.get(), PANEL, width}, dq.get(), width, false);

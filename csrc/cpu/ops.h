@@ -115,7 +115,7 @@ struct AttentionArguments {
   const T* qkv;
   const float *cosine, *sine;  // [tokens][width]
   T* out;                      // [texts * tokens][heads * width]
-  float* statistics;           // [texts][heads][2][tokens]: largest score and 1 / sum of exp of every row
+  float* statistics;           // [texts][heads][tokens]: log2 of the sum of exp(scale * score) of every row
   const T* dout;               // like out; the backward pass only
   T* dqkv;                     // like qkv; the backward pass only
   int64_t texts, tokens, heads, key_heads, width;

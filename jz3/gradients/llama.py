@@ -328,7 +328,7 @@ class Run:
         kept = self._offer(y, [name[p] for p in (q, k, v) if p in name])
         qkv = block.qkv.forward(y)
         mixed = x.new_empty(len(x), own.heads * own.width)
-        statistics = torch.empty(self.rows, own.heads, 2, self.tokens)
+        statistics = torch.empty(self.rows, own.heads, self.tokens)
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
         self.native.attention(qkv, *self.angles, mixed, statistics, None, None, sizes=sizes, scale=own.scale)
         kept |= self._offer(mixed, [name[o]] if o in name else [])

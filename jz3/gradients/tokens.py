@@ -150,7 +150,8 @@ def _scored_tail(key: str, head: list[int], tail: list[int], max_tokens: int) ->
 def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> list[Batch]:
     """Group texts by length into batches of at most `batch_tokens` padded tokens (at least one text).
 
-    A text that is run in windows has a batch of its own, whatever its length.
+    A batch that is at least half full takes no text that is shorter than 15/16 of its longest. A text that
+    is run in windows has a batch of its own, whatever its length.
     """
     import torch
 
@@ -163,7 +164,11 @@ def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> li
             order.append(i)
     while order:
         width = len(texts[order[0]].ids)
-        count = max(1, batch_tokens // width)
+        count = 1
+        while count < len(order) and (count + 1) * width <= batch_tokens:
+            if 2 * count * width >= batch_tokens and 16 * len(texts[order[count]].ids) < 15 * width:
+                break
+            count += 1
         rows, order = order[:count], order[count:]
         ids = torch.full((len(rows), width), pad, dtype=torch.int64)
         for r, i in enumerate(rows):
