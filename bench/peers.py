@@ -110,9 +110,12 @@ def run_peer(
     return Measured(speed, tuple(result["shape"]))
 
 
-def run_peers(folder: Path, ids: Sequence[list[int]], threads: int, runs: int) -> dict[str, Measured]:
-    """Time every peer on the same texts."""
-    return {peer.name: run_peer(peer, folder, ids, threads, runs) for peer in PEERS}
+def run_peers(
+    folder: Path, ids: Sequence[list[int]], threads: int, runs: int, names: Sequence[str] | None = None
+) -> dict[str, Measured]:
+    """Time every peer, or those named, on the same texts."""
+    wanted = [peer for peer in PEERS if names is None or peer.name in names]
+    return {peer.name: run_peer(peer, folder, ids, threads, runs) for peer in wanted}
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -92,7 +92,7 @@ struct NormArguments {
 template <class T>
 void rms_norm(const NormArguments<T>& arguments, int threads);
 
-// dx = add + the gradient with respect to x of x / rms(x) * weight; add may be null.
+// dx = add + the gradient with respect to x of x / rms(x) * weight; add may be null, dx may be dy.
 template <class T>
 struct NormBackwardArguments {
   const T *x, *weight, *dy, *add;
@@ -103,7 +103,8 @@ struct NormBackwardArguments {
 template <class T>
 void rms_norm_backward(const NormBackwardArguments<T>& arguments, int threads);
 
-// gate_up[rows][2 * width] holds the gate, then the up projection; width is a multiple of 16.
+// gate_up[rows][2 * width] holds the gate, then the up projection; width is a multiple of 16. out may be
+// gate_up.
 template <class T>
 void swiglu(const T* gate_up, T* y, int64_t rows, int64_t width, int threads);
 template <class T>

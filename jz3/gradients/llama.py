@@ -154,11 +154,10 @@ class _Native:
         add: torch.Tensor | None,
         scale: torch.Tensor,
     ) -> torch.Tensor:
-        """Return add + the gradient with respect to the norm's input."""
-        dx = torch.empty_like(x)
-        pointers = (x, weight, dy, add, scale, dx)
+        """Return add + the gradient with respect to the norm's input, in the place of `dy`."""
+        pointers = (x, weight, dy, add, scale, dy)
         self._run["rms_norm_backward"](*map(_address, pointers), *x.shape, backend.threads())
-        return dx
+        return dy
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) * up."""
@@ -167,10 +166,9 @@ class _Native:
         return y
 
     def swiglu_backward(self, gate_up: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        """Return the gradient with respect to gate and up."""
-        out = torch.empty_like(gate_up)
-        self._run["swiglu_backward"](*map(_address, (gate_up, dy, out)), *dy.shape, backend.threads())
-        return out
+        """Return the gradient with respect to gate and up, in their place."""
+        self._run["swiglu_backward"](*map(_address, (gate_up, dy, gate_up)), *dy.shape, backend.threads())
+        return gate_up
 
     def attention(self, *tensors: torch.Tensor | None, sizes: Sequence[int], scale: float) -> None:
         """Run jz3::attention of csrc/cpu/ops.h, backward if `dout` is given."""
@@ -355,7 +353,7 @@ class Run:
     @torch.no_grad()
     def backward(self, grad: torch.Tensor) -> None:
         """Take the gradient of `hidden` back to the first block's queries, keys and values."""
-        g = grad.reshape(len(self.states), -1).contiguous()
+        g = grad.reshape(len(self.states), -1).clone(memory_format=torch.contiguous_format)
         self.through(self.native.norm_backward(self.states, self.model.norm, g, None, self.scale))
 
     def through(self, g: torch.Tensor) -> torch.Tensor:
