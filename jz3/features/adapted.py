@@ -228,7 +228,9 @@ class AdaptedSink:
         count, width, size = g.shape
         bounds = torch.arange(0, count * width + 1, width, device=g.device)
         if g.device.type == "cpu":
-            return segment_outer(self._project("left", name, g).flatten(0, 1), projected.flatten(0, 1), bounds)
+            return segment_outer(
+                self._project("left", name, g).flatten(0, 1), projected.flatten(0, 1), bounds
+            )
         left = self._matrix("left", name, size, g.dtype)
         # Pads have no gradient, so that a row of the batch is its text's segment.
         return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()

@@ -231,9 +231,9 @@ class Blocks:
             return _Linear([block.get_submodule(n) for n in names], self.dtype)
 
         q, k, v, o, gate, up, down = PARTS
-        norms = (block.input_layernorm, block.post_attention_layernorm)
-        weights = (n.weight.detach().to(self.dtype) for n in norms)
-        return _Block(*weights, linear(q, k, v), linear(o), linear(gate, up), linear(down))
+        norm = block.input_layernorm.weight.detach().to(self.dtype)
+        mlp_norm = block.post_attention_layernorm.weight.detach().to(self.dtype)
+        return _Block(norm, mlp_norm, linear(q, k, v), linear(o), linear(gate, up), linear(down))
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
         """Note under which names a sink wants which layers."""

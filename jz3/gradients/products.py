@@ -48,7 +48,12 @@ class Product:
         depth, self._columns = matrix.shape
         self._bias = bias
         self._matrix = self._packed = None
-        if matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not depth % 2 and native_products():
+        if (
+            matrix.dtype == torch.bfloat16
+            and matrix.device.type == "cpu"
+            and not depth % 2
+            and native_products()
+        ):
             self._packed = pack(matrix)
         else:
             self._matrix = matrix
@@ -91,7 +96,11 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
         float32 [S, Q, P].
     """
     columns = -(-a.shape[1] // LANES) * LANES
-    if not native_products() or min(g.stride(0), a.stride(0) - columns + 1) < 1 or a.stride(1) * g.stride(1) != 1:
+    if (
+        not native_products()
+        or min(g.stride(0), a.stride(0) - columns + 1) < 1
+        or a.stride(1) * g.stride(1) != 1
+    ):
         edges = bounds.tolist()
         return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
     out = torch.empty(len(bounds) - 1, g.shape[1], columns)
@@ -149,7 +158,9 @@ class OutputLayer:
             return ce_hidden_grad(h, self._weight, y, weights)
         h, y, weights = h.contiguous(), y.contiguous(), weights.float().contiguous()
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(self._weight):
-            raise ValueError(f"targets must be in [0, {len(self._weight)}), got {int(y.min())} to {int(y.max())}")
+            raise ValueError(
+                f"targets must be in [0, {len(self._weight)}), got {int(y.min())} to {int(y.max())}"
+            )
         loss, rest, grad = torch.empty(len(h)), torch.empty(len(h)), torch.empty_like(h)
         tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
         backend.extension().cross_entropy(
