@@ -138,5 +138,5 @@ def weights_hash(model: "PreTrainedModel") -> str:
     digest = xxhash.xxh3_64()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(memoryview(weight.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+        digest.update(weight.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
