@@ -257,40 +257,57 @@ def scores_of_kind(gpu: str, kind: str, queries: int) -> Case:
     )
 
 
-def segment_traffic(documents: int, tokens: int, width: int, plan: Plan | None = None) -> float:
+def left_bytes(kind: str, width: int) -> int:
+    """Bytes of L: numbers of 16 bits, or one bit each."""
+    return {"dense": 2 * PROJECTED * width, "signs": PROJECTED // 8 * width, "identity": 0}[kind]
+
+
+def segment_traffic(kind: str, documents: int, tokens: int, width: int, plan: Plan | None = None) -> float:
     """Bytes of a, g, L and the results; with a plan also of its tables, and of partial blocks written and read."""
-    least = 2 * tokens * (width + PROJECTED) + 2 * PROJECTED * width + 4 * PROJECTED**2 * documents
+    block = 4 * PROJECTED * (width if kind == "identity" else PROJECTED)
+    least = 2 * tokens * (width + PROJECTED) + left_bytes(kind, width) + block * documents
     if plan is None:
         return least
     tables = sum(x.nbytes for x in (plan.slots, plan.pieces, plan.tiles, plan.groups))
-    return least + tables + 8 * PROJECTED**2 * int(plan.partials[-1])
+    return least + tables + 2 * block * int(plan.partials[-1])
 
 
 def segment_project(gpu: str) -> list[Case]:
-    """16k tokens in documents of 64 to 2,048; a dense L with 128 rows, a with 128 columns."""
-    hopper = gpu == "H100"
+    """16k tokens in documents of 64 to 2,048, a with 128 columns; L dense with 128 rows, of signs, or the identity."""
+    return [case for kind in ("dense", "signs", "identity") for case in segments_of_kind(gpu, kind)]
+
+
+def segments_of_kind(gpu: str, kind: str) -> list[Case]:
+    """One kind of L on the layers' shapes."""
+    hopper = gpu == "H100" and kind == "dense"  # the others run on the kernel for sm_80 everywhere
     slots, threads = (256, 384) if hopper else (128, 256)
     shared = 3 * 49152 + 65536 + 1024 if hopper else 3 * 128 * 256
     file, symbol = (
         ("segment_project_sm90.cu", "jz3_segment_project_sm90_bf16")
         if hopper
-        else ("segment_project.cu", "jz3_segment_project_dense_bf16_128")
+        else ("segment_project.cu", f"jz3_segment_project_{kind}_bf16_128")
     )
     module, reports = compiled(file, GPUS[gpu], threads, shared)
     machine = reports[symbol]
 
+    def plan_of(bounds: np.ndarray, width: int) -> Plan:
+        outputs = width if kind == "identity" else PROJECTED
+        return plan_segments(bounds, piece_limit(width, outputs, PROJECTED, slots), slots)
+
     def run(width: int) -> tuple[Run, int, float]:
-        bounds = np.array([0, 64, 192, 448])
-        plan = plan_segments(bounds, piece_limit(width, PROJECTED, PROJECTED, slots), slots)
+        outputs = width if kind == "identity" else PROJECTED
+        plan = plan_of(np.array([0, 64, 192, 448]), width)
         device = Device()
         ones = [to_bf16(np.ones(shape, np.float32)) for shape in ((448, 128), (448, width), (128, width))]
+        if kind == "signs":
+            ones[2] = np.zeros((width, PROJECTED // 32), np.uint32)
         a, g, left = (device.put(x) for x in ones)
-        out = device.put(np.zeros((3, PROJECTED, PROJECTED), np.float32))
-        partial = device.put(np.zeros((int(plan.partials[-1]), PROJECTED, PROJECTED), np.float32))
+        out = device.put(np.zeros((3, outputs, PROJECTED), np.float32))
+        partial = device.put(np.zeros((int(plan.partials[-1]), outputs, PROJECTED), np.float32))
         tables = [device.put(x) for x in (plan.slots, plan.pieces, plan.tiles, plan.groups)]
         names = ("a", "g", "left", "out", "partial", "slots", "pieces", "tiles", "groups")
         sizes = ("width", "outputs", "columns", "stride_a", "stride_g", "stride_left")
-        values = (width, PROJECTED, PROJECTED, PROJECTED, width, width)
+        values = (width, outputs, PROJECTED, PROJECTED, width, PROJECTED // 32 if kind == "signs" else width)
         parameters = struct(
             *((n, np.uint64, v) for n, v in zip(names, (a, g, left, out, partial, *tables), strict=True)),
             *((n, np.int64, v) for n, v in zip(sizes, values, strict=True)),
@@ -300,20 +317,28 @@ def segment_project(gpu: str) -> list[Case]:
             TensorMap(g, 2, (width, 448), 2 * width, (64, 16)),
             TensorMap(left, 2, (width, PROJECTED), 2 * width, (64, 128)),
         ]
+        parts = -(-outputs // PROJECTED)
         done = device.launch(
             module.kernels[symbol],
-            (len(plan.groups) - 1,),
+            ((len(plan.groups) - 1) * parts,),
             (threads,),
             [*(maps if hopper else []), parameters],
             dyn_smem=shared,
             metrics=True,
         )
-        formula = segment_traffic(3, 448, width, plan)
-        return done, len(plan.tiles) - 1, roofline.counts(done)["dram_bytes"] / formula
+        formula = segment_traffic(kind, 3, 448, width, plan)
+        return done, (len(plan.tiles) - 1) * parts, roofline.counts(done)["dram_bytes"] / formula
 
-    (short, tiles, _), (long, _, ratio) = run(192), run(320)
-    slope = difference(short, long, 2 * tiles)
-    fixed = {name: roofline.counts(short)[name] / tiles - 3 * each for name, each in slope.items()}
+    # Counts of a tile are those of its blocks of 64 columns and fixed ones; without L a tile has no such blocks.
+    if kind == "identity":
+        one, tiles, ratio = run(128)
+        names = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
+        fixed = {name: roofline.counts(one)[name] / tiles for name in names}
+        slope = dict.fromkeys(fixed, 0.0)
+    else:
+        (short, tiles, _), (long, _, ratio) = run(192), run(320)
+        slope = difference(short, long, 2 * tiles)
+        fixed = {name: roofline.counts(short)[name] / tiles - 3 * each for name, each in slope.items()}
     cases = []
     tokens = 16 * 1024
     for name, width in LAYERS.items():
@@ -321,23 +346,25 @@ def segment_project(gpu: str) -> list[Case]:
         while sum(lengths) < tokens:
             lengths.append(min(DOCUMENTS[len(lengths) % len(DOCUMENTS)], tokens - sum(lengths)))
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        plan = plan_segments(bounds, piece_limit(width, PROJECTED, PROJECTED, slots), slots)
+        plan, parts = plan_of(bounds, width), -(-width // PROJECTED) if kind == "identity" else 1
         blocks = -(-width // 64)
-        trips = {4: blocks} if hopper else {64: blocks, 32: 4, 0: 4}
+        # The loop over columns leaves the last two blocks to the code after it; a tile's second product has 128 slots
+        # in steps of 16; the copies of a tile are unrolled by four.
+        trips = {4: blocks} if hopper else {64: blocks - 2, 32: 4, 0: 2}
         cycles = loop_cycles(machine, max(loop_products(machine)), trips)
         if hopper:  # 8 of the 12 warps multiply; that the others copy meanwhile is left out
             cycles = {pipe: c * 8 / 12 for pipe, c in cycles.items()}
-        flop = 2.0 * tokens * PROJECTED * (width + PROJECTED)
+        outer = 2.0 * tokens * PROJECTED
         cases.append(
             Case(
                 "segment_project",
-                f"{name} T={tokens} O={width} p={PROJECTED}",
+                f"{name} T={tokens} O={width} p={PROJECTED} {kind}",
                 gpu,
-                segment_traffic(len(lengths), tokens, width),
-                segment_traffic(len(lengths), tokens, width, plan),
-                flop,
+                segment_traffic(kind, len(lengths), tokens, width),
+                segment_traffic(kind, len(lengths), tokens, width, plan),
+                outer * width if kind == "identity" else outer * (width + PROJECTED),
                 "bf16",
-                len(plan.tiles) - 1,
+                (len(plan.tiles) - 1) * parts,
                 cycles,
                 {key: fixed[key] + blocks * each for key, each in slope.items()},
                 machine.warps_per_sm,
@@ -360,7 +387,7 @@ def main() -> None:
         raise SystemExit("nvcc is not on PATH: the counts come from compiled kernels")
     print("counts and lower bounds; nothing here was timed")
     print(
-        f"{'kernel':16}{'shape':44}{'gpu':6}{'bytes/min':>10}{'counted':>9}{'conflicts':>10}{'warps':>6}"
+        f"{'kernel':16}{'shape':54}{'gpu':6}{'bytes/min':>10}{'counted':>9}{'conflicts':>10}{'warps':>6}"
         f"{'bound us':>11}  {'by':8}{'tensor':>7}{'dram':>6}"
     )
     rows = []
@@ -370,7 +397,7 @@ def main() -> None:
                 row = case.row()
                 rows.append(row)
                 print(
-                    f"{row['kernel']:16}{row['shape']:44}{gpu:6}{row['dram_to_minimal']:>10.3f}"
+                    f"{row['kernel']:16}{row['shape']:54}{gpu:6}{row['dram_to_minimal']:>10.3f}"
                     f"{row['counted_to_formula']:>9.3f}{row['bank_conflicts']:>10.2f}{row['warps_per_sm']:>6}"
                     f"{row['bound_us']:>11.1f}  {row['binding']:8}{row['tensor_share']:>7.0%}{row['dram_share']:>6.0%}"
                 )

@@ -145,9 +145,32 @@ def test_accuracy(
 
 MUTANTS = {
     "sm80": {
-        "no barrier in the loop": ("        __syncthreads();\n        load(block", "        load(block"),
-        "no wait in the loop": ("cp_async_wait<STAGES - 2>();", ""),
-        "a wait for too little": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
+        "no barrier in the loop": (
+            "        __syncthreads();\n        load_columns(free",
+            "        load_columns(free",
+        ),
+        "no wait in the loop": (
+            "cp_async_wait<STAGES - 2>();\n        __syncthreads();\n        load_columns",
+            "__syncthreads();\n        load_columns",
+        ),
+        "a wait for too little": (
+            "cp_async_wait<STAGES - 2>();\n        __syncthreads();\n        load_columns",
+            "cp_async_wait<STAGES - 1>();\n        __syncthreads();\n        load_columns",
+        ),
+        "no barrier before a": ("      __syncthreads();\n      load_tile(a_tile", "      load_tile(a_tile"),
+        "no wait for the last columns but one": (
+            "cp_async_wait<STAGES - 2>();\n      __syncthreads();\n      load_tile(a_tile",
+            "__syncthreads();\n      load_tile(a_tile",
+        ),
+        "no wait for the last columns": (
+            "cp_async_wait<STAGES - 2>();\n        __syncthreads();\n        multiply(following",
+            "__syncthreads();\n        multiply(following",
+        ),
+        "no barrier for the last columns": (
+            "        __syncthreads();\n        multiply(following",
+            "        multiply(following",
+        ),
+        "the stage after": ("stage = following(stage), free", "free"),
         "no wait for a": ("          }\n      cp_async_wait<0>();", "          }"),
         "no barrier before the second product": (
             "    __syncthreads();\n\n    for (int i = p.tiles",
@@ -155,9 +178,11 @@ MUTANTS = {
         ),
         "no barrier between tiles": ("__syncthreads();  // the next tile's loads", "//"),
         "g L in a buffer still read": ("rows_tile = buffer(blocks + 1)", "rows_tile = buffer(blocks + 2)"),
-        "stride of g": ("int64_t(token) * p.stride_g", "int64_t(token) * p.width"),
-        "swizzle": ("unit = k / 8 + ((lane >> 3) & 1);", "unit = k / 8 + ((lane >> 4) & 1);"),
-        "columns beyond the end": ("bytes <= 0 ? 0 : bytes >= 16 ? 16 : int(bytes)", "bytes <= 0 ? 0 : 16"),
+        "stride of g": ("max(token, 0)) * p.stride_g", "max(token, 0)) * p.width"),
+        "swizzle": ("(((lane >> 3) & 1) ^ (y_row & 7))", "(((lane >> 4) & 1) ^ (y_row & 7))"),
+        "columns beyond the end": ("columns >= 8 ? 16 : 2 * int(columns)", "16"),
+        "empty slots": ("min(bytes[i], most)", "most"),
+        "rows beyond L": ("outputs > 32 * i ? most : 0", "most"),
     },
     "sm90": {
         "no wait for a stage": ("barrier_wait(full + 8 * stage, step / STAGES & 1);", ""),

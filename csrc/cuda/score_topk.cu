@@ -16,7 +16,7 @@
 //
 // bytes: row_bytes + 4 Q per row; from L2 row_bytes per row and 64 queries, 2 K Q per 256 rows
 // operations: 4 K Q per row; integer, per code and 64 queries: 1 (8 bits), 2 (4 bits), 0.9 (2 bits, 1 bit)
-#include "cuda/segment_project.h"
+#include "cuda/tensor_cores.h"
 
 namespace jz3 {
 namespace {

@@ -15,7 +15,7 @@
 //
 // bytes: g and a once per 128 columns of L (they come from L2 then) and 128 columns of a
 // flops: 2 T O Q + 2 T Q P
-#include "cuda/segment_project.h"
+#include "cuda/tensor_cores.h"
 
 namespace jz3 {
 namespace {
@@ -28,9 +28,9 @@ enum Left { DENSE, SIGNS, IDENTITY };
 template <int B>
 constexpr int STAGE_BYTES = (SLOTS + B) * COLUMNS * 2;
 
-__device__ __forceinline__ int bytes_left(int64_t columns, int64_t from) {
-  const int64_t bytes = 2 * (columns - from);
-  return bytes <= 0 ? 0 : bytes >= 16 ? 16 : int(bytes);
+// bytes of up to 8 columns
+__device__ __forceinline__ int bytes_left(int64_t columns) {
+  return columns <= 0 ? 0 : columns >= 8 ? 16 : 2 * int(columns);
 }
 
 // B x B outputs a block
@@ -53,47 +53,11 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
   for (int tile = p.groups[group]; tile < p.groups[group + 1]; ++tile) {
     const int32_t* slots = p.slots + int64_t(tile) * SLOTS;
     auto buffer = [&](int block) { return base + (block % STAGES) * STAGE; };
-    // 64 columns of g for all slots and of L for all outputs
-    const uint16_t* source[SLOTS / 32];
-    if (LEFT != IDENTITY) {
-#pragma unroll
-      for (int i = 0; i < SLOTS / 32; ++i) {
-        const int token = slots[(threadIdx.x >> 3) + 32 * i];
-        source[i] = token < 0 ? nullptr : p.g + int64_t(token) * p.stride_g;
-      }
-    }
-    auto load_columns = [&](int block) {
-      const uint32_t to = buffer(block), unit = threadIdx.x & 7;
-      const int64_t column = int64_t(block) * COLUMNS + unit * 8;
-      const int bytes = bytes_left(p.width, column);
-#pragma unroll
-      for (int i = 0; i < SLOTS / 32; ++i) {
-        const uint32_t row = (threadIdx.x >> 3) + 32 * i;
-        const int take = source[i] == nullptr ? 0 : bytes;
-        cp_async16(to + row * 128 + ((unit ^ (row & 7)) << 4), take ? source[i] + column : p.g, take);
-      }
-      const uint32_t to_left = to + SLOTS * COLUMNS * 2;
-      if (LEFT == DENSE) {
-        const uint16_t* left = static_cast<const uint16_t*>(p.left);
-#pragma unroll
-        for (int i = 0; i < B / 32; ++i) {
-          const uint32_t row = (threadIdx.x >> 3) + 32 * i;
-          const int take = q0 + row < p.outputs ? bytes : 0;
-          cp_async16(to_left + row * 128 + ((unit ^ (row & 7)) << 4),
-                     take ? left + (q0 + row) * p.stride_left + column : left, take);
-        }
-      } else if (threadIdx.x < COLUMNS) {  // 128 signs of a row of L
-        const int64_t row = int64_t(block) * COLUMNS + threadIdx.x;
-        const uint32_t* left = static_cast<const uint32_t*>(p.left);
-        const int64_t word = q0 / 128 * 4, bytes = 4 * ((p.outputs + 31) / 32 - word);
-        const int take = row >= p.width ? 0 : bytes >= 16 ? 16 : int(bytes);
-        cp_async16(to_left + threadIdx.x * 16, take ? left + row * p.stride_left + word : left, take);
-      }
-    };
+    auto following = [&](uint32_t stage) { return stage == base + (STAGES - 1) * STAGE ? base : stage + STAGE; };
     // B columns of a or g for all slots
     auto load_tile = [&](uint32_t to, const uint16_t* x, int64_t stride, int64_t first, int64_t columns) {
       const uint32_t unit = threadIdx.x % UNITS;
-      const int bytes = bytes_left(columns, first + unit * 8);
+      const int bytes = bytes_left(columns - first - unit * 8);
       for (uint32_t row = threadIdx.x / UNITS; row < SLOTS; row += THREADS / UNITS) {
         const int token = slots[row];
         const int take = token < 0 ? 0 : bytes;
@@ -101,41 +65,71 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
                    take ? x + int64_t(token) * stride + first + unit * 8 : x, take);
       }
     };
-    auto load = [&](int block) {
-      if (block < blocks) load_columns(block);
-      if (block == blocks) load_tile(buffer(block), p.a, p.stride_a, p0, p.columns);
-      cp_async_commit();
-    };
 
     const uint32_t a_tile = buffer(blocks), rows_tile = buffer(blocks + 1);
     if (LEFT == IDENTITY) {
       load_tile(rows_tile, p.g, p.stride_g, q0, p.width);
-      load(0);
+      load_tile(a_tile, p.a, p.stride_a, p0, p.columns);
+      cp_async_commit();
       cp_async_wait<0>();
     } else {
-      float rows[2][NT][4] = {};  // 32 slots x 8 NT outputs of g L
+      // What this thread copies of a block of columns: 16 bytes of the rows row + 32 i of g, and of a dense L. A row
+      // that is empty or beyond L has no bytes; where no byte is taken, the address is not looked at.
+      const uint32_t row = threadIdx.x >> 3, unit = threadIdx.x & 7;
+      const uint32_t place = row * 128 + ((unit ^ (row & 7)) << 4);
+      const uint16_t* source[SLOTS / 32];
+      int bytes[SLOTS / 32];
 #pragma unroll
-      for (int block = 0; block < STAGES - 1; ++block) load(block);
-      for (int block = 0; block < blocks; ++block) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();
-        load(block + STAGES - 1);
-        const uint32_t g_tile = buffer(block), left_tile = g_tile + SLOTS * COLUMNS * 2;
+      for (int i = 0; i < SLOTS / 32; ++i) {
+        const int token = slots[row + 32 * i];
+        source[i] = p.g + int64_t(max(token, 0)) * p.stride_g + unit * 8;
+        bytes[i] = token < 0 ? 0 : 16;
+      }
+      int64_t columns = p.width - unit * 8;  // of g, from this thread's next ones on
+      const uint16_t* left = static_cast<const uint16_t*>(p.left) + (q0 + row) * p.stride_left + unit * 8;
+      const int outputs = int(min(p.outputs - q0 - row, int64_t(B)));
+      // or 128 signs of a row of L
+      const int64_t word = q0 / 128 * 4;
+      const uint32_t* signs = static_cast<const uint32_t*>(p.left) + int64_t(threadIdx.x) * p.stride_left + word;
+      const int sign_bytes = int(min(4 * ((p.outputs + 31) / 32 - word), int64_t(16)));
+      int64_t sign_rows = p.width - threadIdx.x;
+      auto load_columns = [&](uint32_t to) {
+        const int most = bytes_left(columns);
+        const uint32_t to_left = to + SLOTS * COLUMNS * 2;
+#pragma unroll
+        for (int i = 0; i < SLOTS / 32; ++i) {
+          cp_async16(to + place + i * 32 * 128, source[i], min(bytes[i], most));
+          source[i] += COLUMNS;
+        }
+        columns -= COLUMNS;
+        if (LEFT == DENSE) {
+#pragma unroll
+          for (int i = 0; i < B / 32; ++i)
+            cp_async16(to_left + place + i * 32 * 128, left + i * 32 * p.stride_left, outputs > 32 * i ? most : 0);
+          left += COLUMNS;
+        } else {
+          if (threadIdx.x < COLUMNS) cp_async16(to_left + threadIdx.x * 16, signs, sign_rows > 0 ? sign_bytes : 0);
+          signs += COLUMNS * p.stride_left;
+          sign_rows -= COLUMNS;
+        }
+      };
+
+      float rows[2][NT][4] = {};  // 32 slots x 8 NT outputs of g L
+      // A step of 16 columns flips bits of the swizzled addresses in `stage`, a multiple of 128.
+      const uint32_t x_row = warp_m * 32 + (lane & 15), y_row = warp_n * (8 * NT) + (lane & 7) + ((lane >> 4) << 3);
+      const uint32_t x_place = x_row * 128 + (((lane >> 4) ^ (x_row & 7)) << 4);
+      const uint32_t y_place = SLOTS * COLUMNS * 2 + y_row * 128 + ((((lane >> 3) & 1) ^ (y_row & 7)) << 4);
+      auto multiply = [&](uint32_t stage) {
 #pragma unroll
         for (int k = 0; k < COLUMNS; k += 16) {
           uint32_t x[2][4];
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            const uint32_t row = warp_m * 32 + m * 16 + (lane & 15), unit = k / 8 + (lane >> 4);
-            ldmatrix(x[m], g_tile + row * 128 + ((unit ^ (row & 7)) << 4));
-          }
+          for (int m = 0; m < 2; ++m) ldmatrix(x[m], ((stage + x_place) ^ (k * 2)) + m * 16 * 128);
           if (LEFT == DENSE) {
 #pragma unroll
             for (int n = 0; n < NT; n += 2) {
-              const uint32_t row = warp_n * (8 * NT) + n * 8 + (lane & 7) + ((lane >> 4) << 3);
-              const uint32_t unit = k / 8 + ((lane >> 3) & 1);
               uint32_t y[4];
-              ldmatrix(y, left_tile + row * 128 + ((unit ^ (row & 7)) << 4));
+              ldmatrix(y, ((stage + y_place) ^ (k * 2)) + n * 8 * 128);
 #pragma unroll
               for (int m = 0; m < 2; ++m) {
                 T::mma(rows[m][n], x[m], y[0], y[1]);
@@ -144,7 +138,8 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
             }
           } else {
             // bits i of two rows of L come to bit i and i + 16 of a word; a shift makes them two signs
-            const uint8_t* bits = shared + (left_tile - base) + (k + 2 * t) * 16 + (q0 % 128) / 8 + warp_n * NT;
+            const uint8_t* bits = shared + (stage - base) + SLOTS * COLUMNS * 2 + (k + 2 * t) * 16 + (q0 % 128) / 8 +
+                                  warp_n * NT;
 #pragma unroll
             for (int word = 0; word < NT / 4; ++word) {
               uint32_t pair[2][2];
@@ -166,6 +161,33 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
             }
           }
         }
+      };
+
+      // Loads are two steps ahead of their use: blocks of columns, then a's tile, which the last step but one
+      // loads, so that the loop holds no code for it.
+      static_assert(STAGES == 3, "loads are two steps ahead");
+      load_columns(base);
+      cp_async_commit();
+      if (blocks > 1) load_columns(base + STAGE);
+      cp_async_commit();
+      uint32_t stage = base, free = base + 2 * STAGE;
+      for (int block = 2; block < blocks; ++block) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        load_columns(free);
+        cp_async_commit();
+        multiply(stage);
+        stage = following(stage), free = following(free);
+      }
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();
+      load_tile(a_tile, p.a, p.stride_a, p0, p.columns);
+      cp_async_commit();
+      multiply(stage);
+      if (blocks > 1) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        multiply(following(stage));
       }
       // nobody reads this buffer: its columns were used up before the last barrier
 #pragma unroll

@@ -12,7 +12,7 @@
 // flops: 2 T O Q + 2 T Q P
 #include <cuda.h>
 
-#include "cuda/segment_project.h"
+#include "cuda/tensor_cores.h"
 
 namespace jz3 {
 namespace {

@@ -11,7 +11,7 @@
 //
 // bytes: 2 S P per 256 projections      flops: 2 S P k      generator: P k / 128 calls per 128 rows
 #include "common/philox.h"
-#include "cuda/segment_project.h"
+#include "cuda/tensor_cores.h"
 
 namespace jz3 {
 namespace {

@@ -1,4 +1,4 @@
-// What the kernels of segment_project share: number formats and the tensor-core instructions of sm_80.
+// What kernels on the tensor cores of sm_80 share: copies to shared memory, number formats, instructions.
 #pragma once
 
 #include <cuda_bf16.h>
