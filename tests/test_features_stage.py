@@ -1,6 +1,7 @@
 """The features stage, kind by kind, on the tiny preset's corpus and targets."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.features import FeaturesConfig, LessConfig, stage
 from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
-from jz3.files import read_json, read_jsonl
+from jz3.files import hash_text, read_json, read_jsonl, write_jsonl
 from jz3.influence import feature_blocks
 from jz3.pipeline import run_pipeline
+from jz3.records import Doc, Query
 from jz3.stage import StageContext
 
 
@@ -79,6 +81,29 @@ def test_a_query_that_is_not_finite_is_a_reject(
     assert sum(summary["queries"].values()) == len(ids) - 1
 
 
+def test_long_documents_and_norms_are_counted(tmp_path: Path, tiny_model: Path) -> None:
+    texts = [f"The sum of {n} and {n + 1} is {2 * n + 1}. " * (1 + 3 * (n % 2)) for n in range(20)]
+    docs = [Doc(id=hash_text(t), text=t, source="sums", tokens=0) for t in texts]
+    query = Query(id="0" * 16, task="sums", problem="1 + 1?", prompt="1 + 1? ", completion="The sum is 2.")
+    write_jsonl(tmp_path / "corpus" / "docs.jsonl", (d.to_json() for d in docs))
+    write_jsonl(tmp_path / "targets" / "queries.jsonl", [query.to_json()])
+    recipe = shipped_recipe("tiny")
+    corpus = dataclasses.replace(recipe.corpus, max_tokens=40, min_tokens=1)
+    found = {}
+    for long in ("truncate", "split"):
+        features = dataclasses.replace(recipe.features, long=long, shard_documents=8)
+        altered = dataclasses.replace(recipe, corpus=corpus, features=features)
+        ctx = StageContext(recipe=altered, run_dir=tmp_path, name="features")
+        found[long] = stage.run(ctx)
+        # A second run reads the counts from the shards that are there.
+        assert stage.run(ctx) == found[long]
+        shutil.rmtree(ctx.out)
+    truncated, split = found["truncate"], found["split"]
+    assert truncated["cut"] == split["split"] == 10 and split["cut"] == truncated["split"] == 0
+    assert truncated["tokens"] + truncated["cut_tokens"] == split["tokens"]
+    assert truncated["norms"] == {"gram": 20, "sketch": 0} and sum(split["norms"].values()) == 20
+
+
 def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:
     with pytest.raises(Jz3Error, match="no fit, sketch or other projection"):
         projection_path(tmp_path)
@@ -89,5 +114,7 @@ def test_settings_are_checked() -> None:
         FeaturesConfig(kind="hidden")
     with pytest.raises(ValueError, match=r"features\.reduction"):
         FeaturesConfig(reduction="max")
+    with pytest.raises(ValueError, match=r"features\.long"):
+        FeaturesConfig(long="drop")
     with pytest.raises(ValueError, match="share must lie in"):
         FeaturesConfig(less=LessConfig(share=0.0))

@@ -74,6 +74,9 @@ class FeaturesConfig:
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512
     """Queries are cut at this length."""
+    long: str = "truncate"
+    """What becomes of a document that the model's tokenizer finds longer than `corpus.max_tokens`: `truncate` (cut at
+    its end) or `split` (run in windows of that length, whose gradients are summed)."""
     exact_documents: int = 128
     """Documents, unseen by the fit, on which the features are compared with exact gradients."""
     exact_queries: int = 16
@@ -88,6 +91,8 @@ class FeaturesConfig:
             raise ValueError(f"features.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"features.reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        if self.long not in ("truncate", "split"):
+            raise ValueError(f"features.long must be 'truncate' or 'split', got {self.long!r}")
         if self.completion < 0:
             raise ValueError(f"features.completion must be 0 (none) or more, got {self.completion}")
         if not 0 < self.less.share <= 1 or self.less.epochs < 1 or self.less.batch_texts < 1:
