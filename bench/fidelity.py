@@ -11,6 +11,7 @@ pass over some of the documents, scaled to all of them.
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -338,6 +339,18 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
     size = 2 * found["random"].shape[1]
     seconds = bench.seconds(sample, sinks["random"], many)
     yield row(f"random {PEER}x{PEER}", size, "unseen", scores, target, tasks, seconds)
+    if arguments.peers:
+        sys.path.insert(0, str(Path(__file__).resolve().parent))
+        from peers import peer_features
+
+        texts_of_both = [*documents, *queries]
+        for name, measured, rows in peer_features(bench.folder, texts_of_both, torch.get_num_threads()):
+            if rows is None:
+                print(f"{name:20} {measured.reason}")
+                continue
+            scores = torch.from_numpy(rows[:many] @ rows[many:].T)
+            seconds = sum(len(t.ids) for t in documents) / measured.tokens_per_s
+            yield row(name, 2 * rows.shape[1], "unseen", scores, target, tasks, seconds)
 
 
 def machine() -> str:
@@ -365,6 +378,9 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=defaults.completion, help="more numbers of a query")
     parser.add_argument("--known-rank", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--peers", action="store_true", help="also those of bench/peers.py that store features"
+    )
     arguments = parser.parse_args()
     if not (arguments.data / "samples").is_dir():
         raise SystemExit(f"{arguments.data} has no folder samples; say where the texts are with --data")

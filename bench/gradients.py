@@ -203,9 +203,7 @@ def main() -> None:
     # The higher of two measurements: a machine that was busy at one of them must not flatter the fraction.
     peak = {k: max(v, before[k]) for k, v in peak_gflops().items()}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    others = peers.run_peers(
-        folder, [t.ids for t in texts], torch.get_num_threads(), arguments.repeats, arguments.peers
-    )
+    others = peers.run_peers(folder, texts, torch.get_num_threads(), arguments.repeats, arguments.peers)
     floor = max(peak.values()) * 1e9 / (4 * parameters)
     rival = others["bergson"].tokens_per_s if "bergson" in others else 0
     result = {

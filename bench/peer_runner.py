@@ -1,7 +1,8 @@
-"""One peer's features of token lists, timed; run by bench/peers.py with a Python that has the peer.
+"""One peer's features of tokenised texts, timed; run by bench/peers.py with a Python that has the peer.
 
-`python peer_runner.py PEER MODEL TOKENS.json DTYPE RUNS OUT` checks that there is a finite row per text, writes the
-first run's rows to OUT if it isn't empty, and prints a JSON line: seconds of every run and the rows' shape.
+`python peer_runner.py PEER MODEL TOKENS.json DTYPE RUNS OUT` reads (tokens, first scored one) of every text,
+checks that there is a finite row per text, writes the first run's rows to OUT if it isn't empty, and prints a JSON
+line: seconds of every run and the rows' shape.
 """
 
 import json
@@ -25,8 +26,10 @@ TRAK_NUMBERS, LESS_NUMBERS = 8, 64
 DRAWN = 1 << 27
 """Entries of that matrix at a time."""
 
-Run = Callable[[list[list[int]], Path], Any]
-"""Computes the rows of token lists, with a folder to write to, and returns what `rows` below is made of."""
+Texts = list[tuple[list[int], int]]
+"""Tokens, and the first one that is scored."""
+Run = Callable[[Texts, Path], Any]
+"""Computes the rows of texts, with a folder to write to, and returns what `rows` below is made of."""
 
 
 def open_model(folder: str, dtype: str, **options: Any) -> Any:
@@ -37,14 +40,15 @@ def open_model(folder: str, dtype: str, **options: Any) -> Any:
     return model
 
 
-def padded(ids: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Lay token lists out as a batch, padded on the right."""
-    width = max(map(len, ids))
-    found = torch.zeros(3, len(ids), width, dtype=torch.int64)
+def padded(texts: Texts) -> dict[str, torch.Tensor]:
+    """Lay texts out as a batch, padded on the right."""
+    width = max(len(ids) for ids, _ in texts)
+    found = torch.zeros(3, len(texts), width, dtype=torch.int64)
     found[2] = -100
-    for row, text in enumerate(ids):
-        found[0, row, : len(text)] = found[2, row, : len(text)] = torch.tensor(text)
-        found[1, row, : len(text)] = 1
+    for row, (ids, start) in enumerate(texts):
+        found[0, row, : len(ids)] = torch.tensor(ids)
+        found[1, row, : len(ids)] = 1
+        found[2, row, start : len(ids)] = torch.tensor(ids[start:])
     return dict(zip(("input_ids", "attention_mask", "labels"), found, strict=True))
 
 
@@ -56,8 +60,10 @@ def bergson(folder: str, dtype: str) -> tuple[Run, Callable[[Any], np.ndarray]]:
 
     model = open_model(folder, dtype)
 
-    def run(ids: list[list[int]], out: Path) -> Path:
-        data = Dataset.from_dict({"input_ids": ids, "length": [len(i) for i in ids]})
+    def run(texts: Texts, out: Path) -> Path:
+        ids = [i for i, _ in texts]
+        labels = [[-100] * start + i[start:] for i, start in texts]
+        data = Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(i) for i in ids]})
         config = IndexConfig(
             run_path=str(out / "index"),
             token_batch_size=BATCH_TOKENS,
@@ -99,14 +105,14 @@ def dattri_llm(folder: str, dtype: str) -> tuple[Run, Callable[[Any], np.ndarray
         each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return (each.view_as(targets).sum(1) / (targets >= 0).sum(1)).sum()
 
-    def run(ids: list[list[int]], out: Path) -> tuple[Any, list[int]]:
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    def run(texts: Texts, out: Path) -> tuple[Any, list[int]]:
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
         arguments = AttributionArguments(
             output_dir=str(out), use_cpu=True, per_device_train_batch_size=size, dataloader_pin_memory=False
         )
         streamer = GradientStreamer(
             model,
-            [ids[i] for i in order],  # pyright: ignore[reportArgumentType]
+            [texts[i] for i in order],  # pyright: ignore[reportArgumentType]
             arguments,
             batch_size=size,
             loss_fn=loss,
@@ -156,11 +162,11 @@ def traker(folder: str, dtype: str) -> tuple[Run, Callable[[Any], np.ndarray]]:
         count, TRAK_NUMBERS, 0, ProjectionType.normal, torch.device("cpu"), max(1, DRAWN // count)
     )
 
-    def run(ids: list[list[int]], out: Path) -> Any:
+    def run(texts: Texts, out: Path) -> Any:
         traker = TRAKer(
             model=model,
             task=Loss(),
-            train_set_size=len(ids),
+            train_set_size=len(texts),
             save_dir=str(out),
             device="cpu",
             projector=projector,
@@ -170,7 +176,7 @@ def traker(folder: str, dtype: str) -> tuple[Run, Callable[[Any], np.ndarray]]:
             logging_level=40,
         )
         traker.load_checkpoint(model.state_dict(), model_id=0)
-        for text in ids:
+        for text in texts:
             traker.featurize(batch=list(padded([text]).values()), num_samples=1)
         return traker
 
@@ -201,14 +207,14 @@ def less(folder: str, dtype: str) -> tuple[Run, Callable[[Any], np.ndarray]]:
         count, LESS_NUMBERS, 0, ProjectionType.rademacher, torch.device("cpu"), block, torch.float32
     )
 
-    def run(ids: list[list[int]], out: Path) -> torch.Tensor:
+    def run(texts: Texts, out: Path) -> torch.Tensor:
         found, waiting = [], []
-        for number, text in enumerate(ids):
+        for number, text in enumerate(texts):
             model.zero_grad()
             model(**padded([text])).loss.backward()
             g = torch.cat([p.grad.flatten().float() for p in parameters])
             waiting.append((0.9 * m + 0.1 * g) / torch.sqrt(0.999 * v + 0.001 * g.square() + 1e-8))
-            if len(waiting) == 16 or number == len(ids) - 1:
+            if len(waiting) == 16 or number == len(texts) - 1:
                 found.append(projector.project(torch.stack(waiting), model_id=0))
                 waiting = []
         return torch.nn.functional.normalize(torch.cat(found), dim=1)
@@ -230,18 +236,20 @@ def _wide(x: Any) -> np.ndarray:
 def main() -> None:
     """Warm up on one text, run, check, print."""
     peer, folder, tokens, dtype, runs, out = sys.argv[1:]
-    ids = json.loads(Path(tokens).read_text(encoding="utf-8"))
+    texts: Texts = json.loads(Path(tokens).read_text(encoding="utf-8"))
     run, rows = PEERS[peer](folder, dtype)
     seconds, first = [], None
     for number in range(int(runs) + 1):
         with tempfile.TemporaryDirectory() as temporary:
             start = time.perf_counter()
-            found = run(ids if number else ids[:1], Path(temporary))
+            found = run(texts if number else texts[:1], Path(temporary))
             seconds.append(time.perf_counter() - start)
             if number == 1:
                 first = rows(found)
-    if first is None or len(first) != len(ids) or not np.isfinite(first).all():
-        raise SystemExit(f"{peer} gave {None if first is None else first.shape} numbers for {len(ids)} texts")
+    if first is None or len(first) != len(texts) or not np.isfinite(first).all():
+        raise SystemExit(
+            f"{peer} gave {None if first is None else first.shape} numbers for {len(texts)} texts"
+        )
     if not np.abs(first).sum(1).all():
         raise SystemExit(f"{peer} gave a row of zeros")
     if out:

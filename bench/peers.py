@@ -1,4 +1,4 @@
-"""What others need for the features of the same texts; bench/gradients.py prints it beside its own.
+"""What others need for features of the same texts (bench/gradients.py), and what those keep (bench/fidelity.py).
 
 JZ3_PEER_PYTHON names the interpreters that have them, separated by `:` (their pins conflict, so as a rule every peer
 has an environment of its own): bergson, dattri-llm, traker, and for LESS's recipe traker and peft. Everyone gets the
@@ -11,12 +11,18 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+
+from jz3.gradients import Tokens
 
 RUNNER = Path(__file__).resolve().parent / "peer_runner.py"
 VARIABLE = "JZ3_PEER_PYTHON"
+STORED = ("bergson", "dattri-llm")
+"""Who writes the projected gradients of all layers to disk: what bench/fidelity.py compares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +79,14 @@ def interpreters() -> dict[str, set[str]]:
 
 
 def run_peer(
-    peer: Peer, folder: Path, ids: Sequence[list[int]], threads: int, runs: int, rows: Path | None = None
+    peer: Peer, folder: Path, texts: Sequence[Tokens], threads: int, runs: int, rows: Path | None = None
 ) -> Measured:
     """Time a peer, after a warm-up.
 
     Args:
         peer: who.
         folder: the model.
-        ids: the texts' tokens.
+        texts: whose features it computes.
         threads: of its process.
         runs: how many are timed; the median counts.
         rows: where its features go as a .npy file, if anywhere.
@@ -94,10 +100,10 @@ def run_peer(
         where = f"no interpreter of {VARIABLE} has" if known else f"{VARIABLE} is not set; wanted:"
         return Measured(reason=f"absent: {where} {' and '.join(peer.needs)}")
     if peer.texts:
-        ids = ids[:: max(1, len(ids) // peer.texts)][: peer.texts]
+        texts = texts[:: max(1, len(texts) // peer.texts)][: peer.texts]
     with tempfile.TemporaryDirectory() as temporary:
         tokens = Path(temporary) / "tokens.json"
-        tokens.write_text(json.dumps(list(ids)), encoding="utf-8")
+        tokens.write_text(json.dumps([(t.ids, t.start) for t in texts]), encoding="utf-8")
         command = [python, str(RUNNER), peer.runner, str(folder), str(tokens), peer.dtype, str(runs)]
         command.append(str(rows) if rows else "")
         done = subprocess.run(
@@ -106,16 +112,32 @@ def run_peer(
     if done.returncode:
         return Measured(reason=f"failed: {_last(done.stderr)}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    speed = sum(map(len, ids)) / statistics.median(result["seconds"])
+    speed = sum(len(t.ids) for t in texts) / statistics.median(result["seconds"])
     return Measured(speed, tuple(result["shape"]))
 
 
 def run_peers(
-    folder: Path, ids: Sequence[list[int]], threads: int, runs: int, names: Sequence[str] | None = None
+    folder: Path, texts: Sequence[Tokens], threads: int, runs: int, names: Sequence[str] | None = None
 ) -> dict[str, Measured]:
     """Time every peer, or those named, on the same texts."""
     wanted = [peer for peer in PEERS if names is None or peer.name in names]
-    return {peer.name: run_peer(peer, folder, ids, threads, runs) for peer in wanted}
+    return {peer.name: run_peer(peer, folder, texts, threads, runs) for peer in wanted}
+
+
+def peer_features(
+    folder: Path, texts: Sequence[Tokens], threads: int
+) -> Iterator[tuple[str, Measured, np.ndarray | None]]:
+    """Yield name, measurement and unit rows [N, K] of every peer that stores all layers' gradients, projected."""
+    for peer in (p for p in PEERS if p.runner in STORED and p.dtype == "bfloat16"):
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "rows.npy"
+            measured = run_peer(replace(peer, texts=0), folder, texts, threads, 1, path)
+            rows = None if measured.reason else np.load(path)
+        yield (
+            peer.name,
+            measured,
+            None if rows is None else rows / np.linalg.norm(rows, axis=1, keepdims=True),
+        )
 
 
 def _environment(threads: int) -> dict[str, str]:
