@@ -9,6 +9,7 @@ import numpy as np
 
 from jz3 import selection
 from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
+from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
 from jz3.files import canonical_json, hash_text
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
@@ -33,6 +34,9 @@ class Adapted:
     rank: int = 128
     layers: int = 256
     seed: int = 0
+    completion: int = 32768
+    """Coordinates beyond `k` that queries are computed on and that their features stand for as far as the sample
+    allows (jz3.features.completion); 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class Features:
     """[N] float32 (Less: of the last checkpoint's direction)."""
     loss: np.ndarray = field(repr=False)
     """[N] float32, cross-entropy per text."""
+    completion: Completion | None = field(default=None, repr=False)
+    """What completes queries, of Adapted."""
 
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries.
@@ -92,11 +98,12 @@ class Features:
             self.model,
             linear_layers(self.model),
             tokens,
-            self.projection,
+            self.completion.fit if self.completion else self.projection,
             reduction=self.reduction,
             side="query",
         )
-        values, norm = found.values.numpy(), found.norm.numpy()
+        folded = self.completion.fold(found.values) if self.completion else found.values
+        values, norm = folded.numpy(), found.norm.numpy()
         bad = np.flatnonzero(~(np.isfinite(norm) & (norm > 0) & np.isfinite(values).all(1)))
         if len(bad):
             number = int(bad[0])
@@ -155,24 +162,31 @@ def featurize(
     layers = linear_layers(model)
     texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
     projection: Projection
+    completion: Completion | None = None
     if isinstance(kind, Sketch):
         projection = sketch.Sketch.of("", layers, kind.k, kind.left, kind.right, kind.seed)
     elif isinstance(kind, Less):
         projection = _less(model, texts, kind, batch_tokens)
     else:
         order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
-        projection = adapted.fit_adapted(
+        sample = [texts[i] for i in order]
+        fit = adapted.fit_adapted(
             model,
             "",
             layers,
             _query_tokens(tokenizer, kind.queries, max_tokens),
-            [texts[i] for i in order],
-            k=kind.k,
+            sample,
+            k=kind.k + kind.completion,
             rank=kind.rank,
             max_layers=kind.layers,
             reduction=reduction,
             seed=kind.seed,
         )
+        projection = fit.top(min(kind.k, fit.k))
+        if fit.k > projection.k and len(sample) > 1:
+            completion = fit_completion(
+                model, layers, fit, kind.k, sample, batch_tokens=batch_tokens, reduction=reduction
+            )
     found: Extracted = extract(
         model, layers, texts, projection, batch_tokens=batch_tokens, reduction=reduction
     )
@@ -181,7 +195,15 @@ def featurize(
         bad = int(np.flatnonzero(~(np.isfinite(norm) & (norm > 0)))[0])
         raise ValueError(f"the gradient of text {bad} is {norm[bad]}; leave it out: {docs[bad][:60]!r}")
     return Features(
-        model, tokenizer, projection, max_tokens, reduction, found.values.numpy(), norm, found.loss.numpy()
+        model,
+        tokenizer,
+        projection,
+        max_tokens,
+        reduction,
+        found.values.numpy(),
+        norm,
+        found.loss.numpy(),
+        completion,
     )
 
 

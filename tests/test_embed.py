@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import jz3
+from jz3.features.extract import extract
 from jz3.features.lora import LoraShape, WarmUp
+from jz3.gradients import linear_layers, tokenize_query
 from jz3.models import load_model, load_tokenizer
 
 DOCS = [f"The sum of {a} and {b} is {a + b}." for a, b in zip(range(3, 15), range(20, 8, -1), strict=True)]
@@ -24,6 +26,24 @@ def test_three_calls(tiny_model: Path) -> None:
     assert scores.values[chosen[0]] == scores.values.max() and len(set(chosen)) == 4
     again = features.encode([(DOCS[0][:1], DOCS[0][1:])])
     assert again.shape == (1, 256)
+
+
+def test_queries_are_completed_from_the_sample(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    plain, completed = (
+        jz3.featurize(model, tokenizer, DOCS, jz3.Adapted([QUERY], k=16, rank=16, completion=more))
+        for more in (0, 512)
+    )
+    assert plain.completion is None and completed.completion is not None
+    assert np.allclose(plain.values, completed.values, atol=1e-5)
+    fit = completed.completion.fit
+    asked = [tokenize_query(tokenizer, "", *QUERY, 512)]
+    wide = extract(model, linear_layers(model), asked, fit, side="query").values
+    assert wide.shape == (1, 528)
+    assert np.allclose(completed.encode([QUERY]), completed.completion.fold(wide).numpy(), atol=1e-5)
+    # What a document's own coordinates are stays; what they stand for is added.
+    assert np.allclose(plain.encode([QUERY]), wide[:, completed.completion.positions].numpy(), atol=1e-5)
+    assert not np.allclose(plain.encode([QUERY]), completed.encode([QUERY]), atol=1e-4)
 
 
 def test_sketch_needs_no_query(tiny_model: Path) -> None:
