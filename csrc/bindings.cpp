@@ -126,9 +126,19 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     jz3::score_topk({at<const uint8_t>(codes), at<const int8_t>(levels), at<const int8_t>(planes),
                      at<const double>(step), at<const double>(bias), at<const float>(row_scale),
-                     at<const int64_t>(ids), at<const int64_t>(groups), at<float>(values), at<int64_t>(found), rows,
-                     dim, row_bytes, stride, queries, count, k, planes_count, bits, isa},
+                     at<const int64_t>(ids), at<const int64_t>(groups), at<float>(values), at<int64_t>(found),
+                     nullptr, rows, dim, row_bytes, stride, queries, count, k, planes_count, bits, isa},
                     threads);
+  });
+  m.def("score_codes", [](uintptr_t codes, uintptr_t levels, uintptr_t planes, uintptr_t step, uintptr_t bias,
+                          uintptr_t row_scale, uintptr_t scores, int64_t rows, int64_t dim, int64_t row_bytes,
+                          int64_t stride, int64_t queries, int planes_count, int bits, int isa, int threads) {
+    py::gil_scoped_release release;
+    jz3::score_codes({at<const uint8_t>(codes), at<const int8_t>(levels), at<const int8_t>(planes),
+                      at<const double>(step), at<const double>(bias), at<const float>(row_scale), nullptr, nullptr,
+                      nullptr, nullptr, at<float>(scores), rows, dim, row_bytes, stride, queries, 0, 0, planes_count,
+                      bits, isa},
+                     threads);
   });
 #ifdef JZ3_BF16
   m.def("segment_unit", [] { return int(jz3::best_segment_unit()); });

@@ -7,7 +7,14 @@ from accuracy import BACKENDS, normal
 from jz3 import backend
 from jz3.ops.best import merge_topk
 from jz3.ops.encode import CODEBOOKS, decode, encode, unpack_codes
-from jz3.ops.score_topk import fold_queries, score_topk, score_topk_cpu, score_topk_reference
+from jz3.ops.score_checkpoints import score_codes_cpu
+from jz3.ops.score_topk import (
+    fold_queries,
+    score_codes_reference,
+    score_topk,
+    score_topk_cpu,
+    score_topk_reference,
+)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -80,6 +87,8 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         expected = score_topk_reference(*arguments, groups, -(-queries // 2), k)
         got = score_topk_cpu(*arguments, groups, -(-queries // 2), k, instructions)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        scores = score_codes_cpu(*arguments[:-1], instructions)
+        assert torch.equal(scores, score_codes_reference(*arguments[:-1]))
 
 
 @pytest.mark.parametrize("planes", [1, 3])

@@ -42,7 +42,7 @@ void encode(const EncodeArguments& arguments, int threads);
 void decode(const uint8_t* codes, const float* mean, const float* scale, const float* table, float* values,
             int64_t rows, int64_t dim, int64_t row_bytes, int bits, int threads);
 
-// Streaming top-k over codes (jz3/ops/score_topk.py); isa as in choose_isa.
+// Streaming top-k over codes (jz3/ops/score_topk.py), or all scores (score_checkpoints.py); isa as in choose_isa.
 struct ScoreArguments {
   const uint8_t* codes;
   const int8_t *levels, *planes;  // [2^bits], [planes_count][queries][dim]
@@ -51,10 +51,12 @@ struct ScoreArguments {
   const int64_t *ids, *groups;    // [rows], [queries]
   float* values;                  // [count][k]
   int64_t* found;                 // [count][k]
+  float* scores;                  // [queries][rows], for score_codes, which needs no ids and no groups; or null
   int64_t rows, dim, row_bytes, stride, queries, count, k;  // stride of rows in bytes; k <= rows
   int planes_count, bits, isa;
 };
 void score_topk(const ScoreArguments& arguments, int threads);
+void score_codes(const ScoreArguments& arguments, int threads);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define JZ3_BF16 1

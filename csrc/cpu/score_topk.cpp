@@ -5,7 +5,8 @@
 // are multiplied with these (on normal data one in thousands), so that a scan costs little more than that of one
 // plane and finds what the definition finds: the products are exact integers, the rest is float64 in its order.
 //
-// Per row: row_bytes read once, dim * queries multiply-adds; memory is that of a tile and the k best per group.
+// Per row: row_bytes read once, dim * queries multiply-adds; memory is that of a tile and the k best per group. Where
+// all scores are wanted (score_codes), every plane is multiplied with every row and nothing is bounded.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -81,7 +82,7 @@ struct Queries {
   int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
   Lines blocked;                          // [plane][block][step][queries of a block][64]
   Lines single;                    // [plane][query][columns], without the first plane
-  Lines tiled;                     // the first plane for the tile kernel: [block of 16][step][16][16][4]
+  Lines tiled;                     // for the tile kernel, then `blocked` is empty: [plane][block of 16][step][16][16][4]
   std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
   std::vector<double> first_step, offset, rest, slack;
 
@@ -91,9 +92,9 @@ struct Queries {
         block(kernels.block),
         blocks((a.queries + block - 1) / block),
         width(tiles ? (a.queries + TILE_QUERIES - 1) / TILE_QUERIES * TILE_QUERIES : blocks * block),
-        blocked(a.planes_count * blocks * block * columns),
+        blocked(tiles ? 0 : a.planes_count * blocks * block * columns),
         single((a.planes_count - 1) * a.queries * columns),
-        tiled(tiles ? width * columns : 0),
+        tiled(tiles ? a.planes_count * width * columns : 0),
         digit_sum(size_t(a.planes_count * a.queries)),
         first_step(size_t(a.queries)),
         offset(first_step),
@@ -116,8 +117,9 @@ struct Queries {
         } else {
           first_square = double(square);
         }
-        if (!plane && tiles) {
-          uint8_t* const to = tiled.data() + (q / TILE_QUERIES * columns * TILE_QUERIES + q % TILE_QUERIES * 4);
+        if (tiles) {
+          const int64_t tile = plane * (width / TILE_QUERIES) + q / TILE_QUERIES;
+          uint8_t* const to = tiled.data() + tile * columns * TILE_QUERIES + q % TILE_QUERIES * 4;
           for (int64_t c = 0; c < columns; c += 4) std::memcpy(to + c * TILE_QUERIES, &line[c], 4);
         } else {
           uint8_t* const to = blocked.data() + (plane * blocks + q / block) * columns * block + q % block * STEP;
@@ -174,7 +176,7 @@ class Scan {
         seen_(size_t(a_.count), -1),
         members_(size_t(a_.count)),
         bytes_((p_.direct ? 1 : p_.rows) * p_.queries.columns, 128) {
-    for (int64_t q = 0; q < a_.queries; ++q) members_[a_.groups[q]].push_back(q);
+    for (int64_t q = 0; a_.groups && q < a_.queries; ++q) members_[a_.groups[q]].push_back(q);
   }
 
   void run(int64_t first, int64_t last) {
@@ -211,37 +213,51 @@ class Scan {
     const Source source = in_place ? Source{row(begin), a_.stride, a_.row_bytes}
                                    : Source{bytes_.data(), queries.columns, queries.columns};
     std::fill(norms_.begin(), norms_.end(), 0.0);
-    if (p_.tiles) {
-      for (int64_t r = 0; r < count; ++r) norms_[r] = p_.kernels.norm(source.bytes + r * source.stride, source.width);
-      for (int64_t r = 0; r < count; r += TILE_ROWS) {
-        const int64_t share = (ahead_end_ - ahead_) * TILE_ROWS / p_.rows;
-        p_.tiles(source.bytes + r * source.stride, source.stride, queries.tiled.digits(), queries.columns,
-                 queries.width / TILE_QUERIES, ahead_ + r / TILE_ROWS * share, share,
-                 sums_.data() + r * queries.width);
-      }
-    } else {
-      multiply(source, count, 0, sums_.data(), norms_.data());
-    }
-    choose(begin, count);
-    if (int64_t(candidates_.size()) * 4 > count * a_.queries) {
+    multiply(source, count, 0, sums_.data(), a_.scores ? nullptr : norms_.data());
+    if (!a_.scores) choose(begin, count);
+    const bool all = a_.scores || int64_t(candidates_.size()) * 4 > count * a_.queries;
+    if (all) {
       rest_.resize(size_t((a_.planes_count - 1) * p_.rows * queries.width));
       for (int64_t plane = 1; plane < a_.planes_count; ++plane)
         multiply(source, count, plane, rest_.data() + (plane - 1) * p_.rows * queries.width, nullptr);
-      offer(begin, true, source);
-    } else {
-      offer(begin, false, source);
     }
+    if (a_.scores)
+      write(begin, count);
+    else
+      offer(begin, all, source);
   }
 
-  // sums[row][query] = rows x a plane of the queries
+  void write(int64_t begin, int64_t count) const {
+    for (int64_t q = 0; q < a_.queries; ++q)
+      for (int64_t r = 0; r < count; ++r) a_.scores[q * a_.rows + begin + r] = score(begin, r, q, nullptr);
+  }
+
+  // From the sums of all planes; of the later ones for `bytes` alone where they aren't known.
+  float score(int64_t begin, int64_t r, int64_t q, const uint8_t* bytes) const {
+    const bool biased = p_.tiles || p_.kernels.biased;
+    const int64_t at = r * p_.queries.width + q;
+    int64_t dot = int64_t(sums_[at]) - (biased ? p_.queries.digit_sum[q] : 0);
+    for (int64_t plane = 1; plane < a_.planes_count; ++plane) {
+      const int64_t sum = bytes ? single(bytes, plane, q)
+                                : int64_t(rest_[(plane - 1) * p_.rows * p_.queries.width + at]);
+      dot = dot * 128 + sum - ((bytes ? p_.kernels.biased : biased) ? p_.queries.digit_sum[plane * a_.queries + q] : 0);
+    }
+    return float(double(a_.row_scale[begin + r]) * (double(dot) * a_.step[q] + a_.bias[q]));
+  }
+
+  // sums[row][query] = rows x a plane of the queries; with the first plane, the next rows are prefetched
   void multiply(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
+    if (p_.tiles) {
+      multiply_tiles(source, count, plane, sums, norms);
+      return;
+    }
     const Queries& queries = p_.queries;
     const bool codes = p_.direct && a_.bits == 4;
     const int64_t span = codes ? SPAN / 2 : SPAN, per_byte = codes ? 2 : 1;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
     const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
-    const int64_t ahead_step = norms ? std::min<int64_t>(2 * STEP, (ahead_end_ - ahead_ + steps - 1) / steps) : 0;
+    const int64_t ahead_step = plane ? 0 : std::min<int64_t>(norms ? 2 * STEP : STEP, (ahead_end_ - ahead_ + steps - 1) / steps);
     double spare[QUERIES];
     const int64_t width = queries.block;
     std::fill(sums, sums + count * queries.width, 0.0);
@@ -262,6 +278,17 @@ class Scan {
                                                         norms && block == 0 ? norm : nullptr);
         }
       }
+  }
+
+  void multiply_tiles(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
+    const Queries& queries = p_.queries;
+    const int8_t* const digits = queries.tiled.digits() + plane * queries.width * queries.columns;
+    const int64_t share = plane ? 0 : (ahead_end_ - ahead_) * TILE_ROWS / p_.rows;
+    for (int64_t r = 0; norms && r < count; ++r)
+      norms[r] = p_.kernels.norm(source.bytes + r * source.stride, source.width);
+    for (int64_t r = 0; r < count; r += TILE_ROWS)
+      p_.tiles(source.bytes + r * source.stride, source.stride, digits, queries.columns, queries.width / TILE_QUERIES,
+               ahead_ + r / TILE_ROWS * share, share, sums + r * queries.width);
   }
 
   // The pairs of a row and a query that may be among the best.
@@ -293,16 +320,10 @@ class Scan {
       const uint8_t* bytes = nullptr;
       touched_.clear();
       for (; i < candidates_.size() && candidates_[i].row == r; ++i) {
-        const int64_t q = candidates_[i].query, at = r * p_.queries.width + q;
+        const int64_t q = candidates_[i].query;
         if (candidates_[i].most < limit_[q]) continue;
         if (!bytes && !rest_known && a_.planes_count > 1) bytes = unpacked(begin, r, source);
-        int64_t dot = int64_t(sums_[at]) - (p_.tiles || p_.kernels.biased ? p_.queries.digit_sum[q] : 0);
-        for (int64_t plane = 1; plane < a_.planes_count; ++plane) {
-          const int64_t sum = rest_known ? int64_t(rest_[(plane - 1) * p_.rows * p_.queries.width + at])
-                                         : single(bytes, plane, q);
-          dot = dot * 128 + sum - (p_.kernels.biased ? p_.queries.digit_sum[plane * a_.queries + q] : 0);
-        }
-        const float value = float(double(a_.row_scale[begin + r]) * (double(dot) * a_.step[q] + a_.bias[q]));
+        const float value = score(begin, r, q, bytes);
         const int64_t group = a_.groups[q];
         if (seen_[group] != begin + r) {
           seen_[group] = begin + r;
@@ -350,9 +371,9 @@ class Scan {
   const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
 };
 
-}  // namespace
-
-void score_topk(const ScoreArguments& a, int threads) {
+// Scans the rows in parts; done(part, scan) after each.
+template <class Done>
+void scan(const ScoreArguments& a, int threads, const Done& done) {
   const Isa isa = choose_isa(a.isa);
   const TileKernel tiles = choose_tile_kernel(isa, a.queries);
   const Isa plain = tiles ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
@@ -365,13 +386,22 @@ void score_topk(const ScoreArguments& a, int threads) {
   Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), {}};
   plan.floor = std::vector<std::atomic<float>>(size_t(a.count));
   for (auto& worst : plan.floor) worst = -std::numeric_limits<float>::infinity();
-
-  std::vector<std::vector<Best>> best(size_t(std::max(threads, 1)));
   parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads, [&](int64_t part, int64_t first, int64_t last) {
     Scan scan(plan);
     scan.run(first, last);
-    best[part] = scan.best();
+    done(part, scan);
   });
+}
+
+}  // namespace
+
+void score_codes(const ScoreArguments& a, int threads) {
+  scan(a, threads, [](int64_t, const Scan&) {});
+}
+
+void score_topk(const ScoreArguments& a, int threads) {
+  std::vector<std::vector<Best>> best(size_t(std::max(threads, 1)));
+  scan(a, threads, [&](int64_t part, const Scan& scan) { best[part] = scan.best(); });
   for (int64_t group = 0; group < a.count; ++group) {
     std::vector<Found> all;
     for (auto& part : best)

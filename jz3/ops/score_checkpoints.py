@@ -22,7 +22,6 @@ from jz3.ops.score_topk import (
     fold_queries,
     score_codes_cuda,
     score_codes_reference,
-    score_topk_cpu,
     unsupported,
 )
 
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 24
 """Scores held at a time: rows x queries."""
-MOST_ROWS = {"cuda": 1 << 18, "cpu": 1 << 10}
-"""Of a chunk; the compiled scan of a CPU sorts them, which is cheapest within its cache."""
+MOST_ROWS = 1 << 18
+"""Of a chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ def score_topk_checkpoints(
             ids = torch.arange(len(codes), device=codes.device)
         best = (torch.empty(count, 0, device=codes.device), ids.new_empty(count, 0))
         queries = len(folded[0].groups)
-        chunk = max(1, min(MOST_ROWS[codes.device.type], CHUNK // max(queries, 1)))
+        chunk = max(1, min(MOST_ROWS, CHUNK // max(queries, 1)))
         for begin in range(0, len(codes) if count else 0, chunk):
             rows = slice(begin, begin + chunk)
             total = torch.zeros(queries, len(ids[rows]), dtype=torch.float64, device=codes.device)
@@ -147,22 +146,38 @@ def _scores(checkpoint: CheckpointCodes, folded: Folded, rows: slice) -> "torch.
     )
 
 
-def _score_codes_cpu(
+def score_codes_cpu(
     codes: "torch.Tensor",
     kind: str,
     planes: "torch.Tensor",
     step: "torch.Tensor",
     bias: "torch.Tensor",
     row_scale: "torch.Tensor",
+    instructions: int = -1,
 ) -> "torch.Tensor":
-    """All scores from the compiled scan: the best of n rows are all n, which are put back in their order."""
+    """The compiled products; `instructions` as for `score_topk_cpu`."""
     import torch
 
-    rows, groups = torch.arange(len(codes)), torch.arange(len(step))
-    values, found = score_topk_cpu(
-        codes, kind, planes, step, bias, row_scale, rows, groups, len(step), max(len(codes), 1)
+    book = CODEBOOKS[kind]
+    levels = torch.tensor(book.levels, dtype=torch.int8)
+    scores = torch.empty(len(step), len(codes))
+    if codes.stride(1) != 1:
+        codes = codes.contiguous()
+    tensors = [x.contiguous() for x in (levels, planes, step, bias, row_scale, scores)]
+    backend.extension().score_codes(
+        codes.data_ptr(),
+        *(x.data_ptr() for x in tensors),
+        len(codes),
+        planes.shape[2],
+        codes.shape[1],
+        codes.stride(0),
+        planes.shape[1],
+        len(planes),
+        book.bits,
+        instructions,
+        backend.threads(),
     )
-    return torch.empty_like(values).scatter_(1, found, values)
+    return scores
 
 
 def _score_codes_triton(
@@ -196,7 +211,7 @@ backend.register(
     backend.Op(
         name="score_codes",
         reference=score_codes_reference,
-        native={"cuda": score_codes_cuda, "triton": _score_codes_triton, "cpu": _score_codes_cpu},
+        native={"cuda": score_codes_cuda, "triton": _score_codes_triton, "cpu": score_codes_cpu},
         example=_example,
         exact=True,
         unsupported=unsupported,
