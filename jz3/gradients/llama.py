@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from jz3 import backend
-from jz3.gradients.products import OutputLayer, Product
+from jz3.gradients.products import OutputLayer, Product, native_products
 from jz3.machine import fast_bfloat16_cpu
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "something else has hooked the model"
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    copies = sum(p.numel() for p in model.parameters()) * _dtype(model).itemsize
+    # Packed products have a copy for either direction.
+    directions = 2 if native_products() else 1
+    copies = directions * sum(p.numel() for p in model.parameters()) * _dtype(model).itemsize
     if copies > pages * size / 4:
         return f"copies of the weights may take {copies >> 30} GiB, more than a quarter of the memory"
     return ""

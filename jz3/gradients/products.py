@@ -89,18 +89,14 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
 
     Args:
         g: [T, Q] float32, from a Product.
-        a: [T, P] float32, from a Product.
+        a: [T, P] float32, from a Product: rows of other tensors may end before the last vector does.
         bounds: int64 [S + 1], segment i has the tokens bounds[i] .. bounds[i + 1].
 
     Returns:
         float32 [S, Q, P].
     """
     columns = -(-a.shape[1] // LANES) * LANES
-    if (
-        not native_products()
-        or min(g.stride(0), a.stride(0) - columns + 1) < 1
-        or a.stride(1) * g.stride(1) != 1
-    ):
+    if not native_products() or a.stride(0) < columns or (a.stride(1), g.stride(1)) != (1, 1):
         edges = bounds.tolist()
         return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
     out = torch.empty(len(bounds) - 1, g.shape[1], columns)

@@ -1,0 +1,111 @@
+"""Products with fixed matrices and what is built on them: against float64, in threads and after a fork."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from accuracy import assert_as_accurate, normal
+
+from jz3.gradients import products
+from jz3.gradients.products import OutputLayer, Product, known_and_rest, segment_outer
+from jz3.ops.ce_hidden_grad import ce_hidden_grad_reference
+
+
+@pytest.fixture(params=["own", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(products, "native_products", lambda: False)
+    elif not products.native_products():
+        pytest.skip("jz3's own products are not the faster ones here")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("result", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (7, 64, 48), (203, 38, 67), (500, 576, 130)], ids=str)
+def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -> None:
+    rows, depth, columns = sizes
+    x = normal(1, rows, depth + 6, dtype=torch.bfloat16)[:, 2 : depth + 2]
+    w = normal(2, columns, depth, dtype=torch.bfloat16).T
+    b = normal(3, columns, dtype=torch.bfloat16) if bias else None
+    got = Product(w, b)(x, result)
+    assert got.dtype == result
+    plain = x @ w if b is None else torch.addmm(b, x, w)
+    exact = x.double() @ w.double() + (0 if b is None else b.double())
+    assert_as_accurate(got, plain, exact)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    x, product = normal(1, 301, 64, dtype=torch.bfloat16), Product(normal(2, 64, 96, dtype=torch.bfloat16))
+    if product._packed is None:
+        pytest.skip("torch's products do")
+    assert torch.equal(product(x)[200:], product(x[200:]))
+
+
+def test_segment_outer() -> None:
+    x = normal(1, 90, 64, dtype=torch.bfloat16)
+    g, a = (Product(normal(i, 64, n, dtype=torch.bfloat16))(x, torch.float32) for i, n in ((2, 13), (3, 21)))
+    found = segment_outer(g, a, torch.tensor([0, 40, 40, 41, 90]))
+    assert found.shape == (4, 13, 21)
+    for block, (begin, end) in zip(found, ((0, 40), (40, 40), (40, 41), (41, 90)), strict=True):
+        exact = g[begin:end].double().T @ a[begin:end].double()
+        torch.testing.assert_close(block.double(), exact, atol=1e-3, rtol=1e-5)
+
+
+def test_known_and_rest() -> None:
+    blocks, left, right = normal(1, 3, 5 + 8, 32), normal(2, 5, 8), normal(3, 7, 8)
+    whole = blocks[:, :, :15]
+    known, sketch = whole[:, :5, :7].double(), whole[:, 5:, 7:].double()
+    rest = sketch - left.double().T @ known @ right.double()
+    exact = known.square().sum((1, 2)) + rest.square().sum((1, 2))
+    torch.testing.assert_close(known_and_rest(whole, left, right).double(), exact, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", [16, 211, 1200])
+def test_output_layer(words: int) -> None:
+    w, h = normal(1, words, 64, dtype=torch.bfloat16) * 0.2, normal(2, 150, 64, dtype=torch.bfloat16) * 3
+    y, weights = torch.arange(150) % words, torch.linspace(0.1, 1, 150)
+    # A certain target, whose gradient all but cancels, and a loss that overflows float32.
+    h[0], h[1] = w[y[0]] * 6, (w[(y[1] + 1) % words] - w[y[1]]) * 1000
+    layer = OutputLayer(w)
+    loss, grad = layer(h, y, weights)
+    exact_loss, exact = ce_hidden_grad_reference(h.double(), w.double(), y, weights.double())
+    logits = h @ w.T
+    plain_loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+    p = torch.softmax(logits, 1) - torch.nn.functional.one_hot(y, words)
+    plain = (p * weights[:, None].bfloat16()) @ w
+    assert_as_accurate(grad, plain, exact)
+    assert_as_accurate(loss, plain_loss, exact_loss)
+    assert float(exact_loss[1]) > 100
+    if layer._packed is not None:
+        assert float((grad[0].double() - exact[0]).norm() / exact[0].norm()) < 2e-2
+
+
+def test_output_layer_keeps_nan_in_its_row_and_names_bad_targets() -> None:
+    w, h = normal(1, 40, 32, dtype=torch.bfloat16), normal(2, 9, 32, dtype=torch.bfloat16)
+    h[4, 3] = torch.nan
+    loss, grad = OutputLayer(w)(h, torch.arange(9), torch.ones(9))
+    rows = torch.arange(9) != 4
+    assert torch.isnan(loss[4]) and torch.isfinite(loss[rows]).all()
+    assert torch.isnan(grad[4]).all() and torch.isfinite(grad[rows]).all()
+    with pytest.raises(ValueError, match="40"):
+        OutputLayer(w)(h, torch.arange(9) + 32, torch.ones(9))
+
+
+def test_callers_in_several_threads() -> None:
+    x, product = normal(1, 700, 128, dtype=torch.bfloat16), Product(normal(2, 128, 256, dtype=torch.bfloat16))
+    expected = product(x)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: product(x), range(40)):
+            assert torch.equal(found, expected)
+
+
+def test_after_a_fork() -> None:
+    x, product = normal(1, 700, 128, dtype=torch.bfloat16), Product(normal(2, 128, 256, dtype=torch.bfloat16))
+    if product._packed is None:
+        pytest.skip("torch's own threads don't survive a fork")
+    expected = product(x)
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(product(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
