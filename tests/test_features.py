@@ -9,7 +9,7 @@ import torch
 from test_gradients import random_model, random_texts
 
 from jz3.errors import Jz3Error
-from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.adapted import AdaptedFit, _RangeFinder, fit_adapted
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import extract, model_hash
 from jz3.features.sketch import Sketch
@@ -136,3 +136,24 @@ def test_model_hash_sees_the_weights(tmp_path: Path) -> None:
         with torch.no_grad():
             next(model.parameters()).view(-1)[0] += 1
     assert names[0] != names[1]
+
+
+def test_the_left_covariance_is_joined_by_that_of_single_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn(3, 7, size, generator=generator) for size in (6, 5))
+    # The last text is no gradient at all.
+    a[2], g[2] = 0, torch.nan
+    aa, gg = a @ a.transpose(1, 2), g @ g.transpose(1, 2)
+    full = (g.transpose(1, 2) @ a)[:2]
+    square = (aa * gg).sum((1, 2))
+    finder = _RangeFinder({"x": torch.nn.Linear(6, 5)}, 8, 0, 0.5)
+    finder.add(0, {"x": (a, aa, g, gg)}, square, {"x": square}, 1.0)
+    # As many columns as directions: Omega is orthogonal and the sketch can be undone.
+    found = {s: finder.sketch["x", s] @ finder.omega["x", s].T for s in ("left", "right")}
+    whole, tokens = (
+        full @ full.transpose(1, 2),
+        (g[:2, :, :, None] * g[:2, :, None] * a[:2].square().sum(2)[..., None, None]).sum(1),
+    )
+    unit = [x / x.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for x in (whole, tokens)]
+    torch.testing.assert_close(found["left"], (unit[0] + 0.5 * unit[1]).sum(0))
+    torch.testing.assert_close(found["right"], (full.transpose(1, 2) @ full / square[:2, None, None]).sum(0))

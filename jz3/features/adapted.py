@@ -28,6 +28,8 @@ FORMAT = "jz3-adapted-2"
 OVERSAMPLING = 8
 GRAM_TOKENS = 128
 """Longest text whose norm is taken by the Gram identity."""
+TOKEN_TEXTS = 96
+"""Texts of a sample that the covariance of single tokens counts as much as; see fit_adapted."""
 NORM_SKETCH = 32
 """Sign projections per side and layer of longer texts' norms."""
 
@@ -317,6 +319,7 @@ def fit_adapted(
     batch_tokens: int = 1024,
     reduction: str = "mean",
     seed: int = 0,
+    token_texts: float = TOKEN_TEXTS,
     advance: Any = lambda n: None,
 ) -> AdaptedFit:
     """Choose bases and coordinates from a sample of queries, documents or both.
@@ -325,6 +328,10 @@ def fit_adapted(
     leading `rank` eigenvectors of sum G G^T and sum G^T G, mean over queries plus mean over documents,
     every G divided by its text's norm, by a randomised range finder on the factors:
     G G^T Omega = g^T (a a^T) (g Omega).
+    The output side has more directions than a few hundred texts determine, so the left G G^T is joined by
+    token_texts / n (n texts in the sample) of the covariance of single tokens, sum_t |a_t|^2 g_t g_t^T,
+    scaled to the same trace. With 32 texts of <= 128 tokens in the fit (SmolLM2-135M, K = 8,192, 40 texts x
+    40 queries unseen) the Spearman coefficient against exact cosines rises from 0.917 to 0.943.
     The second measures every coordinate's energy e_q (queries) and e_d (documents), keeps the `k`
     largest (e_q + e_d / 2) e_d over all layers, and takes the kept coordinates' mean and scale.
 
@@ -341,6 +348,8 @@ def fit_adapted(
         batch_tokens: padded tokens per pass.
         reduction: see GradientPass.
         seed: of the range finder.
+        token_texts: how many of the sample's texts the covariance of single tokens counts as much as;
+            0 if the bases are for the sample itself.
         advance: called with the number of texts just done (each text is seen twice).
 
     Returns:
@@ -354,7 +363,7 @@ def fit_adapted(
     groups = [texts for texts in (queries, documents) if texts]
     if not groups:
         raise ValueError("the fit needs at least one query or document")
-    finder = _RangeFinder(layers, rank, seed)
+    finder = _RangeFinder(layers, rank, seed, token_texts / sum(len(texts) for texts in groups))
     sink = _FactorSink()
     norms: list[torch.Tensor] = []
     for group, texts in enumerate(groups):
@@ -441,9 +450,10 @@ def _needed(
 class _RangeFinder:
     """Sketches each layer's two gradient covariances and solves for their leading eigenvectors."""
 
-    def __init__(self, layers: dict[str, "torch.nn.Module"], rank: int, seed: int) -> None:
+    def __init__(self, layers: dict[str, "torch.nn.Module"], rank: int, seed: int, tokens: float) -> None:
         import torch
 
+        self.tokens = tokens
         # Inputs have most of their energy in few directions, output gradients spread theirs.
         self.rank = {"left": rank + rank // 2, "right": rank - rank // 2}
         self.omega: dict[tuple[str, str], torch.Tensor] = {}
@@ -471,7 +481,12 @@ class _RangeFinder:
                 aa, gg = torch.where(good[:, None, None], aa, 0), torch.where(good[:, None, None], gg, 0)
             mine = torch.where(good, squares[name] * share, torch.zeros_like(share)).sum()
             self.energy[group, name] = self.energy.get((group, name), 0.0) + float(mine)
-            for side, x, other in (("left", g, aa), ("right", a, gg)):
+            lengths = aa.diagonal(dim1=1, dim2=2)
+            # The trace of sum_t |a_t|^2 g_t g_t^T; that of G G^T is the layer's square.
+            alone = (lengths * gg.diagonal(dim1=1, dim2=2)).sum(1)
+            ratio = torch.where(alone > 0, self.tokens * squares[name] / alone, torch.zeros_like(alone))
+            shrunk = aa + torch.diag_embed(lengths * ratio[:, None])
+            for side, x, other in (("left", g, shrunk), ("right", a, gg)):
                 y = (other * share[:, None, None]) @ (x @ self.omega[name, side].to(x)).float()
                 self.sketch[name, side] += (x.flatten(0, 1).T @ y.flatten(0, 1).to(x)).float()
 

@@ -156,6 +156,7 @@ def fit_known(
         batch_tokens=batch_tokens,
         reduction=reduction,
         seed=seed,
+        token_texts=0,
         advance=advance,
     )
     weight = next(model.parameters())
