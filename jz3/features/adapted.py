@@ -330,8 +330,9 @@ def fit_adapted(
     G G^T Omega = g^T (a a^T) (g Omega).
     The output side has more directions than a few hundred texts determine, so the left G G^T is joined by
     token_texts / n (n texts in the sample) of the covariance of single tokens, sum_t |a_t|^2 g_t g_t^T,
-    scaled to the same trace. With 32 texts of <= 128 tokens in the fit (SmolLM2-135M, K = 8,192, 40 texts x
-    40 queries unseen) the Spearman coefficient against exact cosines rises from 0.917 to 0.943.
+    scaled to the same trace. With 32 / 64 texts of <= 128 tokens in the fit (SmolLM2-135M, K = 8,192, 40
+    texts x 40 queries unseen) the Spearman coefficient against exact cosines rises from 0.917 to 0.943 /
+    from 0.954 to 0.965.
     The second measures every coordinate's energy e_q (queries) and e_d (documents), keeps the `k`
     largest (e_q + e_d / 2) e_d over all layers, and takes the kept coordinates' mean and scale.
 
