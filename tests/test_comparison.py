@@ -209,17 +209,26 @@ def test_every_task_counts_alike_and_no_candidate_is_lost(run_folder: Path, tmp_
 def test_the_verdict_compares_the_best_of_both_kinds() -> None:
     def row(chooser: str, mean: float) -> dict[str, Any]:
         change = {"mean": mean, "low": mean - 0.004, "high": mean + 0.004}
-        return {"budget": 2000, "task": "sums", "chooser": chooser, "change": change}
+        seeds = [mean + 0.005, mean - 0.005]
+        return {
+            "budget": 2000,
+            "task": "sums",
+            "chooser": chooser,
+            "change": change,
+            "change_per_seed": seeds,
+        }
 
     rows = [row("random", -0.01), row("bm25", -0.02), row("hidden", -0.026), row("loss", 0.001)]
     table = [*rows, row("influence", -0.03), row("matching", -0.039)]
     assert verdicts({"table": table}) == [
-        "sums, 2,000 tokens: matching -0.0390; 1.50 x hidden -0.0260, intervals apart; "
-        "3.90 x random -0.0100, intervals apart"
+        "sums, 2,000 tokens: matching -0.0390; 1.50 x hidden -0.0260, intervals over problems apart, "
+        "better with 2 of 2 seeds; 3.90 x random -0.0100, intervals over problems apart, "
+        "better with 2 of 2 seeds"
     ]
     assert verdicts({"table": rows}) == []
     assert verdicts({"table": [row("random", 0.01), row("influence", 0.004)]}) == [
-        "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals overlap"
+        "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals over problems overlap, "
+        "better with 2 of 2 seeds"
     ]
 
 

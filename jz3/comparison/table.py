@@ -64,9 +64,10 @@ def _against(mine: dict[str, Any], other: dict[str, Any]) -> str:
     said = f"{other['chooser']} {theirs['mean']:+.4f}"
     if theirs["mean"] < 0:
         said = f"{ours['mean'] / theirs['mean']:.2f} x {said}"
-    if ours["high"] is None or theirs["low"] is None:
-        return said
-    return f"{said}, intervals {'apart' if ours['high'] < theirs['low'] else 'overlap'}"
+    if ours["high"] is not None and theirs["low"] is not None:
+        said += f", intervals over problems {'apart' if ours['high'] < theirs['low'] else 'overlap'}"
+    seeds = list(zip(mine["change_per_seed"], other["change_per_seed"], strict=False))
+    return f"{said}, better with {sum(a < b for a, b in seeds)} of {len(seeds)} seeds"
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
