@@ -9,9 +9,10 @@ import torch
 from test_gradients import random_model, random_texts
 
 from jz3.errors import Jz3Error
-from jz3.features.adapted import AdaptedFit, _RangeFinder, fit_adapted
+from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import extract, model_hash
+from jz3.features.range_finder import RangeFinder
 from jz3.features.sketch import Sketch
 from jz3.gradients import Tokens, linear_layers
 
@@ -146,7 +147,7 @@ def test_the_left_covariance_is_joined_by_that_of_single_tokens() -> None:
     aa, gg = a @ a.transpose(1, 2), g @ g.transpose(1, 2)
     full = (g.transpose(1, 2) @ a)[:2]
     square = (aa * gg).sum((1, 2))
-    finder = _RangeFinder({"x": torch.nn.Linear(6, 5)}, 8, 0, 0.5)
+    finder = RangeFinder({"x": torch.nn.Linear(6, 5)}, 8, 0, 0.5)
     finder.add(0, {"x": (a, aa, g, gg)}, square, {"x": square}, 1.0)
     # As many columns as directions: Omega is orthogonal and the sketch can be undone.
     found = {s: finder.sketch["x", s] @ finder.omega["x", s].T for s in ("left", "right")}

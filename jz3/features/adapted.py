@@ -7,7 +7,6 @@ G_i / ||G_i||, so that an inner product with a query's is the cosine up to what 
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3.errors import Jz3Error
+from jz3.features.range_finder import RangeFinder
 from jz3.files import atomic_path, canonical_json, hash_file
-from jz3.gradients import Batch, InputGrams, Tokens, gram, layer_shape, make_batches, run_pass
-from jz3.seeding import seed_for
+from jz3.gradients import Batch, InputGrams, Tokens, gram, make_batches, run_pass
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 FORMAT = "jz3-adapted-2"
-OVERSAMPLING = 8
 GRAM_TOKENS = 128
 """Longest text whose norm is taken by the Gram identity."""
 TOKEN_TEXTS = 96
@@ -364,7 +362,7 @@ def fit_adapted(
     groups = [texts for texts in (queries, documents) if texts]
     if not groups:
         raise ValueError("the fit needs at least one query or document")
-    finder = _RangeFinder(layers, rank, seed, token_texts / sum(len(texts) for texts in groups))
+    finder = RangeFinder(layers, rank, seed, token_texts / sum(len(texts) for texts in groups))
     sink = _FactorSink()
     norms: list[torch.Tensor] = []
     for group, texts in enumerate(groups):
@@ -446,74 +444,3 @@ def _needed(
     used_rows, rows = (coordinates // width).unique(return_inverse=True)
     used_columns, columns = (coordinates % width).unique(return_inverse=True)
     return left[:, used_rows].clone(), right[:, used_columns].clone(), rows * len(used_columns) + columns
-
-
-class _RangeFinder:
-    """Sketches each layer's two gradient covariances and solves for their leading eigenvectors."""
-
-    def __init__(self, layers: dict[str, "torch.nn.Module"], rank: int, seed: int, tokens: float) -> None:
-        import torch
-
-        self.tokens = tokens
-        # Inputs have most of their energy in few directions, output gradients spread theirs.
-        self.rank = {"left": rank + rank // 2, "right": rank - rank // 2}
-        self.omega: dict[tuple[str, str], torch.Tensor] = {}
-        self.sketch: dict[tuple[str, str], torch.Tensor] = {}
-        self.energy: dict[tuple[int, str], float] = {}
-        for name, layer in layers.items():
-            device: Any = layer.weight.device
-            self.device = device
-            for side, size in zip(("left", "right"), layer_shape(layer), strict=True):
-                columns = min(self.rank[side] + OVERSAMPLING, size)
-                generator = torch.Generator().manual_seed(seed_for(seed, "range finder", name, side) >> 1)
-                omega = torch.randn(size, columns, generator=generator)
-                self.omega[name, side] = torch.linalg.qr(omega).Q.to(device)
-                self.sketch[name, side] = torch.zeros(size, columns, device=device)
-
-    def add(self, group: int, factors: Any, square: "torch.Tensor", squares: Any, weight: float) -> None:
-        """Add a batch: Y += weight * sum of G G^T Omega / ||G||^2, both sides, finite texts only."""
-        import torch
-
-        good = torch.isfinite(square) & (square > 0)
-        share = torch.where(good, weight / square, torch.zeros_like(square))
-        for name, (a, aa, g, gg) in factors.items():
-            if not bool(good.all()):
-                a, g = torch.where(good[:, None, None], a, 0), torch.where(good[:, None, None], g, 0)
-                aa, gg = torch.where(good[:, None, None], aa, 0), torch.where(good[:, None, None], gg, 0)
-            mine = torch.where(good, squares[name] * share, torch.zeros_like(share)).sum()
-            self.energy[group, name] = self.energy.get((group, name), 0.0) + float(mine)
-            lengths = aa.diagonal(dim1=1, dim2=2)
-            # The trace of sum_t |a_t|^2 g_t g_t^T; that of G G^T is the layer's square.
-            alone = (lengths * gg.diagonal(dim1=1, dim2=2)).sum(1)
-            ratio = torch.where(alone > 0, self.tokens * squares[name] / alone, torch.zeros_like(alone))
-            shrunk = aa + torch.diag_embed(lengths * ratio[:, None])
-            for side, x, other in (("left", g, shrunk), ("right", a, gg)):
-                y = (other * share[:, None, None]) @ (x @ self.omega[name, side].to(x)).float()
-                self.sketch[name, side] += (x.flatten(0, 1).T @ y.flatten(0, 1).to(x)).float()
-
-    def bases(
-        self, max_layers: int
-    ) -> tuple[list[str], dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
-        """Return the layers with the most energy and their eigenvectors (Nystroem)."""
-        names = list(dict.fromkeys(name for _, name in self.energy))
-        groups = {group for group, _ in self.energy}
-        weight = {n: math.prod(self.energy[group, n] for group in groups) for n in names}
-        if not any(weight.values()):
-            raise ValueError("no text of the fit's sample has a finite, non-zero gradient")
-        chosen = set(sorted(names, key=lambda n: -weight[n])[:max_layers])
-        kept = [n for n in names if n in chosen]
-        return kept, {n: self._leading(n, "left") for n in kept}, {n: self._leading(n, "right") for n in kept}
-
-    def _leading(self, name: str, side: str) -> "torch.Tensor":
-        """Source: Tropp, Yurtsever, Udell, Cevher 2017, fixed-rank Nystroem approximation, algorithm 3."""
-        import torch
-
-        omega, y = self.omega[name, side].double(), self.sketch[name, side].double()
-        shift = torch.finfo(torch.float32).eps * y.norm()
-        y = y + shift * omega
-        core = omega.T @ y
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        good = values > shift * 1e-3
-        factor = y @ (vectors[:, good] / values[good].sqrt())
-        u = torch.linalg.svd(factor, full_matrices=False).U
-        return u[:, : self.rank[side]].float()
