@@ -17,7 +17,7 @@ from jz3.store.reader import Store
 from jz3.store.shard import Shard, has_shard, read_sidecar, shard_path
 
 SHOWN = 20
-TURN = 1 << 18
+TURN = 1 << 17
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -194,15 +194,17 @@ def _duplicates(shards: Sequence[tuple[str, Shard]]) -> tuple[list[tuple[str, st
     The ids are looked at in turns of about TURN, those of a turn being told by a hash of them, so that
     memory doesn't depend on their number.
     """
-    turns = max(1, -(-sum(s.rows for _, s in shards) // TURN))
+    turns = 1 << (sum(s.rows for _, s in shards) // TURN).bit_length()
     shown: list[tuple[str, str, str]] = []
     count = 0
     for turn in range(turns):
         parts: list[np.ndarray] = []
         for _, shard in shards:
             ids = shard.id
-            parts.append(np.array(ids[(ids * MIX >> np.uint64(33)) % np.uint64(turns) == turn]))
-        ids = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+            parts.append(ids[ids * MIX >> np.uint64(33) & np.uint64(turns - 1) == turn])
+        ids = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+        parts.clear()
+        ids.sort()
         twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
         count += len(twice)
         for key in twice[: SHOWN - len(shown)]:
