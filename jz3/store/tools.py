@@ -17,7 +17,7 @@ from jz3.store.reader import Store
 from jz3.store.shard import Shard, has_shard, read_sidecar, shard_path
 
 SHOWN = 20
-TURN = 1 << 17
+TURN = 1 << 18
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
