@@ -213,6 +213,16 @@ def test_candidates_do_not_grow_with_the_sources(combine: str, slack: float) -> 
     assert not selection.choose(lambda place: "no")[2]
 
 
+def test_what_was_dropped_from_all_sources_together_is_not_taken_for_absent() -> None:
+    """No source alone has more rows than it may keep; together they have."""
+    selection = StreamingSelection(10, source_limit=10)
+    scores, sources = np.arange(300, 0, -1.0)[:, None], np.arange(300) % 100
+    assert stream(selection, scores, sources) == list(range(10))
+    best = set(selection.candidates())
+    assert len(best) < 30
+    assert not selection.choose(lambda place: "no" if place in best else "")[2]
+
+
 def test_refused_rows_are_replaced_or_more_slack_is_asked_for() -> None:
     scores = np.arange(100, 0, -1.0)[:, None]
     places, sources = np.arange(100)[:, None], np.arange(100) % 2
