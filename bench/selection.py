@@ -64,8 +64,8 @@ def tasks(data: Path, names: list[str], fit: int, problems: int) -> tuple[TaskCo
     return tuple(known[name] for name in names)
 
 
-def sources(data: Path, size: int, fine_tuning: bool) -> tuple[SourceConfig, ...]:
-    """Return the pool's sources in the proportions 5 : 3 : 3 : 5 : 4 (the third can be left out)."""
+def sources(data: Path, size: int) -> tuple[SourceConfig, ...]:
+    """Return the pool's sources in the proportions 5 : 3 : 3 : 2 : 2 : 1 : 4."""
     part = size // 20
     pool = [
         SourceConfig(
@@ -81,7 +81,6 @@ def sources(data: Path, size: int, fine_tuning: bool) -> tuple[SourceConfig, ...
             ("tool", "tool_pretrain", 3),
             ("finetune", "finetune", 3),
         )
-        if fine_tuning or name != "finetune"
     ]
     docstrings = (("sympy", 2), ("scipy", 2), ("networkx", 1), ("stdlib", 4))
     return (*pool, *(SourceConfig(name=n, kind="docstrings", limit=share * part) for n, share in docstrings))
@@ -96,7 +95,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         seed=arguments.seed,
         model=ModelConfig(name=arguments.model),
         corpus=CorpusConfig(
-            sources=sources(data, arguments.pool, not arguments.no_finetune),
+            sources=sources(data, arguments.pool),
             max_tokens=arguments.max_tokens,
             min_tokens=24,
             pieces_per_document=1,
@@ -120,6 +119,8 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             tokens=arguments.tokens,
             more_tokens=tuple(int(x) for x in arguments.more_tokens.split(",") if x),
             methods=tuple(arguments.choosers.split(",")),
+            runs=tuple((n, f) for n, _, f in (x.partition("=") for x in arguments.runs.split(",") if x)),
+            without_sources=tuple(x for x in arguments.without.split(",") if x),
             per_task=True,
             seeds=arguments.seeds,
             workers=arguments.workers,
@@ -149,7 +150,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice")
     parser.add_argument("--seed", type=int, default=0, help="of everything else")
     parser.add_argument("--pool", type=int, default=1200, help="texts, about")
-    parser.add_argument("--no-finetune", action="store_true", help="the pool without the fine-tuning rows")
+    parser.add_argument("--without", default="", help="sources nobody may choose from, e.g. finetune")
+    parser.add_argument(
+        "--runs", default="", help="further choosers NAME=FOLDER,...: other runs' influence scores"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="of a text")
     parser.add_argument(
         "--tokens", type=int, default=8_000, help="that each model is trained on, in every epoch"

@@ -42,6 +42,7 @@ STAGES = (
         target="jz3.comparison:run",
         needs=("selection",),
         sections=("model", "comparison"),
+        extends=True,
     ),
     Stage(
         name="distillation",
@@ -74,7 +75,7 @@ STAGES = (
         needs=("training", "targets"),
         sections=("evaluation",),
     ),
-    Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index")),
+    Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index"), extends=True),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -179,18 +180,25 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
+    if not different:
+        return
     done = [s for s in STAGES if (run_dir / s.name).is_dir()]
     changed = {line.split(":")[0].split(".")[0] for line in different}
-    touched = [
-        s.name for s in done if changed & ({"seed"} | {n for p in stages_up_to(s.name) for n in p.sections})
-    ]
-    if different and touched:
+    touched = [s for s in done if changed & _depends_on(stages_up_to(s.name))]
+    fixed = {s.name: _depends_on([p for p in stages_up_to(s.name) if not p.extends]) for s in touched}
+    refused = [s.name for s in touched if changed & fixed[s.name]]
+    if refused:
         raise Jz3Error(
-            f"{run_dir} was made with other settings ({'; '.join(different[:5])}), which its {', '.join(touched)} "
+            f"{run_dir} was made with other settings ({'; '.join(different[:5])}), which its {', '.join(refused)} "
             "depend on; use another folder or delete those"
         )
-    if different:
-        write_json(path, table)
+    for stage in touched:
+        (run_dir / stage.name / "manifest.json").unlink(missing_ok=True)
+    write_json(path, table)
+
+
+def _depends_on(stages: list[Stage]) -> set[str]:
+    return {"seed"} | {name for stage in stages for name in stage.sections}
 
 
 def read_back(table: Any) -> Any:

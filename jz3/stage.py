@@ -34,6 +34,9 @@ class Stage:
     """Stages whose files it reads."""
     sections: tuple[str, ...] = ()
     """Sections of the recipe that its result depends on."""
+    extends: bool = False
+    """Whether its own files are kept by what they depend on, so that with other settings of its own it goes
+    on with what fits instead of being refused."""
 
     def function(self) -> Callable[["StageContext"], dict[str, Any]]:
         """Import and return the stage's function."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jz3.comparison import ComparisonConfig
-from jz3.comparison.sets import coverage, diverse, matching
+from jz3.comparison.sets import coverage, diverse, matching, preconditioned
 from jz3.comparison.stage import so_far
 from jz3.comparison.table import verdicts
 from jz3.config import Recipe, shipped_recipe
@@ -49,6 +49,18 @@ def test_coverage_serves_every_query() -> None:
     features = unit([1, 0.1], [1, 0.2], [1, 0.3], [0.3, 0.9])
     order = list(coverage(features, unit([1, 0], [0, 1])))
     assert 3 in order[:2]
+
+
+@pytest.mark.parametrize("count", [9, 50])
+def test_preconditioned_is_the_influence_function_of_the_projected_gradients(count: int) -> None:
+    rng = np.random.default_rng(1)
+    features, queries = rng.standard_normal((count, 16)), rng.standard_normal((3, 16))
+    features[:, 0] *= 9
+    covariance = features.T @ features / count
+    damped = covariance + 0.2 * np.trace(covariance) / 16 * np.eye(16)
+    scores = features @ np.linalg.inv(damped) @ queries.mean(0)
+    order = list(preconditioned(features.astype(np.float32), queries.astype(np.float32), damping=0.2))
+    assert order == np.argsort(-scores).tolist() != np.argsort(-features @ queries.mean(0)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +113,10 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     assert all(r["against_random"] is None for r in left)
 
 
-@pytest.mark.parametrize("chooser", ["dot", "mix", "coverage", "diverse", "bm25", "hidden", "loss"])
+@pytest.mark.parametrize(
+    "chooser",
+    ["dot", "mix", "coverage", "diverse", "preconditioned", "stratified", "bm25", "loss", "control"],
+)
 def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
     from jz3.comparison.choosers import load_pool
 
@@ -111,6 +126,67 @@ def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
     rows = pool.order(ctx, chooser, "", 0, 500)
     sizes = [int(pool.scores["tokens"][row]) for row in rows]
     assert len(set(rows)) == len(rows) and sum(sizes) >= 500 > sum(sizes[:-1])
+
+
+def test_stratified_keeps_the_pools_proportions_and_control_serves_another_target(run_folder: Path) -> None:
+    from collections import Counter
+
+    from jz3.comparison.choosers import load_pool
+
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
+    pool = load_pool(ctx, set())
+    source, tokens = pool.scores["source"], int(pool.scores["tokens"].sum())
+    order = pool.order(ctx, "stratified", "", 0, tokens)
+    half = Counter(source[row] for row in order[: len(order) // 2])
+    assert all(abs(half[name] - size / 2) <= 1 for name, size in Counter(source).items())
+    score = np.mean([pool.scores[f"influence:{task}"] for task in pool.tasks], 0)
+    for name in set(source):
+        mine = [score[row] for row in order if source[row] == name]
+        assert mine == sorted(mine, reverse=True)
+    assert pool.control is not None
+    control = pool.control[pool.order(ctx, "control", "", 0, tokens)]
+    assert (np.diff(control) <= 0).all() and control[0] > control[-1]
+
+
+def test_a_comparison_is_extended_and_trains_only_what_is_new(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    folder, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("comparison"))
+    shutil.copytree(run_folder, other, ignore=shutil.ignore_patterns("comparison"))
+    tiny = shipped_recipe("tiny")
+
+    def run(**changes: Any) -> dict[str, Any]:
+        config = dataclasses.replace(tiny.comparison, workers=1, **changes)
+        run_pipeline(dataclasses.replace(tiny, comparison=config), folder, last="comparison")
+        return read_json(folder / "comparison" / "manifest.json")["summary"]
+
+    def results() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in folder.glob("comparison/runs/*/result.json")}
+
+    first = run(methods=("influence", "random"))
+    kept = results()
+    source = next(iter(first["table"][0]["mix"]))
+    more = run(methods=("influence", "theirs", "random"), runs=(("theirs", str(other)),))
+    # Another run's equal scores make the same choice, whose training is shared.
+    assert results() == kept and [r["change"] for r in more["table"][::2]] == [
+        r["change"] for r in first["table"]
+    ]
+    assert more["table"][1]["overlap_with_influence"] == 1.0 and more["gradients"] == ["influence", "theirs"]
+    without = run(methods=("influence", "random"), without_sources=(source,))
+    assert all(source not in row["mix"] for row in without["table"]) and results().keys() > kept.keys()
+    faster = dataclasses.replace(tiny.comparison.train, learning_rate=tiny.comparison.train.learning_rate * 3)
+    assert (
+        run(methods=("influence", "random"), train=faster)["table"][0]["change"]
+        != first["table"][0]["change"]
+    )
+    with pytest.raises(Jz3Error, match="other settings"):
+        targets = dataclasses.replace(tiny.targets, tasks=tiny.targets.tasks[:1])
+        run_pipeline(dataclasses.replace(tiny, targets=targets), folder, last="comparison")
+    with pytest.raises(Jz3Error, match="has no scores"):
+        run(methods=("theirs",), runs=(("theirs", str(tmp_path)),))
 
 
 def test_random_draws_anew_for_every_seed(run_folder: Path) -> None:
@@ -137,7 +213,7 @@ def test_a_text_that_holds_a_test_problem_is_left_out(run_folder: Path, tmp_path
     assert reject["id"] == docs[3]["id"] and reject["reason"] == "holds_test_problem"
 
 
-def test_trained_in_float32_is_judged_in_float32(
+def test_weights_kept_in_float32_are_judged_in_float32(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -164,12 +240,16 @@ def test_trained_in_float32_is_judged_in_float32(
     tiny = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, dtype="bfloat16"))
     monkeypatch.setitem(globals(), "shipped_recipe", lambda name: tiny)
     settings = tiny.comparison.train
-    for precision, dtype in (("float32", "float32"), ("mixed", "bfloat16")):
+    for method, precision, dtype in (
+        ("full", "float32", "float32"),
+        ("full", "mixed", "float32"),
+        ("lora", "float32", "float32"),
+        ("lora", "mixed", "bfloat16"),
+    ):
         seen.clear()
         shutil.rmtree(folder / "comparison", ignore_errors=True)
-        compared(
-            folder, methods=("random",), workers=1, train=dataclasses.replace(settings, precision=precision)
-        )
+        changed = dataclasses.replace(settings, method=method, precision=precision)
+        compared(folder, methods=("random",), workers=1, train=changed)
         assert set(seen) == {dtype} and len(seen) >= 3
 
 
@@ -233,7 +313,13 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
 
 
 def test_bad_settings_are_named() -> None:
-    changes: tuple[dict[str, Any], ...] = ({"seeds": 0}, {"tokens": -1}, {"methods": ("random", "random")})
+    changes: tuple[dict[str, Any], ...] = (
+        {"seeds": 0},
+        {"tokens": -1},
+        {"methods": ("random", "random")},
+        {"runs": (("hidden", "a"),)},
+        {"runs": (("a", "x"), ("a", "y"))},
+    )
     for change in changes:
         with pytest.raises(ValueError, match="comparison"):
             ComparisonConfig(**change)

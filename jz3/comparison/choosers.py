@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from jz3.selection import chosen_rows
 from jz3.stage import StageContext
 from jz3.store import Coding, Store
 
-CHOOSERS = {"matching": sets.matching, "coverage": sets.coverage, "diverse": sets.diverse}
+CHOOSERS = {name: getattr(sets, name) for name in SETS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Pool:
     """See jz3.influence.read_scores."""
     tasks: tuple[str, ...]
     seed: int
+    control: np.ndarray | None = None
+    """Influence on the negative control."""
 
     def order(self, ctx: StageContext, chooser: str, task: str, seed: int, tokens: int) -> list[int]:
         """Return the rows a chooser takes, best first, up to the one that fills `tokens`.
@@ -57,6 +60,12 @@ class Pool:
             draws = np.array([rng(self.seed, "comparison", "random", seed, i).random() for i in ids])
             return np.lexsort((np.array(ids), draws)).tolist()
         columns = {n: v for n, v in self.scores.items() if ":" not in n or n.split(":", 1)[1] in tasks}
+        if chooser == "control":
+            if self.control is None:
+                raise ValueError("comparison.methods has `control`, but the targets have none")
+            return chosen_rows({"control": self.control, "id": ids}, chooser, everything, combine)
+        if chooser == "stratified":
+            return self._stratified(chosen_rows(columns, "influence", everything, combine))
         if chooser in DERIVED:
             columns |= {f"{chooser}:{task}": self._derived(chooser, task) for task in tasks}
         if chooser not in SETS:
@@ -73,6 +82,17 @@ class Pool:
             raise ValueError("comparison.methods has `mix`, which needs `hidden` among influence.baselines")
         return (ranks(influence) + ranks(self.scores[f"hidden:{task}"])) / (2 * len(influence))
 
+    def _stratified(self, order: Sequence[int]) -> list[int]:
+        """Reorder so that every beginning has the sources in the pool's proportions, as near as can be."""
+        source = self.scores["source"]
+        size = Counter(source)
+        seen: Counter[str] = Counter()
+        places = []
+        for rank, row in enumerate(order):
+            places.append(((seen[source[row]] + 0.5) / size[source[row]], rank, row))
+            seen[source[row]] += 1
+        return [row for *_, row in sorted(places)]
+
 
 def _fill(order: Iterator[int] | list[int], sizes: Sequence[int], tokens: int) -> list[int]:
     """Take rows until they hold `tokens`; the trainer reads them in its own order and cuts where it ends."""
@@ -87,8 +107,14 @@ def _fill(order: Iterator[int] | list[int], sizes: Sequence[int], tokens: int) -
 
 
 def load_pool(ctx: StageContext, refused: set[str]) -> Pool:
-    """Read the influence stage's table without the texts in `refused` and without the control's columns."""
+    """Read the influence stage's table without the texts in `refused`; the control's scores stand apart.
+
+    Raises:
+        Jz3Error: a run of `comparison.runs` has no scores, or of other texts or tasks.
+    """
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
+    for name, folder in ctx.recipe.comparison.runs:
+        scores |= _foreign(scores, name, Path(folder) / "influence")
     keep = [row for row, i in enumerate(scores["id"]) if i not in refused]
     table = {
         name: [values[row] for row in keep] if isinstance(values, list) else values[keep]
@@ -96,7 +122,26 @@ def load_pool(ctx: StageContext, refused: set[str]) -> Pool:
         if not name.endswith(":control")
     }
     tasks = tuple(name.split(":", 1)[1] for name in table if name.startswith("influence:"))
-    return Pool(table, tasks, ctx.seed)
+    control = scores.get("influence:control")
+    return Pool(table, tasks, ctx.seed, None if control is None else control[keep])
+
+
+def _foreign(scores: dict[str, Any], name: str, folder: Path) -> dict[str, np.ndarray]:
+    """Read another run's influence scores of this run's texts, as columns of the chooser `name`."""
+    if not (folder / "scores.parquet").exists():
+        raise Jz3Error(f"comparison.runs: {folder} has no scores; run its influence stage first")
+    theirs = read_scores(folder)
+    place = {i: row for row, i in enumerate(theirs["id"])}
+    if lacking := [i for i in scores["id"] if i not in place]:
+        raise Jz3Error(
+            f"comparison.runs: {folder} has no scores of {len(lacking)} of {len(scores['id'])} texts, e.g. "
+            f"{lacking[0]}; it must be a run over the same texts"
+        )
+    rows = [place[i] for i in scores["id"]]
+    tasks = [c.split(":", 1)[1] for c in scores if c.startswith("influence:") and c != "influence:control"]
+    if lacking := [task for task in tasks if f"influence:{task}" not in theirs]:
+        raise Jz3Error(f"comparison.runs: {folder} has no scores for the task {lacking[0]!r}")
+    return {f"{name}:{task}": theirs[f"influence:{task}"][rows] for task in tasks}
 
 
 def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

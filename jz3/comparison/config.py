@@ -4,10 +4,15 @@ from dataclasses import dataclass, field
 
 from jz3.training.config import TrainSettings
 
-SETS = ("matching", "coverage", "diverse")
-"""Choosers of sets, see jz3.comparison.sets."""
-DERIVED = ("dot", "mix")
-"""`dot`: influence times the gradient's norm; `mix`: mean of the ranks by influence and by hidden states."""
+SETS = ("matching", "coverage", "diverse", "preconditioned")
+"""Choosers that look at the candidates' features, see jz3.comparison.sets."""
+DERIVED = ("dot", "mix", "stratified")
+"""`dot`: influence times the gradient's norm; `mix`: mean of the ranks by influence and by hidden states;
+`stratified`: influence, with as many texts of every source as the pool has in proportion."""
+
+GRADIENTS = ("influence", *DERIVED, *SETS)
+"""Choosers that use gradients."""
+BUILT_IN = (*GRADIENTS, "hidden", "bm25", "loss", "random", "control")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +25,15 @@ class ComparisonConfig:
     """Further budgets, each compared like `tokens`."""
     methods: tuple[str, ...] = ("influence", "random")
     """Choosers: columns of the influence stage's table (`influence`, `hidden`, `bm25`, `loss`, `random`), `dot`
-    (influence times the gradient's norm), `mix` (ranks of influence and hidden states), and the choosers of
-    sets `matching`, `coverage`, `diverse`."""
+    (influence times the gradient's norm), `mix` (ranks of influence and hidden states), `stratified`
+    (influence within every source, in the pool's proportions), `control` (what an unrelated target would
+    choose), the choosers of sets `matching`, `coverage`, `diverse`, `preconditioned` (an inverse covariance
+    between text and target), and the names of `runs`."""
+    runs: tuple[tuple[str, str], ...] = ()
+    """Further choosers: pairs of a name and the folder of another run over the same texts and tasks, whose
+    influence scores (of another kind of features, of several checkpoints) choose under that name."""
+    without_sources: tuple[str, ...] = ()
+    """Sources whose texts nobody may choose: a second pool from the same scores."""
     per_task: bool = False
     """Choose for each task by itself and judge by that task, instead of for all together."""
     seeds: int = 1
@@ -43,3 +55,6 @@ class ComparisonConfig:
                 raise ValueError(f"comparison: tokens must not be negative, got {budget}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"comparison: a method is named twice in {', '.join(self.methods)}")
+        for name, _ in self.runs:
+            if name in BUILT_IN or [n for n, _ in self.runs].count(name) > 1 or not name or ":" in name:
+                raise ValueError(f"comparison.runs: the name {name!r} is taken, empty or has a colon")

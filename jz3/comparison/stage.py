@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jz3.comparison.choosers import Pool, load_pool
+from jz3.comparison.config import GRADIENTS, ComparisonConfig
 from jz3.errors import Jz3Error
 from jz3.evaluation import mean_nll
 from jz3.evaluation.intervals import mean
@@ -24,8 +25,8 @@ from jz3.seeding import seed_for
 from jz3.stage import StageContext
 from jz3.training import Phase, TrainSettings, train
 
-BASE = "base.json"
-"""The untrained model's NLL of every problem."""
+BASES = "base"
+"""Folder of the untrained model's NLL of every problem, a file per set of problems and number format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Choice:
     @property
     def run(self) -> str:
         """Name of its training, which equal choices share."""
-        return hash_text(canonical_json([self.ids, self.tokens, self.seed]))
+        return _key(self.ids, self.tokens, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,8 @@ class Training:
 
     @property
     def done(self) -> bool:
-        """Whether there is a result for all of its tasks."""
-        result = self.folder / "result.json"
-        return result.exists() and self.queries.keys() <= read_json(result)["nll"].keys()
+        """Whether there is a result."""
+        return (self.folder / "result.json").exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         return {"tokens": 0, "table": []}
     plan = _plan(ctx)
     write_jsonl(ctx.out / "rejects.jsonl", (reject.to_json() for reject in plan.refused))
-    before = _scored(ctx.out / BASE, resolve_model(ctx.recipe.model), _dtype(ctx), plan.queries)
+    before = _scored(_base(ctx, plan), resolve_model(ctx.recipe.model), _dtype(ctx), plan.queries)
     _train_all(ctx, list(plan.trainings.values()), config.workers)
     return _summary(ctx, plan, before)
 
@@ -104,11 +104,11 @@ def so_far(ctx: StageContext) -> dict[str, Any]:
     Raises:
         Jz3Error: not even the base model has been scored.
     """
-    if not (ctx.out / BASE).exists():
-        raise Jz3Error(f"{ctx.out} holds no result yet; run the comparison first")
     plan = _plan(ctx)
+    if not _base(ctx, plan).exists():
+        raise Jz3Error(f"{ctx.out} holds no result yet; run the comparison first")
     done = [choice for choice in plan.choices if plan.trainings[choice.run].done]
-    return _summary(ctx, replace(plan, choices=done), read_json(ctx.out / BASE))
+    return _summary(ctx, replace(plan, choices=done), read_json(_base(ctx, plan)))
 
 
 def _plan(ctx: StageContext) -> Plan:
@@ -121,7 +121,8 @@ def _plan(ctx: StageContext) -> Plan:
             mine.append(query)
     docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
     refused = _contaminated(docs, queries)
-    pool = load_pool(ctx, {reject.id for reject in refused})
+    sources = config.without_sources
+    pool = load_pool(ctx, {r.id for r in refused} | {d.id for d in docs.values() if d.source in sources})
     choices = [
         _choose(ctx, pool, chooser, task, tokens, seed)
         for tokens in (config.tokens, *config.more_tokens)
@@ -132,26 +133,43 @@ def _plan(ctx: StageContext) -> Plan:
     judged: dict[str, set[str]] = {}
     for choice in choices:
         judged.setdefault(choice.run, set()).update([choice.task] if choice.task else queries)
-    trainings = {
-        choice.run: Training(
+    trainings = {}
+    for choice in choices:
+        # Texts of a length that fills packs badly would buy more steps for as many tokens.
+        settings = replace(config.train, max_tokens=choice.tokens * config.train.epochs, packing="even")
+        mine = {task: rows for task, rows in queries.items() if task in judged[choice.run]}
+        trainings[choice.run] = Training(
             resolve_model(ctx.recipe.model),
             tuple(docs[i].text for i in choice.ids),
-            # Texts of a length that fills packs badly would buy more steps for as many tokens.
-            replace(config.train, max_tokens=choice.tokens * config.train.epochs, packing="even"),
-            ctx.out / "runs" / choice.run,
+            settings,
+            ctx.out / "runs" / _key(choice.run, asdict(settings), _dtype(ctx), _names(mine)),
             seed_for(ctx.seed, "comparison", choice.seed) if choice.seed else ctx.seed,
             _dtype(ctx),
-            {task: rows for task, rows in queries.items() if task in judged[choice.run]},
+            mine,
         )
-        for choice in choices
-    }
     return Plan(queries, refused, pool, choices, trainings)
 
 
+def _key(*parts: Any) -> str:
+    return hash_text(canonical_json(parts))
+
+
+def _names(queries: dict[str, list[Query]]) -> dict[str, list[str]]:
+    return {task: [query.id for query in rows] for task, rows in queries.items()}
+
+
+def _base(ctx: StageContext, plan: Plan) -> Path:
+    return ctx.out / BASES / f"{_key(_dtype(ctx), _names(plan.queries))}.json"
+
+
 def _dtype(ctx: StageContext) -> str:
-    """Return what models are judged in: what was trained in float32 must not be rounded before."""
-    recipe = ctx.recipe
-    return "float32" if recipe.comparison.train.precision == "float32" else recipe.model.dtype
+    """Return what models are judged in.
+
+    Weights that are all trained are kept in float32, whatever the products run in, and must not be
+    rounded before they are judged: a step of a small learning rate is below bfloat16's spacing.
+    """
+    train = ctx.recipe.comparison.train
+    return "float32" if train.precision == "float32" or train.method == "full" else ctx.recipe.model.dtype
 
 
 def _summary(ctx: StageContext, plan: Plan, before: dict[str, list[float]]) -> dict[str, Any]:
@@ -162,8 +180,18 @@ def _summary(ctx: StageContext, plan: Plan, before: dict[str, list[float]]) -> d
         "problems": sum(map(len, plan.queries.values())),
         "contaminated": len(plan.refused),
         "base": {task: float(np.nanmean(values)) for task, values in before.items()},
+        "gradients": _with_gradients(ctx.recipe.comparison),
         "table": _table(plan.pool, plan.choices, before, after),
     }
+
+
+def _with_gradients(config: ComparisonConfig) -> list[str]:
+    """Return the choosers that rest on a backward pass, those of other runs by their kind of features."""
+    kinds = {
+        name: read_json(Path(folder) / "features" / "manifest.json")["summary"]["kind"]
+        for name, folder in config.runs
+    }
+    return [m for m in config.methods if m in GRADIENTS or kinds.get(m, "readout") != "readout"]
 
 
 def _contaminated(docs: dict[str, Doc], queries: dict[str, list[Query]]) -> list[Reject]:

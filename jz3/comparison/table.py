@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jz3.comparison.config import DERIVED, SETS
+from jz3.comparison.config import GRADIENTS
 
 
 def text_table(summary: dict[str, Any]) -> str:
@@ -32,10 +32,6 @@ def text_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-GRADIENTS = ("influence", *DERIVED, *SETS)
-"""Choosers that use gradients."""
-
-
 def verdicts(summary: dict[str, Any]) -> list[str]:
     """Return a line per target and budget: the best chooser with gradients against the best without.
 
@@ -45,12 +41,13 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         summary: of the comparison stage.
     """
     lines = []
+    gradients = summary.get("gradients", GRADIENTS)
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in _ranked(summary):
         groups.setdefault((row["budget"], row["task"]), []).append(row)
     for (budget, task), rows in groups.items():
-        mine = [row for row in rows if row["chooser"] in GRADIENTS]
-        others = [row for row in rows if row["chooser"] not in (*GRADIENTS, "random")]
+        mine = [row for row in rows if row["chooser"] in gradients]
+        others = [row for row in rows if row["chooser"] not in (*gradients, "random", "control")]
         random = [row for row in rows if row["chooser"] == "random"]
         if mine:
             said = [f"{mine[0]['chooser']} {mine[0]['change']['mean']:+.4f}"]
