@@ -123,6 +123,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             without_sources=tuple(x for x in arguments.without.split(",") if x),
             per_task=True,
             seeds=arguments.seeds,
+            problems=arguments.judged,
             workers=arguments.workers,
             train=TrainSettings(
                 method=arguments.method,
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--more-tokens", default="", help="further budgets, e.g. 2000,32000")
     parser.add_argument("--queries", type=int, default=40, help="solutions of each target that choose")
     parser.add_argument("--problems", type=int, default=150, help="test problems of each target")
+    parser.add_argument("--judged", type=int, default=0, help="of these, how many judge a training; 0: all")
     parser.add_argument("--features", choices=KINDS, default="adapted", help="kind; `sketch` needs no fit")
     parser.add_argument("--k", type=int, default=2048, help="numbers of a feature; 8192 for a sketch")
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what is trained")
