@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jz3.comparison import ComparisonConfig
-from jz3.comparison.sets import coverage, diverse, matching, preconditioned
 from jz3.comparison.stage import so_far
 from jz3.comparison.table import verdicts
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.files import read_json, read_jsonl, write_jsonl
 from jz3.pipeline import run_pipeline
+from jz3.selection.sets import coverage, diverse, matching, preconditioned
 from jz3.stage import StageContext
 
 
@@ -118,11 +118,11 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     ["dot", "mix", "coverage", "diverse", "preconditioned", "stratified", "bm25", "loss", "control"],
 )
 def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
-    from jz3.comparison.choosers import load_pool
+    from jz3.selection.pool import load_pool
 
     recipe = shipped_recipe("tiny")
     ctx = StageContext(recipe=recipe, run_dir=run_folder, name="comparison")
-    pool = load_pool(ctx, set())
+    pool = load_pool(ctx)
     rows = pool.order(ctx, chooser, "", 0, 500)
     sizes = [int(pool.scores["tokens"][row]) for row in rows]
     assert len(set(rows)) == len(rows) and sum(sizes) >= 500 > sum(sizes[:-1])
@@ -131,10 +131,10 @@ def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
 def test_stratified_keeps_the_pools_proportions_and_control_serves_another_target(run_folder: Path) -> None:
     from collections import Counter
 
-    from jz3.comparison.choosers import load_pool
+    from jz3.selection.pool import load_pool
 
     ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
-    pool = load_pool(ctx, set())
+    pool = load_pool(ctx)
     source, tokens = pool.scores["source"], int(pool.scores["tokens"].sum())
     order = pool.order(ctx, "stratified", "", 0, tokens)
     half = Counter(source[row] for row in order[: len(order) // 2])
@@ -189,11 +189,43 @@ def test_a_comparison_is_extended_and_trains_only_what_is_new(
         run(methods=("theirs",), runs=(("theirs", str(tmp_path)),))
 
 
+@pytest.mark.parametrize(
+    ("chooser", "combine"), [("matching", "mean"), ("matching", "quota"), ("dot", "max")]
+)
+def test_any_chooser_can_select(run_folder: Path, tmp_path: Path, chooser: str, combine: str) -> None:
+    import shutil
+
+    from jz3.selection import SelectionConfig, chosen_rows, run
+    from jz3.selection.pool import load_pool
+
+    shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("comparison", "selection"))
+    config = SelectionConfig(k=9, chooser=chooser, combine=combine)
+    recipe = dataclasses.replace(shipped_recipe("tiny"), selection=config)
+    ctx = StageContext(recipe=recipe, run_dir=tmp_path / "run", name="selection")
+    ctx.out.mkdir()
+    summary = run(ctx)
+    pool = load_pool(ctx)
+    chosen = [row["id"] for row in read_jsonl(ctx.out / "selected.jsonl")]
+    if combine == "quota":
+        orders = [list(pool.ordered(ctx, chooser, (task,))) for task in pool.tasks]
+        taken: list[int] = []
+        while len(taken) < 9:
+            for order in orders:
+                taken += [next(row for row in order if row not in taken)][: 9 - len(taken)]
+    else:
+        taken = list(pool.ordered(ctx, chooser, pool.tasks))[:9]
+    assert chosen == [pool.scores["id"][row] for row in taken]
+    assert summary["chooser"] == chooser and sum(summary["mix"]["chosen"].values()) == summary["chosen"] == 9
+    assert {row["chooser"] for row in read_jsonl(ctx.out / "why.jsonl")} == {chooser}
+    best = {pool.scores["id"][row] for row in chosen_rows(pool.scores, "influence", 9, combine)}
+    assert summary["overlap_with_chosen"]["influence"] == len(best & set(chosen)) / 9 < 1
+
+
 def test_random_draws_anew_for_every_seed(run_folder: Path) -> None:
-    from jz3.comparison.choosers import load_pool
+    from jz3.selection.pool import load_pool
 
     ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
-    pool = load_pool(ctx, set())
+    pool = load_pool(ctx)
     draws = [pool.order(ctx, "random", "", seed, 500) for seed in (0, 1, 2)]
     assert draws[0] != draws[1] != draws[2] != draws[0]
 
@@ -256,8 +288,8 @@ def test_weights_kept_in_float32_are_judged_in_float32(
 def test_every_task_counts_alike_and_no_candidate_is_lost(run_folder: Path, tmp_path: Path) -> None:
     import shutil
 
-    from jz3.comparison.choosers import features_of
     from jz3.features.stage import read_extracted
+    from jz3.selection.pool import features_of
 
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder, ignore=shutil.ignore_patterns("comparison"))

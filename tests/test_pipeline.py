@@ -45,7 +45,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
 def test_every_number_is_there(tiny_run: Path) -> None:
     results = read_json(tiny_run / "results.json")
     selection = results["selection"]
-    assert set(selection["mix"]) == {"corpus", "influence", "hidden", "bm25", "loss", "random"}
+    assert set(selection["mix"]) == {"corpus", "chosen", "influence", "hidden", "bm25", "loss", "random"}
     assert all(sum(counts.values()) == 12 for name, counts in selection["mix"].items() if name != "corpus")
     assert selection["fidelity"]["documents"] >= 20 and 0 < selection["fidelity"]["spearman"] <= 1
     assert set(selection["negative_control"]["overlap"]) == {"word_problems", "number_algebra"}

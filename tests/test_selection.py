@@ -9,7 +9,8 @@ import pytest
 from jz3.bm25 import Bm25
 from jz3.influence import agreement, negative_control, shared_by_chance
 from jz3.records import Query
-from jz3.selection import StreamingSelection, chosen_rows, methods, select
+from jz3.selection import SelectionConfig, StreamingSelection, chosen_rows, select
+from jz3.selection.stage import methods
 from jz3.topk import TopK
 
 IDS = ["0c", "0a", "0b", "0d"]
@@ -27,6 +28,21 @@ def test_combinations() -> None:
     assert select(scores, IDS, 3, "quota") == [0, 2, 1]
     assert sorted(select(scores, IDS, 99, "quota")) == [0, 1, 2, 3]
     assert select(scores, IDS, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"chooser": "best"}, "chooser must be one of influence, dot"),
+        ({"chooser": "control"}, "chooser must be one of"),
+        ({"chooser": "matching", "combine": "max"}, "mean or quota"),
+        ({"combine": "median"}, "combine must be one of"),
+        ({"candidates": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings_are_told(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SelectionConfig(**changes)
 
 
 def test_wrong_arguments_are_told() -> None:

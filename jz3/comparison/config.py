@@ -2,17 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from jz3.selection.config import BUILT_IN
 from jz3.training.config import TrainSettings
-
-SETS = ("matching", "coverage", "diverse", "preconditioned")
-"""Choosers that look at the candidates' features, see jz3.comparison.sets."""
-DERIVED = ("dot", "mix", "stratified")
-"""`dot`: influence times the gradient's norm; `mix`: mean of the ranks by influence and by hidden states;
-`stratified`: influence, with as many texts of every source as the pool has in proportion."""
-
-GRADIENTS = ("influence", *DERIVED, *SETS)
-"""Choosers that use gradients."""
-BUILT_IN = (*GRADIENTS, "hidden", "bm25", "loss", "random", "control")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +19,7 @@ class ComparisonConfig:
     (influence times the gradient's norm), `mix` (ranks of influence and hidden states), `stratified`
     (influence within every source, in the pool's proportions), `control` (what an unrelated target would
     choose), the choosers of sets `matching`, `coverage`, `diverse`, `preconditioned` (an inverse covariance
-    between text and target), and the names of `runs`."""
+    between text and target; all four among `selection.candidates`), and the names of `runs`."""
     runs: tuple[tuple[str, str], ...] = ()
     """Further choosers: pairs of a name and the folder of another run over the same texts and tasks, whose
     influence scores (of another kind of features, of several checkpoints) choose under that name."""
@@ -40,14 +31,12 @@ class ComparisonConfig:
     """Trainings of each choice, with other orders of the texts; `random` also draws anew."""
     problems: int = 0
     """How many evaluation problems are scored per task; 0: all."""
-    candidates: int = 20_000
-    """Texts of highest influence that the choosers of sets choose from."""
     workers: int = 1
     """Trainings at a time, in processes of their own."""
     train: TrainSettings = field(default_factory=lambda: TrainSettings(schedule="constant", warmup=0.1))
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "workers", "candidates"):
+        for name in ("seeds", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"comparison: {name} must be at least 1, got {getattr(self, name)}")
         for budget in (self.tokens, *self.more_tokens):

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jz3.comparison.choosers import Pool, load_pool
-from jz3.comparison.config import GRADIENTS, ComparisonConfig
+from jz3.comparison.config import ComparisonConfig
 from jz3.errors import Jz3Error
 from jz3.evaluation import mean_nll
 from jz3.evaluation.intervals import mean
@@ -22,6 +21,8 @@ from jz3.filtering.decontaminate import DecontaminationIndex
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import seed_for
+from jz3.selection.config import GRADIENTS
+from jz3.selection.pool import Pool, load_pool
 from jz3.stage import StageContext
 from jz3.training import Phase, TrainSettings, train
 
@@ -122,7 +123,8 @@ def _plan(ctx: StageContext) -> Plan:
     docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
     refused = _contaminated(docs, queries)
     sources = config.without_sources
-    pool = load_pool(ctx, {r.id for r in refused} | {d.id for d in docs.values() if d.source in sources})
+    barred = {r.id for r in refused} | {d.id for d in docs.values() if d.source in sources}
+    pool = load_pool(ctx, barred, config.runs)
     choices = [
         _choose(ctx, pool, chooser, task, tokens, seed)
         for tokens in (config.tokens, *config.more_tokens)

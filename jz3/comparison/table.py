@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jz3.comparison.config import GRADIENTS
+from jz3.selection.config import GRADIENTS
 
 
 def text_table(summary: dict[str, Any]) -> str:

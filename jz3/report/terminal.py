@@ -41,7 +41,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
                 f"against exact gradients of {fidelity['documents']} texts and {fidelity['queries']} unseen queries",
             )
         )
-    mix = ", ".join(f"{s} {n}" for s, n in sorted(selection["mix"]["influence"].items(), key=lambda x: -x[1]))
+    mix = ", ".join(f"{s} {n}" for s, n in sorted(selection["mix"]["chosen"].items(), key=lambda x: -x[1]))
     lines.append(("selected", f"{selection['chosen']}: {mix}"))
     control = selection["negative_control"]
     if control:

@@ -1,15 +1,13 @@
 """From a run's scores and features to the order in which each chooser takes texts."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jz3.comparison import sets
-from jz3.comparison.config import DERIVED, SETS
 from jz3.errors import Jz3Error
 from jz3.features.extract import model_hash
 from jz3.features.stage import load_projection, read_extracted
@@ -17,7 +15,9 @@ from jz3.influence import ranks, read_scores
 from jz3.models import resolve_model
 from jz3.records import Query
 from jz3.seeding import rng
-from jz3.selection import chosen_rows
+from jz3.selection import sets
+from jz3.selection.best import chosen_rows
+from jz3.selection.config import DERIVED, SETS
 from jz3.stage import StageContext
 from jz3.store import Coding, Store
 
@@ -26,7 +26,7 @@ CHOOSERS = {name: getattr(sets, name) for name in SETS}
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What the choosers look at: the table of scores without the rows that hold a test problem."""
+    """What the choosers look at: the influence stage's table of scores, and through a run its features."""
 
     scores: dict[str, Any]
     """See jz3.influence.read_scores."""
@@ -49,11 +49,22 @@ class Pool:
             ValueError: the chooser is unknown or lacks its columns.
         """
         tasks = (task,) if task else self.tasks
-        return _fill(self._ordered(ctx, chooser, tasks, seed), self.scores["tokens"], tokens)
+        return _fill(self.ordered(ctx, chooser, tasks, seed), self.scores["tokens"], tokens)
 
-    def _ordered(
-        self, ctx: StageContext, chooser: str, tasks: Sequence[str], seed: int
+    def ordered(
+        self, ctx: StageContext, chooser: str, tasks: Sequence[str], seed: int = 0
     ) -> Iterator[int] | list[int]:
+        """Return the rows in the order in which a chooser takes them.
+
+        Args:
+            ctx: of a run with scores, and with features for the choosers of sets.
+            chooser: see ComparisonConfig.methods.
+            tasks: for which tasks together, as `selection.combine` says.
+            seed: of `random` alone; 0: the influence stage's own draw.
+
+        Raises:
+            ValueError: the chooser is unknown or lacks its columns.
+        """
         ids, everything = self.scores["id"], len(self.scores["id"])
         combine = ctx.recipe.selection.combine
         if chooser == "random" and seed:
@@ -62,7 +73,9 @@ class Pool:
         columns = {n: v for n, v in self.scores.items() if ":" not in n or n.split(":", 1)[1] in tasks}
         if chooser == "control":
             if self.control is None:
-                raise ValueError("comparison.methods has `control`, but the targets have none")
+                raise ValueError(
+                    "the chooser `control` needs a negative control among the targets, and there is none"
+                )
             return chosen_rows({"control": self.control, "id": ids}, chooser, everything, combine)
         if chooser == "stratified":
             return self._stratified(chosen_rows(columns, "influence", everything, combine))
@@ -70,7 +83,7 @@ class Pool:
             columns |= {f"{chooser}:{task}": self._derived(chooser, task) for task in tasks}
         if chooser not in SETS:
             return chosen_rows(columns, chooser, everything, combine)
-        best = chosen_rows(columns, "influence", ctx.recipe.comparison.candidates, combine)
+        best = chosen_rows(columns, "influence", ctx.recipe.selection.candidates, combine)
         features, queries = features_of(ctx, [ids[row] for row in best], tasks)
         return (best[place] for place in CHOOSERS[chooser](features, queries))
 
@@ -79,7 +92,7 @@ class Pool:
         if chooser == "dot":
             return influence * self.scores["norm"]
         if f"hidden:{task}" not in self.scores:
-            raise ValueError("comparison.methods has `mix`, which needs `hidden` among influence.baselines")
+            raise ValueError("the chooser `mix` needs `hidden` among influence.baselines")
         return (ranks(influence) + ranks(self.scores[f"hidden:{task}"])) / (2 * len(influence))
 
     def _stratified(self, order: Sequence[int]) -> list[int]:
@@ -106,14 +119,19 @@ def _fill(order: Iterator[int] | list[int], sizes: Sequence[int], tokens: int) -
     return rows
 
 
-def load_pool(ctx: StageContext, refused: set[str]) -> Pool:
-    """Read the influence stage's table without the texts in `refused`; the control's scores stand apart.
+def load_pool(ctx: StageContext, refused: Collection[str] = (), runs: Sequence[tuple[str, str]] = ()) -> Pool:
+    """Read the influence stage's table; the control's scores stand apart.
+
+    Args:
+        ctx: of a run with scores.
+        refused: texts that nobody may choose.
+        runs: see ComparisonConfig.runs.
 
     Raises:
-        Jz3Error: a run of `comparison.runs` has no scores, or of other texts or tasks.
+        Jz3Error: one of `runs` has no scores, or of other texts or tasks.
     """
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
-    for name, folder in ctx.recipe.comparison.runs:
+    for name, folder in runs:
         scores |= _foreign(scores, name, Path(folder) / "influence")
     keep = [row for row, i in enumerate(scores["id"]) if i not in refused]
     table = {

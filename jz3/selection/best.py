@@ -1,4 +1,4 @@
-"""From scores to chosen texts, with the reason of each choice."""
+"""The best single texts by their scores, of a table or of a stream."""
 
 import heapq
 import math
@@ -10,24 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jz3.files import read_jsonl, write_jsonl
-from jz3.influence import read_scores
-from jz3.records import Doc
-from jz3.stage import StageContext
 from jz3.topk import TopK
 
 COMBINE = ("mean", "max", "quota")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectionConfig:
-    """How many texts are chosen, and how tasks are combined."""
-
-    k: int = 4000
-    """Texts to choose (the paper's second teacher round has 4k)."""
-    combine: str = "mean"
-    """`mean` or `max` of the tasks' scores, or `quota`: the same number of texts for every task.
-    `max` can collapse onto one task."""
 
 
 def select(scores: np.ndarray, ids: Sequence[str], k: int, combine: str = "mean") -> list[int]:
@@ -37,7 +22,7 @@ def select(scores: np.ndarray, ids: Sequence[str], k: int, combine: str = "mean"
         scores: [N, tasks] float.
         ids: N ids; equal scores are ordered by id.
         k: how many to choose; fewer if N is smaller.
-        combine: see SelectionConfig.
+        combine: `mean`, `max` or `quota`, see jz3.selection.SelectionConfig.
 
     Returns:
         Row numbers, best first (score descending, id ascending).
@@ -100,7 +85,7 @@ class StreamingSelection:
 
         Args:
             k: rows to choose.
-            combine: see SelectionConfig.
+            combine: `mean`, `max` or `quota`, see jz3.selection.SelectionConfig.
             source_limit: rows of one source at most; None: no limit.
             slack: candidates kept per row to choose, at least 1; over all sources, and of each.
         """
@@ -226,7 +211,7 @@ def chosen_rows(scores: dict[str, Any], method: str, k: int, combine: str) -> li
         scores: from `jz3.influence.read_scores`.
         method: `influence`, or a baseline of `InfluenceConfig.baselines`.
         k: how many.
-        combine: see SelectionConfig.
+        combine: `mean`, `max` or `quota`, see jz3.selection.SelectionConfig.
     """
     columns = [
         c for c in scores if c == method or (c.startswith(f"{method}:") and not c.endswith(":control"))
@@ -235,50 +220,3 @@ def chosen_rows(scores: dict[str, Any], method: str, k: int, combine: str) -> li
         known = sorted({c.split(":")[0] for c in scores} - {"id", "source", "tokens", "norm"})
         raise ValueError(f"no scores of method {method!r}; there are: {', '.join(known)}")
     return select(np.stack([scores[c] for c in columns], 1), scores["id"], k, combine)
-
-
-def methods(scores: dict[str, Any]) -> list[str]:
-    """Return the methods of a table of scores, gradient influence first."""
-    found = dict.fromkeys(c.split(":")[0] for c in scores if c not in ("id", "source", "tokens", "norm"))
-    return sorted(found, key=lambda m: m != "influence")
-
-
-def run(ctx: StageContext) -> dict[str, Any]:
-    """Write selection/selected.jsonl (documents, best first) and selection/why.jsonl."""
-    config = ctx.recipe.selection
-    scores = read_scores(ctx.path("influence", "scores.parquet").parent)
-    chosen = {m: chosen_rows(scores, m, config.k, config.combine) for m in methods(scores)}
-    best = chosen["influence"]
-    tasks = [c for c in scores if c.startswith("influence:") and c != "influence:control"]
-    why = [
-        {
-            "id": scores["id"][row],
-            "rank": rank,
-            "scores": {c.split(":", 1)[1]: float(scores[c][row]) for c in tasks},
-            "source": scores["source"][row],
-        }
-        for rank, row in enumerate(best)
-    ]
-    write_jsonl(ctx.out / "why.jsonl", why)
-    wanted = {scores["id"][row] for row in best}
-    texts = read_jsonl(ctx.path("corpus", "docs.jsonl"))
-    docs = {row["id"]: Doc.from_json(row) for row in texts if row["id"] in wanted}
-    write_jsonl(ctx.out / "selected.jsonl", (docs[scores["id"][row]].to_json() for row in best))
-    everything = range(len(scores["id"]))
-    return {
-        "chosen": len(best),
-        "combine": config.combine,
-        "mix": {"corpus": _mix(scores, everything), **{m: _mix(scores, rows) for m, rows in chosen.items()}},
-        "overlap_with_influence": {
-            m: len(set(rows) & set(best)) / max(len(best), 1)
-            for m, rows in chosen.items()
-            if m != "influence"
-        },
-        "mean_tokens": {
-            m: float(np.mean([scores["tokens"][r] for r in rows])) for m, rows in chosen.items() if rows
-        },
-    }
-
-
-def _mix(scores: dict[str, Any], rows: Sequence[int]) -> dict[str, int]:
-    return dict(sorted(Counter(scores["source"][r] for r in rows).items()))

@@ -1,0 +1,43 @@
+"""Settings of the selection, and what may choose."""
+
+from dataclasses import dataclass
+
+from jz3.selection.best import COMBINE
+
+SETS = ("matching", "coverage", "diverse", "preconditioned")
+"""Choosers that look at the candidates' features, see jz3.selection.sets."""
+DERIVED = ("dot", "mix", "stratified")
+"""`dot`: influence times the gradient's norm; `mix`: mean of the ranks by influence and by hidden states;
+`stratified`: influence, with as many texts of every source as the pool has in proportion."""
+GRADIENTS = ("influence", *DERIVED, *SETS)
+"""Choosers that use gradients."""
+BUILT_IN = (*GRADIENTS, "hidden", "bm25", "loss", "random", "control")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionConfig:
+    """How many texts are chosen, by what, and how tasks are combined."""
+
+    k: int = 4000
+    """Texts to choose (the paper's second teacher round has 4k)."""
+    chooser: str = "influence"
+    """`influence` (best cosines), `dot`, `mix`, `stratified`, one of the choosers of sets `matching`, `coverage`,
+    `diverse`, `preconditioned`, or a baseline of the influence stage; see docs/selection.md for what they gave."""
+    candidates: int = 20_000
+    """Texts of highest influence that the choosers of sets choose from."""
+    combine: str = "mean"
+    """`mean` or `max` of the tasks' scores, or `quota`: the same number of texts for every task.
+    `max` can collapse onto one task."""
+
+    def __post_init__(self) -> None:
+        if self.chooser not in BUILT_IN or self.chooser == "control":
+            known = ", ".join(name for name in BUILT_IN if name != "control")
+            raise ValueError(f"selection.chooser must be one of {known}, got {self.chooser!r}")
+        if self.combine not in COMBINE:
+            raise ValueError(f"selection.combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
+        if self.chooser in SETS and self.combine == "max":
+            raise ValueError(
+                f"selection: the chooser {self.chooser!r} combines tasks by mean or quota; max is of single texts"
+            )
+        if self.candidates < 1:
+            raise ValueError(f"selection.candidates must be at least 1, got {self.candidates}")
