@@ -157,6 +157,7 @@ def config(documents: int) -> Any:
 def index(folder: Path, documents: int) -> dict[str, Any]:
     """Build what is missing of the index and measure its recall."""
     from jz3.index.build import build_index
+    from jz3.index.vectors import Member, Vectors
     from jz3.store import Store
 
     times, added = [], []
@@ -167,8 +168,7 @@ def index(folder: Path, documents: int) -> dict[str, Any]:
 
     # The first call comes after the training, with what was there before.
     built = build_index(
-        Store(folder / "store"),
-        coding(),
+        Vectors([Member(Store(folder / "store"), coding())]),
         folder / "index",
         config(documents),
         queries=queries(32),

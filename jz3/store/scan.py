@@ -140,7 +140,7 @@ def scan_checkpoints(
                 f"{c.store.folder} holds bf16, which checkpoints can't be combined in; store codes"
             )
         if [shard.rows for shard in c.store.shards] != [shard.rows for shard in first.shards]:
-            raise Jz3Error(_differ(first, c.store))
+            raise Jz3Error(differ(first, c.store))
     queries = [c.queries for c in checkpoints]
     means, scales = (
         [getattr(c.coding, name).to(c.queries.device) for c in checkpoints] for name in ("mean", "scale")
@@ -153,7 +153,7 @@ def scan_checkpoints(
             checkpoints, blocks, queries, means, scales, strict=True
         ):
             if not np.array_equal(names, ids):
-                raise Jz3Error(_differ(first, c.store))
+                raise Jz3Error(differ(first, c.store))
             parts.append(
                 CheckpointCodes(
                     codes=torch.from_numpy(codes).to(query.device),
@@ -171,7 +171,8 @@ def scan_checkpoints(
     return _on_cpu(best, queries[0], groups)
 
 
-def _differ(one: Store, other: Store) -> str:
+def differ(one: Store, other: Store) -> str:
+    """Say that two checkpoints' stores don't belong together."""
     return (
         f"{one.folder} and {other.folder} hold different documents or hold them in another order; "
         "combine the stores of one finished run"
