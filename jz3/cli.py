@@ -30,7 +30,8 @@ STAGE_COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0: done; 2: a user's error, told in one line; 130: interrupted. `--debug` anywhere shows tracebacks.
+    0: done; 2: a user's error, told in one line; 130: interrupted; 141: nobody reads the output
+    any more. `--debug` anywhere shows tracebacks.
     """
     import tyro
     from tyro.conf import Positional, arg
@@ -207,11 +208,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name] = _stage_command(stage, text, Positional)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jz3", description=__doc__, args=arguments)
+        sys.stdout.flush()
     except (Jz3Error, ValueError) as error:
         if debug:
             traceback.print_exc()
         print(f"jz3: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`); what is left would fail at exit once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if debug:
             traceback.print_exc()

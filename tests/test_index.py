@@ -304,6 +304,11 @@ def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     first = answers[0][0]["matches"][0]
     # A text is the one that helps most with itself.
     assert first["id"] == rows[3]["id"] and first["text"] == rows[3]["text"]
+    file.write_text("nonsense\n" + json.dumps({"input": "What is 3 * 4?"}))
+    assert main(["query", str(small_run), "--file", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "needs one of problem, question, text" in told.out and "it has input" in told.out
+    assert "holds no problem that could be answered" in told.err
     assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
 
 

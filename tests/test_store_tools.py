@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -199,3 +201,15 @@ def test_module_hash_sees_names_shapes_and_order() -> None:
         )
         == 4
     )
+
+
+def test_output_that_nobody_reads(tmp_path: Path) -> None:
+    """`jz3 ... | head` ends without a word."""
+    fill(tmp_path, 0)
+    code = "import sys; from jz3.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "store", "info", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 SHOWN = 300
+PROBLEM, SOLUTION = ("problem", "question", "text"), ("solution", "answer", "completion")
+"""Fields of a file of problems, the first that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,11 @@ def command(
         raise ValueError("give either --text or --file, not both")
     if file and not file.is_file():
         raise ValueError(f"{file} is no file")
+    # Before models and index are loaded.
+    if k < 1:
+        raise ValueError(f"--k must be at least 1, got {k}")
+    if text is not None and not text.strip():
+        raise ValueError("--text is empty: what is to be looked up?")
     start = time.perf_counter()
     searcher = Searcher(collection, exact)
     if exact:
@@ -255,7 +262,9 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
                 for m in found.matches
             ]
             say(json.dumps({"line": number, "problem": problem, "matches": matches}, ensure_ascii=False))
-    done = max(count - failed, 1)
+    if failed == count:
+        raise Jz3Error(f"{path} holds no problem that could be answered")
+    done = count - failed
     _note(
         f"{count} problems, {failed} not answered; per problem: gradient {gradient / done * 1e3:.0f} ms, "
         f"search {search / done * 1e3:.1f} ms"
@@ -263,14 +272,17 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
 
 
 def _problem(line: str) -> tuple[str, str]:
-    """Return problem and solution of a line: an object with `problem` (or `question` or `text`)."""
+    """Return problem and solution of a line, an object with some of the fields PROBLEM and SOLUTION."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
-    problem = next((row[k] for k in ("problem", "question", "text") if row.get(k)), None)
-    solution = next((row[k] for k in ("solution", "completion", "answer") if row.get(k)), "")
+    problem = next((row[k] for k in PROBLEM if row.get(k)), None)
+    solution = next((row[k] for k in SOLUTION if row.get(k)), "")
     if not isinstance(problem, str) or not isinstance(solution, str):
-        raise ValueError(f"a line needs the text `problem`, and may have `solution`; it has {sorted(row)}")
+        raise ValueError(
+            f"a line needs one of {', '.join(PROBLEM)} and may have one of {', '.join(SOLUTION)}; it has "
+            f"{', '.join(map(str, row)) or 'none'}"
+        )
     return problem, solution
 
 
