@@ -95,6 +95,35 @@ def test_recall_counts_equal_texts_as_often_as_they_come() -> None:
     assert recall(ids, np.array([[7, 7, 7, 8]], np.uint64)) == 0.75
 
 
+def test_vectors_are_the_checkpoints_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of shards, or single rows; their inner products are the weighted sums of the checkpoints'."""
+    monkeypatch.setattr("jz3.index.vectors.BLOCK", 300)
+    stores = [fill(tmp_path / "one", 2), fill(tmp_path / "two", 0)]
+    for number in range(2):
+        ids = [f"{FIRST + number * ROWS + i:016x}" for i in range(ROWS)]
+        write_shard(tmp_path / "two", number, ids, values_of(7 + number), torch.ones(ROWS), CODING)
+    stores[1].refresh()
+    vectors = Vectors(
+        [Member(store, CODING, weight) for store, weight in zip(stores, (0.25, 0.75), strict=True)]
+    )
+    decoded = [torch.cat([v for _, v in store.values(CODING)]) for store in stores]
+    whole = torch.cat([decoded[0] * 0.5, decoded[1] * 0.75**0.5], 1).numpy()
+    pieces = list(vectors.blocks())
+    assert [(s.number, start, len(v)) for s, start, v in pieces] == [
+        (0, 0, 300), (0, 300, 200), (1, 0, 300), (1, 300, 200)
+    ]  # fmt: skip
+    assert np.array_equal(np.concatenate([v for *_, v in pieces]), whole)
+    assert np.array_equal(vectors.rows(vectors.shards[1], np.array([3, 499])), whole[[ROWS + 3, ROWS + 499]])
+    asked = values_of(20)[:3], values_of(21)[:3]
+    queries = vectors.weighted(asked)
+    wanted = 0.25 * asked[0] @ decoded[0].T + 0.75 * asked[1] @ decoded[1].T
+    scores, found = vectors.scan(queries, 5)
+    np.testing.assert_allclose(queries.numpy() @ whole.T, wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, wanted.topk(5).values, atol=1e-3)
+    assert found.shape == (3, 5)
+    assert len({Vectors([Member(s, CODING)]).identity for s in stores} | {vectors.identity}) == 2
+
+
 def test_few_probes_have_less_recall(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 3)
     found = [

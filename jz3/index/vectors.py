@@ -16,7 +16,7 @@ from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text
 from jz3.store import CheckpointStore, Coding, Shard, Store, scan, scan_checkpoints
 from jz3.store.format import decode_rows
-from jz3.store.scan import differ
+from jz3.store.scan import check_checkpoints, differ
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ class Vectors:
             members: at least one; several hold the same documents in the same shards.
 
         Raises:
-            Jz3Error: they hold different documents (perhaps as a shard of one is damaged), or a coding is
-                of other rows.
+            Jz3Error: several can't be combined, see `jz3.store.scan.check_checkpoints`, or a coding is of
+                other rows.
         """
         self.members = list(members)
         first = self.members[0].store
@@ -53,8 +53,8 @@ class Vectors:
         self._positions = {shard.number: position for position, shard in enumerate(self.shards)}
         for member in self.members:
             member.store.check(member.coding)
-            if [(s.number, s.rows) for s in member.store.shards] != [(s.number, s.rows) for s in self.shards]:
-                raise Jz3Error("; ".join(self.damaged) or differ(first, member.store))
+        if len(self.members) > 1:
+            check_checkpoints([member.store for member in self.members])
 
     def __len__(self) -> int:
         return len(self.members[0].store)

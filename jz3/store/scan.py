@@ -135,12 +135,7 @@ def scan_checkpoints(
     first = checkpoints[0].store
     for c in checkpoints:
         c.store.check(c.coding)
-        if CODES[c.store.info.bits] == "bf16":
-            raise Jz3Error(
-                f"{c.store.folder} holds bf16, which checkpoints can't be combined in; store codes"
-            )
-        if [shard.rows for shard in c.store.shards] != [shard.rows for shard in first.shards]:
-            raise Jz3Error(differ(first, c.store))
+    check_checkpoints([c.store for c in checkpoints])
     queries = [c.queries for c in checkpoints]
     means, scales = (
         [getattr(c.coding, name).to(c.queries.device) for c in checkpoints] for name in ("mean", "scale")
@@ -169,6 +164,20 @@ def scan_checkpoints(
         best = [merge_topk([*best, found], k)]
         advance(len(ids))
     return _on_cpu(best, queries[0], groups)
+
+
+def check_checkpoints(stores: Sequence[Store]) -> None:
+    """Refuse stores that can't be combined.
+
+    Raises:
+        Jz3Error: they hold different documents (perhaps as a shard of one is damaged), or bf16.
+    """
+    for store in stores:
+        if CODES[store.info.bits] == "bf16":
+            raise Jz3Error(f"{store.folder} holds bf16, which checkpoints can't be combined in; store codes")
+        if [shard.rows for shard in store.shards] != [shard.rows for shard in stores[0].shards]:
+            damaged = [text for s in stores for text in s.damaged.values()]
+            raise Jz3Error("; ".join(damaged) or differ(stores[0], store))
 
 
 def differ(one: Store, other: Store) -> str:
