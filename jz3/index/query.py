@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SHOWN = 300
-PROBLEM, SOLUTION = ("problem", "question", "text"), ("solution", "answer", "completion")
+PROBLEM, SOLUTION = ("problem", "question", "text"), ("solution", "completion", "answer")
 """Fields of a file of problems, the first that is there counts."""
 
 

@@ -83,7 +83,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
                 break
             slack *= SLACK[1]
         details = _details(out, plan, job, [c.place for c in choices], [*refused])
-        passed = np.array([_combined(details[place[1:]], tasks, choose) for place in refused])
+        passed = np.sort([_combined(details[place[1:]], tasks, choose) for place in refused])
         rows = (
             _row(rank, choice, texts[choice.place], details[choice.place[1:]], tasks, choose, kept, passed)
             for rank, choice in enumerate(choices)
@@ -282,14 +282,14 @@ def _row(
     kept: int,
     passed: np.ndarray,
 ) -> dict[str, Any]:
-    """Return a chosen text with what decided; `passed` are the scores of what was passed over."""
+    """Return a chosen text with what decided; `passed` are the sorted scores of what was passed over."""
     scores = {task: details[f"influence:{task}"] for task in tasks}
     if choice.task >= 0:
         why = f"next best of {kept:,} for {tasks[choice.task]}, whose turn it was"
     else:
         highest = f"highest of its scores, for {max(scores, key=lambda t: scores[t])},"
         what = highest if choose.combine == "max" else "mean of its scores"
-        better = int((passed > choice.score).sum())
+        better = len(passed) - int(np.searchsorted(passed, choice.score, "right"))
         why = f"{what} is number {rank + 1 + better:,} of {kept:,}"
         why += f", {better:,} of the better ones were passed over" if better else ""
     return {

@@ -174,7 +174,9 @@ def check_checkpoints(stores: Sequence[Store]) -> None:
     """
     for store in stores:
         if CODES[store.info.bits] == "bf16":
-            raise Jz3Error(f"{store.folder} holds bf16, which checkpoints can't be combined in; store codes")
+            raise Jz3Error(
+                f"{store.folder} holds bf16, which checkpoints can't be combined in; name one, or store codes"
+            )
         if [shard.rows for shard in store.shards] != [shard.rows for shard in stores[0].shards]:
             damaged = [text for s in stores for text in s.damaged.values()]
             raise Jz3Error("; ".join(damaged) or differ(stores[0], store))
