@@ -30,7 +30,8 @@ STAGE_COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0: done; 2: a user's error, told in one line; 130: interrupted. `--debug` anywhere shows tracebacks.
+    0: done; 2: a user's error, told in one line; 130: interrupted; 141: nobody reads the output
+    any more. `--debug` anywhere shows tracebacks.
     """
     import tyro
     from tyro.conf import Positional, arg
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         solution: str = "",
         k: int = 5,
         exact: bool = False,
-        checkpoint: int = 0,
+        checkpoint: int | None = None,
     ) -> None:
         """Print the texts of a run's corpus that help most with a problem.
 
@@ -106,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             solution: the solution of --text, if known: then only its tokens are scored.
             k: how many texts.
             exact: scan all codes instead of asking the index.
-            checkpoint: of a scored run with several, whose features are searched.
+            checkpoint: of a scored run with several, the only one whose features are searched; by default all
+                are, by their weights.
         """
         from jz3.index.collection import open_collection
         from jz3.index.query import command
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def index(
         run: Positional[Path],
         recipe: Path | None = None,
-        checkpoint: int = 0,
+        checkpoint: int | None = None,
         settings: Annotated[IndexConfig, arg(name="")] = INDEX,
     ) -> None:
         """Build the FAISS index over a run's features, or bring it up to date.
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Args:
             run: the folder of a run of the loop, or of `jz3 score --keep-features`.
             recipe: a TOML file or a shipped recipe's name; by default the one the run was made with.
-            checkpoint: of a scored run with several, whose features are indexed.
+            checkpoint: of a scored run with several, the only one whose features are indexed.
             settings: of a scored run's index.
         """
         from jz3.index import index_scored
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(action, folders, out)
 
     def explore(
-        run: Positional[Path], port: int = 7860, host: str = "127.0.0.1", checkpoint: int = 0
+        run: Positional[Path], port: int = 7860, host: str = "127.0.0.1", checkpoint: int | None = None
     ) -> None:
         """Serve a local page: type a problem, see the texts that help it; scores, sources, best and worst.
 
@@ -169,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 were kept, faster once `jz3 index` has run.
             port: of the page.
             host: the address to listen on; anything but this machine's own is open to the network.
-            checkpoint: of a scored run with several, whose features are searched.
+            checkpoint: of a scored run with several, the only one whose features are searched; by default all
+                are, by their weights.
         """
         from jz3.explore import serve
 
@@ -205,11 +208,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name] = _stage_command(stage, text, Positional)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jz3", description=__doc__, args=arguments)
+        sys.stdout.flush()
     except (Jz3Error, ValueError) as error:
         if debug:
             traceback.print_exc()
         print(f"jz3: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`); what is left would fail at exit once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if debug:
             traceback.print_exc()

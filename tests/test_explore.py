@@ -127,10 +127,12 @@ def test_view(small_run: Path) -> None:
     # A text's token values add up to its exact cosine.
     searcher = view.searcher
     texts = [
-        tokenize_text(searcher.tokenizer, m.doc.id, m.doc.text, searcher.encoding.document_tokens)
+        tokenize_text(searcher.tokenizer, m.doc.id, m.doc.text, searcher.document_tokens)
         for m in answer.matches[:2]
     ]
-    exact = exact_cosines(searcher.model, searcher.layers, texts, [answer.tokens])[:, 0]
+    exact = exact_cosines(searcher.encoders[0].model, searcher.encoders[0].layers, texts, [answer.tokens])[
+        :, 0
+    ]
     # Titles have five digits, so that their sum is off by up to 5e-6 a token.
     assert values == pytest.approx(exact.tolist(), abs=2e-3) and abs(values[0]) > 0.01
     assert "its solution&#x27;s tokens scored" in view.found(

@@ -17,8 +17,9 @@ from jz3.index import IndexConfig, build
 from jz3.index.build import build_index, recall
 from jz3.index.docs import DocFile
 from jz3.index.search import SearchIndex
+from jz3.index.vectors import Member, Vectors
 from jz3.records import Doc
-from jz3.store import Coding, Store, StoreInfo, open_store, write_shard
+from jz3.store import Coding, Store, StoreInfo, open_store, scan, write_shard
 
 faiss = pytest.importorskip("faiss")
 
@@ -44,6 +45,10 @@ def fill(folder: Path, shards: int) -> Store:
     return Store(folder)
 
 
+def vectors_of(store: Store) -> Vectors:
+    return Vectors([Member(store, CODING)])
+
+
 def opened(folder: Path, probes: int = 16) -> SearchIndex:
     return SearchIndex.open(folder, INFO.identity(), probes)
 
@@ -67,7 +72,7 @@ def exact_best(store: Store, queries: torch.Tensor, k: int) -> list[set[int]]:
 def test_factories(tmp_path: Path, factory: str, least: float) -> None:
     store = fill(tmp_path / "store", 3)
     config = IndexConfig(factory=factory, probes=8, recall_queries=30)
-    built = build_index(store, CODING, tmp_path / "index", config)
+    built = build_index(vectors_of(store), tmp_path / "index", config)
     assert built["documents"] == 3 * ROWS and built["recall_queries"] == 30
     assert built == json.loads((tmp_path / "index" / "index.json").read_text())
     queries = values_of(77)[:40]
@@ -78,33 +83,53 @@ def test_factories(tmp_path: Path, factory: str, least: float) -> None:
     ]
     assert np.mean(shares) >= least
     # The recall that is printed is the one that is found here by another way.
-    measured = recall(opened(tmp_path / "index"), store, CODING, queries)
+    measured = recall(
+        opened(tmp_path / "index").search(queries.numpy(), 100)[1], scan(store, CODING, queries, 100)[1]
+    )
     assert measured == pytest.approx(np.mean(shares), abs=0.005)
     assert abs(built["recall_at_100"] - np.mean(shares)) < 0.15
 
 
 def test_recall_counts_equal_texts_as_often_as_they_come() -> None:
-    class Found:
-        def search(self, queries: np.ndarray, k: int) -> tuple[None, np.ndarray]:
-            return None, np.array([[7, 7, 8, 9]], np.uint64)
+    ids = np.array([[7, 7, 8, 9]], np.uint64)
+    assert recall(ids, np.array([[7, 7, 7, 8]], np.uint64)) == 0.75
 
-    class Stored:
-        def __len__(self) -> int:
-            return 4
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "scan", lambda *_: (None, np.array([[7, 7, 7, 8]], np.uint64)))
-        found: Any = Found()
-        stored: Any = Stored()
-        assert recall(found, stored, CODING, torch.zeros(1, K), 4) == 0.75
+def test_vectors_are_the_checkpoints_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of shards, or single rows; their inner products are the weighted sums of the checkpoints'."""
+    monkeypatch.setattr("jz3.index.vectors.BLOCK", 300)
+    stores = [fill(tmp_path / "one", 2), fill(tmp_path / "two", 0)]
+    for number in range(2):
+        ids = [f"{FIRST + number * ROWS + i:016x}" for i in range(ROWS)]
+        write_shard(tmp_path / "two", number, ids, values_of(7 + number), torch.ones(ROWS), CODING)
+    stores[1].refresh()
+    vectors = Vectors(
+        [Member(store, CODING, weight) for store, weight in zip(stores, (0.25, 0.75), strict=True)]
+    )
+    decoded = [torch.cat([v for _, v in store.values(CODING)]) for store in stores]
+    whole = torch.cat([decoded[0] * 0.5, decoded[1] * 0.75**0.5], 1).numpy()
+    pieces = list(vectors.blocks())
+    assert [(s.number, start, len(v)) for s, start, v in pieces] == [
+        (0, 0, 300), (0, 300, 200), (1, 0, 300), (1, 300, 200)
+    ]  # fmt: skip
+    assert np.array_equal(np.concatenate([v for *_, v in pieces]), whole)
+    assert np.array_equal(vectors.rows(vectors.shards[1], np.array([3, 499])), whole[[ROWS + 3, ROWS + 499]])
+    asked = values_of(20)[:3], values_of(21)[:3]
+    queries = vectors.weighted(asked)
+    wanted = 0.25 * asked[0] @ decoded[0].T + 0.75 * asked[1] @ decoded[1].T
+    scores, found = vectors.scan(queries, 5)
+    np.testing.assert_allclose(queries.numpy() @ whole.T, wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, wanted.topk(5).values, atol=1e-3)
+    assert found.shape == (3, 5)
+    assert len({Vectors([Member(s, CODING)]).identity for s in stores} | {vectors.identity}) == 2
 
 
 def test_few_probes_have_less_recall(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 3)
     found = [
-        build_index(store, CODING, tmp_path / str(probes), IndexConfig(factory="IVF16,SQ8", probes=probes))[
-            "recall_at_100"
-        ]
+        build_index(
+            vectors_of(store), tmp_path / str(probes), IndexConfig(factory="IVF16,SQ8", probes=probes)
+        )["recall_at_100"]
         for probes in (1, 16)
     ]
     assert found[0] < 0.9 < found[1]
@@ -112,14 +137,14 @@ def test_few_probes_have_less_recall(tmp_path: Path) -> None:
 
 def test_parts_are_mapped_and_change_nothing(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 6)
-    whole = build_index(store, CODING, tmp_path / "one", IndexConfig(factory="IVF8,SQ8"))
+    whole = build_index(vectors_of(store), tmp_path / "one", IndexConfig(factory="IVF8,SQ8"))
     # Room for the training sample and for 1,000 rows of 40 bytes.
     small = IndexConfig(factory="IVF8,SQ8", train=300, memory=40_000 / 2**30)
     trained = tmp_path / "parts" / "trained.faiss"
     trained.parent.mkdir()
     for name in ("trained.faiss", "trained.json"):
         (tmp_path / "parts" / name).write_bytes((tmp_path / "one" / name).read_bytes())
-    parts = build_index(store, CODING, tmp_path / "parts", small)
+    parts = build_index(vectors_of(store), tmp_path / "parts", small)
     assert len(whole["parts"]) == 1 and len(parts["parts"]) == 3
     queries = values_of(77)[:20].numpy()
     one, many = (opened(tmp_path / name, 3).search(queries, 50) for name in ("one", "parts"))
@@ -132,35 +157,35 @@ def test_parts_are_mapped_and_change_nothing(tmp_path: Path) -> None:
 def test_killed_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = fill(tmp_path / "store", 4)
     config = IndexConfig(factory="IVF4,SQ8", memory=40_000 / 2**30)
-    wanted = build_index(store, CODING, tmp_path / "undisturbed", config)
+    wanted = build_index(vectors_of(store), tmp_path / "undisturbed", config)
     write = build._write_part
 
     def killed(*arguments: Any) -> None:
-        if arguments[2].name == "part-000001.faiss":
+        if arguments[2].path.name == "part-000001.faiss":
             (arguments[1] / "part-000001.faiss.part").write_bytes(b"half")
             raise KeyboardInterrupt
         write(*arguments)
 
     monkeypatch.setattr(build, "_write_part", killed)
     with pytest.raises(KeyboardInterrupt):
-        build_index(store, CODING, tmp_path / "index", config)
+        build_index(vectors_of(store), tmp_path / "index", config)
     assert not (tmp_path / "index" / "index.json").exists()
     monkeypatch.setattr(build, "_write_part", write)
     first = (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns
     advanced: list[int] = []
-    assert build_index(store, CODING, tmp_path / "index", config, advance=advanced.append) == wanted
+    assert build_index(vectors_of(store), tmp_path / "index", config, advance=advanced.append) == wanted
     assert (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns == first
     assert sum(advanced) == 4 * ROWS
 
 
 def test_grown_store_adds_a_part(tmp_path: Path) -> None:
     config = IndexConfig(factory="IVF4,SQ8", probes=4)
-    build_index(fill(tmp_path / "store", 2), CODING, tmp_path / "index", config)
+    build_index(vectors_of(fill(tmp_path / "store", 2)), tmp_path / "index", config)
     first = (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns
     store = fill(tmp_path / "store", 3)
     for number in range(2):
         assert store.shards[number].xxh3 == Store(tmp_path / "store").shards[number].xxh3
-    built = build_index(store, CODING, tmp_path / "index", config)
+    built = build_index(vectors_of(store), tmp_path / "index", config)
     assert built["documents"] == 3 * ROWS and built["parts"] == ["part-000000.faiss", "part-000001.faiss"]
     assert (tmp_path / "index" / "part-000000.faiss").stat().st_mtime_ns == first
     assert built["recall_at_100"] > 0.9
@@ -169,11 +194,11 @@ def test_grown_store_adds_a_part(tmp_path: Path) -> None:
 def test_parts_of_other_shards_are_built_again(tmp_path: Path) -> None:
     config = IndexConfig(factory="Flat")
     store = fill(tmp_path / "store", 2)
-    build_index(store, CODING, tmp_path / "index", config)
+    build_index(vectors_of(store), tmp_path / "index", config)
     (tmp_path / "store" / "000001.json").unlink()
     ids = [f"{i:016x}" for i in range(ROWS)]
     write_shard(tmp_path / "store", 1, ids, values_of(5), torch.ones(ROWS), CODING)
-    build_index(Store(tmp_path / "store"), CODING, tmp_path / "index", config)
+    build_index(vectors_of(Store(tmp_path / "store")), tmp_path / "index", config)
     found = opened(tmp_path / "index").search(values_of(5)[:9].numpy(), 1)[1][:, 0]
     assert found.tolist() == list(range(9))
 
@@ -186,30 +211,30 @@ def test_wrong_settings_are_told(tmp_path: Path) -> None:
         ("IVF8,PQ7", "PQ7"),
     ):
         with pytest.raises(ValueError, match=text):
-            build_index(store, CODING, tmp_path / "index", IndexConfig(factory=factory))
+            build_index(vectors_of(store), tmp_path / "index", IndexConfig(factory=factory))
     with pytest.raises(ValueError, match="memory must be more than 0"):
-        build_index(store, CODING, tmp_path / "index", IndexConfig(memory=0))
+        build_index(vectors_of(store), tmp_path / "index", IndexConfig(memory=0))
     with pytest.raises(ValueError, match="probes and index.train must be at least 1, got 0, 65536"):
-        build_index(store, CODING, tmp_path / "index", IndexConfig(probes=0))
+        build_index(vectors_of(store), tmp_path / "index", IndexConfig(probes=0))
     with pytest.raises(ValueError, match="recall_queries must be at least 1"):
-        build_index(store, CODING, tmp_path / "other", IndexConfig(recall_queries=0))
-    build_index(store, CODING, tmp_path / "index", IndexConfig())
+        build_index(vectors_of(store), tmp_path / "other", IndexConfig(recall_queries=0))
+    build_index(vectors_of(store), tmp_path / "index", IndexConfig())
     with pytest.raises(Jz3Error, match="factory: 'Flat' there, 'HNSW8' now"):
-        build_index(store, CODING, tmp_path / "index", IndexConfig(factory="HNSW8"))
+        build_index(vectors_of(store), tmp_path / "index", IndexConfig(factory="HNSW8"))
     with pytest.raises(Jz3Error, match="index of the store"):
         SearchIndex.open(tmp_path / "index", "0" * 16, 1)
     open_store(tmp_path / "empty", INFO)
     with pytest.raises(Jz3Error, match="holds no document"):
-        build_index(Store(tmp_path / "empty"), CODING, tmp_path / "index", IndexConfig())
+        build_index(vectors_of(Store(tmp_path / "empty")), tmp_path / "index", IndexConfig())
     (tmp_path / "store" / "000000.safetensors").write_bytes(b"")
     with pytest.raises(Jz3Error, match="000000.safetensors has 0 bytes"):
-        build_index(Store(tmp_path / "store"), CODING, tmp_path / "index", IndexConfig())
+        build_index(vectors_of(Store(tmp_path / "store")), tmp_path / "index", IndexConfig())
 
 
 def test_target_queries_come_first_in_the_recall(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 1)
     config = IndexConfig(recall_queries=12)
-    built = build_index(store, CODING, tmp_path / "index", config, queries=values_of(3)[:5])
+    built = build_index(vectors_of(store), tmp_path / "index", config, queries=values_of(3)[:5])
     assert built["recall_queries"] == 12 and built["recall_target_queries"] == 5
 
 
@@ -226,7 +251,7 @@ def test_gpu_is_used_where_faiss_has_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, device, index: to_gpus(index), raising=False)
     monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index, raising=False)
     store = fill(tmp_path / "store", 1)
-    build_index(store, CODING, tmp_path / "index", IndexConfig(factory="IVF4,SQ8", probes=4))
+    build_index(vectors_of(store), tmp_path / "index", IndexConfig(factory="IVF4,SQ8", probes=4))
     assert moved == ["IndexFlatIP", "IndexIVFScalarQuantizer"]
     assert len(opened(tmp_path / "index").search(values_of(0)[:1].numpy(), 5)[1][0]) == 5
 
@@ -308,6 +333,11 @@ def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     first = answers[0][0]["matches"][0]
     # A text is the one that helps most with itself.
     assert first["id"] == rows[3]["id"] and first["text"] == rows[3]["text"]
+    file.write_text("nonsense\n" + json.dumps({"input": "What is 3 * 4?"}))
+    assert main(["query", str(small_run), "--file", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "needs one of problem, question, text" in told.out and "it has input" in told.out
+    assert "holds no problem that could be answered" in told.err
     assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
 
 

@@ -212,6 +212,15 @@ def test_repeats_among_the_chosen_are_passed_over(
     chosen = runs.rows_of(tmp_path / "out" / "selected.jsonl")
     assert len(chosen) == 10
     assert len({" ".join(row["text"].casefold().split()) for row in chosen}) == 10
+    mean = (lambda t: (t["influence:sums"].to_numpy().astype(float) + t["influence:apples"]) / 2)(
+        runs.scores(tmp_path / "out")
+    )
+    for row in chosen:
+        better = int((mean > row["score"]).sum())
+        assert f"is number {better + 1} of 48" in row["why"]
+        assert (f"{better - row['rank']} of the better ones were passed over" in row["why"]) == (
+            better > row["rank"]
+        )
     passed = runs.rows_of(tmp_path / "out" / "passed_over.jsonl")
     assert manifest["selection"]["passed_over"]["duplicate"] == len(passed) >= 9
     places = {f"{row['file']}:{row['line']}" for row in chosen}

@@ -15,7 +15,9 @@ import torch
 from jz3.cli import main
 from jz3.errors import Jz3Error
 from jz3.explore.view import View
+from jz3.gradients import tokenize_query, tokenize_text
 from jz3.index.collection import open_collection
+from jz3.index.query import Searcher
 from jz3.models import load_model, load_tokenizer
 from jz3.scoring.workers import work
 
@@ -80,15 +82,7 @@ def test_queries_find_the_texts_of_every_format(
 
 def test_query_scores_are_the_means_of_the_run(scored: Path) -> None:
     """The mean over a task's queries of what query finds is the task's column, up to the codes."""
-    from jz3.gradients import tokenize_query
-    from jz3.index.query import Searcher
-
-    collection = open_collection(scored)
-    searcher = Searcher(collection)
-    queries = [q for q in collection.queries() if q.task == "sums"]
-    tokens = [tokenize_query(searcher.tokenizer, q.id, q.prompt, q.completion, 512) for q in queries]
-    values = searcher.features(tokens).mean(0, keepdim=True)
-    found = {m.doc.id: m.score for m in searcher.nearest(values, 62) if m.doc.id.startswith("doc")}
+    found = mean_scores(scored, None, exact=False)[1]
     table = runs.scores(scored)
     wanted = dict(zip(table["id"].to_pylist(), table["influence:sums"].to_pylist(), strict=True))
     assert len(found) == 60
@@ -219,26 +213,92 @@ def test_lost_corpus_and_changed_model_are_told(
         open_collection(out).encoding()
 
 
-def test_one_of_several_checkpoints_is_searched(tmp_path: Path, data: Data, tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: Data, tiny_model: Path) -> Path:
+    """A run of two models, the second weighing three times as much, with its features kept."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     model: Any = load_model(tiny_model, "float32")
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    other = tmp_path / "other"
-    model.save_pretrained(other)
-    load_tokenizer(tiny_model).save_pretrained(other)
+    model.save_pretrained(folder / "other")
+    load_tokenizer(tiny_model).save_pretrained(folder / "other")
+    checkpoint = (f"{tiny_model}=1", f"{folder / 'other'}=3")
+    runs.run(folder / "out", *data, checkpoint=checkpoint, keep_features=True, bits=8)
+    return folder / "out"
+
+
+def mean_scores(out: Path, checkpoint: int | None, exact: bool) -> tuple[Searcher, dict[str, float]]:
+    """Return per text the score of the mean of a task's queries, as query finds it."""
+    collection = open_collection(out, checkpoint)
+    searcher = Searcher(collection, exact)
+    queries = [q for q in collection.queries() if q.task == "sums"]
+    tokens = [tokenize_query(searcher.tokenizer, q.id, q.prompt, q.completion, 512) for q in queries]
+    found = searcher.nearest(searcher.features(tokens).mean(0, keepdim=True), 62)
+    return searcher, {m.doc.id: m.score for m in found if m.doc.id.startswith("doc")}
+
+
+def test_checkpoints_are_searched_together(two_checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One index over both finds the exact scan's scores, which are those of the run; so does explore."""
+    out = two_checkpoints
+    assert main(["index", str(out), "--recall-queries", "8"]) == 0
+    assert "recall@100 1.000 against the exact scan (8 target queries" in capsys.readouterr().err
+    assert main(["query", str(out), "--text", "What is 3 + 4?", "--k", "2"]) == 0
+    assert "out, 2 checkpoints: Flat" in capsys.readouterr().err
+    searcher, indexed = mean_scores(out, None, exact=False)
+    exact = mean_scores(out, None, exact=True)[1]
+    table = runs.scores(out)
+    wanted = dict(zip(table["id"].to_pylist(), table["influence:sums"].to_pylist(), strict=True))
+    assert len(indexed) == len(exact) == 60
+    for found in (indexed, exact):
+        np.testing.assert_allclose([found[i] for i in found], [wanted[i] for i in found], atol=0.01)
+    one, two = (np.array([mean_scores(out, c, exact=True)[1][i] for i in exact]) for c in (0, 1))
+    np.testing.assert_allclose(list(exact.values()), one / 4 + two * 3 / 4, atol=1e-5)
+    assert np.abs(one - two).max() > 0.02
+    view = View(open_collection(out))
+    assert "other" in view.header() and "62 texts" in view.header()
+    answer = view.ask("What is 3 + 4?", "")
+    assert "rgba(" in view.found(answer, 0, 1, True)
+    doc = answer.matches[0].doc
+    text = tokenize_text(searcher.tokenizer, doc.id, doc.text, searcher.document_tokens)
+    values = [encoder.token_values(text, answer.tokens) for encoder in searcher.encoders]
+    torch.testing.assert_close(searcher.token_values(text, answer.tokens), values[0] / 4 + values[1] * 3 / 4)
+
+
+def test_one_of_several_checkpoints_is_searched(
+    two_checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    runs.run(out, *data, checkpoint=(f"{tiny_model}=1", f"{other}=1"), kind="sketch", keep_features=True)
-    for number in ("0", "1"):
-        assert main(["index", str(out), "--checkpoint", number, "--recall-queries", "4"]) == 0
-    found = []
-    for number in (0, 1):
-        view = View(open_collection(out, number))
-        assert f"checkpoint {number} of 0 to 1" in view.header()
-        found.append([m.score for m in view.ask(runs.texts(60)[7], "").matches])
-    assert found[0] != found[1]
-    assert {p.name for p in out.glob("index-*")} == {"index-0", "index-1"}
+    shutil.copytree(two_checkpoints, out, ignore=shutil.ignore_patterns("index*"))
+    asked = ["query", str(out), "--text", "What is 3 + 4?", "--checkpoint", "1"]
+    assert main(asked) == 2
+    assert f"run `jz3 index {out} --checkpoint 1`" in capsys.readouterr().err
+    assert main(["index", str(out), "--checkpoint", "1", "--recall-queries", "4"]) == 0
+    assert main(asked) == 0
+    assert "checkpoint 1 of 0 to 1: Flat" in capsys.readouterr().err
+    assert {p.name for p in out.glob("index*")} == {"index-1"}
+    # Another's index in its place isn't searched.
+    (out / "index-1").rename(out / "index")
+    assert main(asked[:-2]) == 2
+    assert "is an index of the store" in capsys.readouterr().err
+
+
+def test_checkpoints_with_different_documents_are_not_joined(two_checkpoints: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(two_checkpoints, out)
+    for suffix in ("json", "safetensors"):
+        shutil.copy(out / "store-1" / f"000000.{suffix}", out / "store-1" / f"000002.{suffix}")
+    vectors = open_collection(out).vectors()
+    with pytest.raises(Jz3Error, match="store-0 and .*store-1 hold different documents"):
+        list(vectors.blocks())
+    (out / "store-1" / "000002.json").unlink()
+    with pytest.raises(Jz3Error, match="store-0 and .*store-1 hold different documents"):
+        open_collection(out).vectors()
+    data = (out / "store-1" / "000000.safetensors").read_bytes()
+    (out / "store-1" / "000000.safetensors").write_bytes(data[:-1])
+    with pytest.raises(Jz3Error, match="000000.safetensors has .* bytes, expected"):
+        open_collection(out).vectors()
 
 
 def test_settings_of_an_index_belong_to_one_kind_of_run(

@@ -25,7 +25,7 @@ from jz3.scoring.command import score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan, make_plan, open_plan
+from jz3.scoring.plan import load_plan, locked, make_plan, open_plan
 from jz3.scoring.reading import Reader
 from jz3.scoring.shard import Scorer
 from jz3.scoring.targets import read_target
@@ -203,8 +203,27 @@ def test_no_usable_text_is_told(tmp_path: Path, targets: dict[str, Path], tiny_m
     corpus = [str(runs.write_lines(tmp_path / "a.jsonl", [{"body": "x"}] * 3))]
     with pytest.raises(Jz3Error, match='no text of the corpus could be scored: {"missing_field": 3}'):
         runs.run(tmp_path / "out", corpus, targets, kind="sketch")
-    with pytest.raises(Jz3Error, match="none of the texts drawn"):
+    message = "none of the texts drawn .*3 missing_field; first at .*a.jsonl:1: no field 'text'; fields: body.*--text"
+    with pytest.raises(Jz3Error, match=message):
         runs.run(tmp_path / "adapted", corpus, targets)
+
+
+def test_what_failed_before_its_fits_is_planned_anew(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    """A wrong option costs no new folder, unless the fits are there or another process is making them."""
+    rows = [{"body": text} for text in runs.texts(12)]
+    corpus, out = [str(runs.write_lines(tmp_path / "a.jsonl", rows))], tmp_path / "out"
+    with pytest.raises(Jz3Error, match="none of the texts drawn"):
+        runs.start(out, corpus, targets)
+    (out / "fit" / "0").mkdir(parents=True)
+    (out / "fit" / "0" / "fit.safetensors").write_bytes(b"of the other plan")
+    with locked(out / ".prepare.lock"), pytest.raises(Jz3Error, match="text_field: 'text' -> 'body'"):
+        runs.start(out, corpus, targets, text_field="body")
+    plan, _ = runs.start(out, corpus, targets, text_field="body")
+    assert plan.settings.text_field == "body" and load_plan(out) == plan
+    with pytest.raises(Jz3Error, match="seed: 0 -> 1"):
+        runs.start(out, corpus, targets, text_field="body", seed=1)
 
 
 @pytest.mark.parametrize(

@@ -191,23 +191,6 @@ def test_every_code_comes_back(tmp_path: Path, bits: int) -> None:
     assert low < error < high
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_blocks_are_the_shards_in_pieces(tmp_path: Path, bits: int) -> None:
-    coding = Coding(CODING.mean, CODING.scale, bits)
-    open_store(tmp_path, dataclasses.replace(INFO, bits=bits))
-    values = torch.randn(25, 32, generator=torch.Generator().manual_seed(1))
-    for number, rows in enumerate((range(0, 12), range(12, 12), range(12, 25))):
-        ids = [f"{i:016x}" for i in rows]
-        write_shard(tmp_path, number, ids, values[rows.start : rows.stop], torch.ones(len(rows)), coding)
-    store = Store(tmp_path)
-    whole = torch.cat([v for _, v in store.values(coding)])
-    pieces = list(store.blocks(coding, 5))
-    assert [(s.number, start, len(v)) for s, start, v in pieces] == [
-        (0, 0, 5), (0, 5, 5), (0, 10, 2), (2, 0, 5), (2, 5, 5), (2, 10, 3)
-    ]  # fmt: skip
-    assert torch.equal(torch.cat([v for *_, v in pieces]), whole)
-
-
 def test_a_shard_is_readable_by_safetensors(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 

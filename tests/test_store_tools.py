@@ -2,6 +2,12 @@
 
 import dataclasses
 import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,7 @@ import torch
 from jz3.cli import main
 from jz3.errors import Jz3Error
 from jz3.store import Coding, Store, StoreInfo, merge_stores, module_hash, open_store, verify, write_shard
+from jz3.store.repeats import SHOWN
 
 INFO = StoreInfo(kind="adapted", k=16, bits=4, model_hash="m", projection_hash="p", reduction="mean", seed=3)
 CODING = Coding(torch.zeros(16), torch.ones(16), 4)
@@ -109,18 +116,45 @@ def test_repeated_texts_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is the same shard as" in capsys.readouterr().err
 
 
-def test_duplicates_are_found_whatever_the_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path / "a", 0, shards=8)
-    fill(tmp_path / "b", 10, shards=3)
-    for number in range(3):
-        for suffix in ("json", "safetensors"):
-            copied = (tmp_path / "b" / f"{number:06d}.{suffix}").read_bytes()
-            (tmp_path / "a" / f"{number + 20:06d}.{suffix}").write_bytes(copied)
-    for turn in (1 << 18, 7, 1):
-        monkeypatch.setattr("jz3.store.tools.TURN", turn)
-        found = verify(tmp_path / "a")
-        assert found.duplicate_count == 12
-        assert sorted(int(i, 16) for i, *_ in found.duplicates) == list(range(10, 22))
+def test_repeated_ids_whatever_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs shorter than a shard, of several shards, or of all; ids that come once, twice or very often."""
+    open_store(tmp_path, INFO)
+    generator = random.Random(0)
+    drawn = (
+        [f"{int(2 ** generator.uniform(0, 10 if i % 2 else 64)):x}" for i in range(400)]
+        + ["5"] * 90
+        + ["ffffffffffffffff"] * 2
+    )
+    generator.shuffle(drawn)
+    for number, start in enumerate(range(0, len(drawn), 41)):
+        part = drawn[start : start + 41]
+        values = torch.randn(len(part), 16)
+        write_shard(tmp_path, number, part, values, torch.ones(len(part)), CODING)
+    counts = Counter(int(name, 16) for name in drawn)
+    wanted = {key for key, n in counts.items() if n > 1}
+    assert len(wanted) > SHOWN
+    for run in (1 << 17, 100, 41, 7, 1):
+        monkeypatch.setattr("jz3.store.repeats.RUN", run)
+        found = verify(tmp_path)
+        assert found.duplicate_count == len(wanted)
+        assert len(found.duplicates) == SHOWN
+        for name, one, other in found.duplicates:
+            places = [i // 41 for i, key in enumerate(drawn) if int(key, 16) == int(name, 16)]
+            assert [one, other] == [f"{n:06d}.safetensors" for n in places[:2]]
+
+
+def test_no_room_for_the_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 0, shards=3)
+    monkeypatch.setattr("jz3.store.repeats.RUN", 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32, before[1]))
+    try:
+        with pytest.raises(Jz3Error, match="8 bytes a document, don't fit into .* set TMPDIR"):
+            verify(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,3 +201,15 @@ def test_module_hash_sees_names_shapes_and_order() -> None:
         )
         == 4
     )
+
+
+def test_output_that_nobody_reads(tmp_path: Path) -> None:
+    """`jz3 ... | head` ends without a word."""
+    fill(tmp_path, 0)
+    code = "import sys; from jz3.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "store", "info", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141

@@ -17,7 +17,7 @@ POLICY = (
 """What the browser may load: nothing from other machines, whatever the toolkit or a text asks for."""
 
 
-def serve(run: Path, host: str = "127.0.0.1", port: int = 7860, checkpoint: int = 0) -> None:
+def serve(run: Path, host: str = "127.0.0.1", port: int = 7860, checkpoint: int | None = None) -> None:
     """Serve a run's page until interrupted.
 
     Args:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jz3.errors import Jz3Error
-from jz3.explain import token_strings, token_values
+from jz3.explain import token_strings
 from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.files import read_json
 from jz3.gradients import Tokens, start_tokens, tokenize_text
 from jz3.index.collection import Collection
-from jz3.index.query import Match, Searcher
+from jz3.index.query import Match, Searcher, index_command
 from jz3.records import Doc
 
 FOUND = 100
@@ -62,13 +62,13 @@ class View:
     def header(self) -> str:
         """Return the page's heading."""
         collection, searcher = self.collection, self._searcher
-        facts = [Path(collection.model).name]
+        facts = [", ".join(Path(name).name for name in collection.models)]
         if searcher is None:
             facts += [f"{len(self.table()):,} texts", "no features"]
         elif searcher.index is None:
             facts += [
-                f"{len(searcher.store):,} texts",
-                f"exact scan (`jz3 index {collection.folder}` is faster)",
+                f"{len(searcher.vectors):,} texts",
+                f"exact scan (`{index_command(collection)}` is faster)",
             ]
         else:
             index = read_json(collection.index / "index.json")
@@ -114,12 +114,9 @@ class View:
 
     def _explained(self, doc: Doc, query: Tokens) -> str:
         searcher = self.searcher
-        encoding = searcher.encoding
-        text = tokenize_text(searcher.tokenizer, doc.id, doc.text, encoding.document_tokens)
+        text = tokenize_text(searcher.tokenizer, doc.id, doc.text, searcher.document_tokens)
         with self._lock:
-            values = token_values(
-                searcher.model, searcher.layers, text, [query], reduction=encoding.reduction
-            )[0]
+            values = searcher.token_values(text, query)
         # Start tokens stand for no characters.
         head = len(start_tokens(searcher.tokenizer))
         pieces = [""] * head + token_strings(searcher.tokenizer, doc.text, text.ids[head:])

@@ -56,7 +56,7 @@ def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any
     from jz3.index.query import Searcher
 
     searcher = Searcher(collection, exact=True)
-    limit = searcher.encoding.query_tokens
+    limit = searcher.query_tokens
     tokens = []
     for query in collection.queries():
         # Some can't be scored, which the run's rejects tell.
@@ -69,14 +69,12 @@ def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any
 
 def _build(collection: "Collection", config: IndexConfig, queries: "torch.Tensor") -> dict[str, Any]:
     from jz3.index.build import build_index
-    from jz3.store import Coding
 
-    store, projection = collection.store(), collection.projection()
+    vectors = collection.vectors()
     collection.prepare_texts()
-    with progress_bar(len(store), "index: documents") as advance:
+    with progress_bar(len(vectors), "index: documents") as advance:
         built = build_index(
-            store,
-            Coding(projection.mean, projection.scale, store.info.bits),
+            vectors,
             collection.index,
             config,
             queries=queries[queries.isfinite().all(1)],

@@ -19,16 +19,16 @@ import numpy as np
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, read_json, write_json
 from jz3.index import IndexConfig
-from jz3.index.search import RECALL, SearchIndex, import_faiss, signed
+from jz3.index.search import RECALL, SearchIndex, best_of, import_faiss, signed
+from jz3.index.vectors import BLOCK, Vectors
 from jz3.seeding import rng
 from jz3.stage import release_memory
-from jz3.store import Coding, Shard, Store, scan
+from jz3.store import Shard
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "jz3-index-1"
-BLOCK = 4096
 HNSW_LINKS = 1024
 """Bytes of graph a row, generously: what FAISS keeps beside the codes."""
 
@@ -42,8 +42,7 @@ class _Part:
 
 
 def build_index(
-    store: Store,
-    coding: Coding,
+    vectors: Vectors,
     folder: Path,
     config: IndexConfig,
     *,
@@ -51,11 +50,10 @@ def build_index(
     seed: int = 0,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-    """Build an index over a store, or add to it what the store has gained.
+    """Build an index over a store, or over those of several checkpoints, or add to it what they have gained.
 
     Args:
-        store: open; damaged shards are an error, since none may be lost.
-        coding: of the store's projection.
+        vectors: of open stores; damaged shards are an error, since none may be lost.
         folder: of the index.
         config: factory, probes, sample, memory.
         queries: [Q, K] float32, on which recall is measured, as many as `config.recall_queries`;
@@ -71,10 +69,10 @@ def build_index(
         Jz3Error: a shard is damaged, or the folder holds an index of other settings.
     """
     faiss = import_faiss()
-    if store.damaged:
-        raise Jz3Error("; ".join(store.damaged.values()))
-    if not len(store):
-        raise Jz3Error(f"{store.folder} holds no document; run the stage that writes it")
+    if vectors.damaged:
+        raise Jz3Error("; ".join(vectors.damaged))
+    if not len(vectors):
+        raise Jz3Error(f"{vectors.folder} holds no document; run the stage that writes it")
     if config.memory <= 0:
         raise ValueError(f"index.memory must be more than 0 GiB, got {config.memory}")
     if config.probes < 1 or config.train < 1:
@@ -85,30 +83,33 @@ def build_index(
     about = {
         "format": FORMAT,
         "factory": config.factory,
-        "store": store.info.identity(),
-        "k": store.info.k,
+        "store": vectors.identity,
+        "k": vectors.k,
         "seed": seed,
     }
-    trained = _train(faiss, store, coding, folder, config, about)
-    parts = _whole_parts(folder, store)
+    trained = _train(faiss, vectors, folder, config, about)
+    checksums = vectors.checksums()
+    parts = _whole_parts(folder, checksums)
     covered = {number for part in parts for number in part.shards}
-    advance(sum(s.rows for s in store.shards if s.number in covered))
-    new = [shard for shard in store.shards if shard.number not in covered]
+    advance(sum(s.rows for s in vectors.shards if s.number in covered))
+    new = [shard for shard in vectors.shards if shard.number not in covered]
     number = 1 + max((int(part.path.stem.rpartition("-")[2]) for part in parts), default=-1)
-    for shards in _pieces(new, int(config.memory * 2**30) // _row_bytes(faiss, trained, store.info.k)):
+    for shards in _pieces(new, int(config.memory * 2**30) // _row_bytes(faiss, trained, vectors.k)):
         part = folder / f"part-{number:06d}.faiss"
-        _write_part(faiss, folder, part, store, coding, shards, advance)
-        parts.append(_Part(part, {s.number: s.xxh3 for s in shards}))
+        made = _Part(part, {s.number: checksums[s.number] for s in shards})
+        _write_part(faiss, folder, made, vectors, shards, advance)
+        parts.append(made)
         number += 1
-    sample = _recall_queries(store, coding, config.recall_queries, queries, seed)
-    index = SearchIndex([part.path for part in parts], config.probes)
+    sample = _recall_queries(vectors, config.recall_queries, queries, seed)
+    k = min(RECALL, len(vectors))
+    found = _search_parts(parts, config.probes, sample.numpy(), k)
     summary = {
         **about,
         "probes": config.probes,
-        "documents": index.documents,
+        "documents": len(vectors),
         "parts": [part.path.name for part in parts],
         "bytes": sum(part.path.stat().st_size for part in parts),
-        f"recall_at_{RECALL}": recall(index, store, coding, sample),
+        f"recall_at_{RECALL}": recall(found, vectors.scan(sample, k)[1]),
         "recall_queries": len(sample),
         "recall_target_queries": min(len(sample), 0 if queries is None else len(queries)),
         "faiss": faiss.__version__,
@@ -117,23 +118,27 @@ def build_index(
     return summary
 
 
-def recall(
-    index: SearchIndex, store: Store, coding: Coding, queries: "torch.Tensor", k: int = RECALL
-) -> float:
-    """Return the share of the exact scan's best k documents that the index finds, mean over queries [Q, K].
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Return the share of the exact scan's ids that were found, mean over queries.
 
     An id that stands for several equal texts counts as often as it comes.
+
+    Args:
+        found, exact: document ids [Q, k].
     """
-    k = min(k, len(store))
-    exact = scan(store, coding, queries, k)[1]
-    found = index.search(queries.numpy(), k)[1]
     shared = [
-        (Counter(f.tolist()) & Counter(e.tolist())).total() / k for f, e in zip(found, exact, strict=True)
+        (Counter(f.tolist()) & Counter(e.tolist())).total() / len(e)
+        for f, e in zip(found, exact, strict=True)
     ]
     return float(np.mean(shared))
 
 
-def _train(faiss: Any, store: Store, coding: Coding, folder: Path, config: IndexConfig, about: dict) -> Any:
+def _search_parts(parts: Sequence[_Part], probes: int, queries: np.ndarray, k: int) -> np.ndarray:
+    """Return the ids [Q, k] that the whole index finds, with one part at a time in memory."""
+    return best_of([SearchIndex([part.path], probes).search(queries, k) for part in parts], k)[1]
+
+
+def _train(faiss: Any, vectors: Vectors, folder: Path, config: IndexConfig, about: dict) -> Any:
     """Return the trained empty index, from its file if it is there."""
     path, note = folder / "trained.faiss", folder / "trained.json"
     if note.is_file() and path.is_file():
@@ -144,10 +149,10 @@ def _train(faiss: Any, store: Store, coding: Coding, folder: Path, config: Index
                 f"{folder} holds another index ({'; '.join(different)}); delete it or use another folder"
             )
         return faiss.read_index(str(path))
-    index = _empty(faiss, config.factory, store.info.k)
+    index = _empty(faiss, config.factory, vectors.k)
     if not index.is_trained:
-        rows = min(config.train, max(1, int(config.memory * 2**30) // (4 * store.info.k)), len(store))
-        sample = _sample(store, coding, rows, about["seed"])
+        rows = min(config.train, max(1, int(config.memory * 2**30) // (4 * vectors.k)), len(vectors))
+        sample = _sample(vectors, rows, about["seed"])
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None and ivf.nlist > len(sample):
             raise ValueError(
@@ -193,29 +198,22 @@ def _row_bytes(faiss: Any, index: Any, k: int) -> int:
     return ivf.code_size + 8 if ivf is not None else 4 * k + HNSW_LINKS
 
 
-def _sample(store: Store, coding: Coding, rows: int, seed: int) -> np.ndarray:
+def _sample(vectors: Vectors, rows: int, seed: int) -> np.ndarray:
     """Draw `rows` documents [rows, K] float32 from all shards, decoding only those."""
-    import torch
-
-    from jz3.store.format import decode_rows
-
-    picked = np.sort(rng(seed, "index", "sample").permutation(len(store))[:rows])
-    out = np.empty((len(picked), store.info.k), np.float32)
+    picked = np.sort(rng(seed, "index", "sample").permutation(len(vectors))[:rows])
+    out = np.empty((len(picked), vectors.k), np.float32)
     begin = 0
-    for shard in store.shards:
+    for shard in vectors.shards:
         low, high = np.searchsorted(picked, [begin, begin + shard.rows])
-        codes = shard.codes
         for start in range(low, high, BLOCK):
             stop = min(start + BLOCK, high)
-            mine = torch.from_numpy(np.asarray(codes[picked[start:stop] - begin]))
-            out[start:stop] = decode_rows(mine, coding).numpy()
+            out[start:stop] = vectors.rows(shard, picked[start:stop] - begin)
         begin += shard.rows
     return out
 
 
-def _whole_parts(folder: Path, store: Store) -> list[_Part]:
-    """Return the parts whose shards are those of the store; others are deleted."""
-    there = {s.number: s.xxh3 for s in store.shards}
+def _whole_parts(folder: Path, there: dict[int, str]) -> list[_Part]:
+    """Return the parts whose shards are there with the same checksums; others are deleted."""
     parts = []
     for note in sorted(folder.glob("part-*.json")):
         path = note.with_suffix(".faiss")
@@ -245,9 +243,8 @@ def _pieces(shards: Sequence[Shard], rows: int) -> list[list[Shard]]:
 def _write_part(
     faiss: Any,
     folder: Path,
-    path: Path,
-    store: Store,
-    coding: Coding,
+    made: _Part,
+    vectors: Vectors,
     shards: list[Shard],
     advance: Callable[[int], None],
 ) -> None:
@@ -257,33 +254,33 @@ def _write_part(
         resources = faiss.StandardGpuResources()
         index = faiss.index_cpu_to_gpu(resources, 0, index)
     ids: dict[int, np.ndarray] = {}
-    for shard, start, values in store.blocks(coding, BLOCK, shards):
+    for shard, start, values in vectors.blocks(shards):
         if shard.number not in ids:
             ids = {shard.number: signed(shard.id)}
-        index.add_with_ids(values.numpy(), ids[shard.number][start : start + len(values)])
+        index.add_with_ids(values, ids[shard.number][start : start + len(values)])
         advance(len(values))
     if on_gpu:
         index = faiss.index_gpu_to_cpu(index)
-    with atomic_path(path) as part:
+    with atomic_path(made.path) as part:
         faiss.write_index(index, str(part))
     write_json(
-        path.with_suffix(".json"),
-        {"shards": {str(s.number): s.xxh3 for s in shards}, "bytes": path.stat().st_size},
+        made.path.with_suffix(".json"),
+        {"shards": {str(n): digest for n, digest in made.shards.items()}, "bytes": made.path.stat().st_size},
     )
     del index
     release_memory()
 
 
 def _recall_queries(
-    store: Store, coding: Coding, count: int, queries: "torch.Tensor | None", seed: int
+    vectors: Vectors, count: int, queries: "torch.Tensor | None", seed: int
 ) -> "torch.Tensor":
     import torch
 
     if count < 1:
         raise ValueError(f"index.recall_queries must be at least 1, got {count}")
-    given = torch.empty(0, store.info.k) if queries is None else queries[:count].float().cpu()
+    given = torch.empty(0, vectors.k) if queries is None else queries[:count].float().cpu()
     missing = count - len(given)
     if not missing:
         return given
-    documents = torch.from_numpy(_sample(store, coding, min(missing, len(store)), seed))
+    documents = torch.from_numpy(_sample(vectors, min(missing, len(vectors)), seed))
     return torch.cat([given, documents])

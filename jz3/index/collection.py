@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from jz3.errors import Jz3Error
 from jz3.index.docs import DocFile
+from jz3.index.vectors import Member, Vectors
 from jz3.models import resolve_model
 from jz3.records import Doc, Query
 from jz3.stage import StageContext
-from jz3.store import Store
+from jz3.store import Coding, Store
 
 if TYPE_CHECKING:
     from jz3.explore.scores import ScoreTable
@@ -40,14 +41,16 @@ class Collection(abc.ABC):
     """Texts with scores and features; nothing large is loaded before it is asked for."""
 
     name: str
-    model: str
-    """As it was named when the run was made."""
+    models: tuple[str, ...]
+    """Per checkpoint that is searched the name that it had when the run was made."""
     folder: Path
     """Of the run."""
     index: Path
     """Folder of the index, there or not."""
     probes: int | None = None
     """Cells visited per query by IVF indexes; None: as many as the index was built for."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of the checkpoints whose features are searched together, see `Vectors`."""
 
     @property
     @abc.abstractmethod
@@ -70,24 +73,44 @@ class Collection(abc.ABC):
         return (self.index / "index.json").is_file()
 
     @abc.abstractmethod
-    def encoding(self) -> Encoding:
+    def encoding(self, member: int = 0) -> Encoding:
         """Return how texts become gradients.
+
+        Args:
+            member: which of the checkpoints that are searched, counted from 0.
 
         Raises:
             Jz3Error: the model is missing or not the one of the run.
         """
 
     @abc.abstractmethod
-    def projection(self) -> "Projection":
+    def projection(self, member: int = 0) -> "Projection":
         """Return what turns gradients into features."""
 
     @abc.abstractmethod
-    def store(self) -> Store:
+    def store(self, member: int = 0) -> Store:
         """Open the store.
 
         Raises:
             Jz3Error: there is none, or it is another run's; the message says what to do.
         """
+
+    def vectors(self, projections: "Sequence[Projection] | None" = None) -> Vectors:
+        """Open all stores that are searched.
+
+        Args:
+            projections: theirs, if they are loaded already.
+
+        Raises:
+            Jz3Error: see `store` and `projection`.
+        """
+        members = []
+        for number, weight in enumerate(self.weights):
+            store = self.store(number)
+            projection = projections[number] if projections else self.projection(number)
+            coding = Coding(projection.mean, projection.scale, store.info.bits)
+            members.append(Member(store, coding, weight))
+        return Vectors(members)
 
     @abc.abstractmethod
     def prepare_texts(self) -> None:
@@ -121,7 +144,7 @@ class LoopCollection(Collection):
         """
         self._ctx = ctx
         self.folder, self.index = ctx.run_dir, ctx.run_dir / "index"
-        self.name, self.model = ctx.recipe.name, ctx.recipe.model.name
+        self.name, self.models = ctx.recipe.name, (ctx.recipe.model.name,)
         self.probes = ctx.recipe.index.probes
         self._docs: DocFile | None = None
 
@@ -142,7 +165,7 @@ class LoopCollection(Collection):
         """See Collection."""
         return self._ctx.recipe.selection.k
 
-    def encoding(self) -> Encoding:
+    def encoding(self, member: int = 0) -> Encoding:
         """See Collection."""
         recipe = self._ctx.recipe
         model = resolve_model(recipe.model)
@@ -155,7 +178,7 @@ class LoopCollection(Collection):
             document_tokens=recipe.corpus.max_tokens,
         )
 
-    def projection(self) -> "Projection":
+    def projection(self, member: int = 0) -> "Projection":
         """See Collection."""
         from jz3.features.extract import model_hash
         from jz3.features.stage import load_projection
@@ -163,7 +186,7 @@ class LoopCollection(Collection):
         folder = self._ctx.path("features", "store").parent
         return load_projection(folder, model_hash(self.encoding().model))
 
-    def store(self) -> Store:
+    def store(self, member: int = 0) -> Store:
         """See Collection."""
         return Store(self._ctx.path("features", "store"))
 
@@ -192,12 +215,13 @@ class LoopCollection(Collection):
         return ScoreTable([path]) if path.is_file() else None
 
 
-def open_collection(run: Path, checkpoint: int = 0) -> Collection:
+def open_collection(run: Path, checkpoint: int | None = None) -> Collection:
     """Open a run of the whole loop or of `jz3 score`.
 
     Args:
         run: its folder.
-        checkpoint: of a run of `jz3 score` with several, which one's features are read.
+        checkpoint: of a run of `jz3 score` with several, whose features are searched; all of them, by
+            weight, where it isn't given.
 
     Raises:
         Jz3Error: the folder is no run.

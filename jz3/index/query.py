@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.features.extract import extract, open_sink
+from jz3.explain import token_values
+from jz3.features.extract import Projection, extract, open_sink
 from jz3.files import read_json
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.index import describe
-from jz3.index.collection import Collection
+from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Doc
-from jz3.store import Coding, scan
 from jz3.templates import prompt_for
 
 if TYPE_CHECKING:
     import torch
 
 SHOWN = 300
+PROBLEM, SOLUTION = ("problem", "question", "text"), ("solution", "completion", "answer")
+"""Fields of a file of problems, the first that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Match:
 
     doc: Doc
     score: float
-    """Cosine of its gradient with the problem's."""
+    """Cosine of its gradient with the problem's; of several checkpoints the mean by weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,58 +49,17 @@ class Found:
     """For the search and the look-up of the texts."""
 
 
-class Searcher:
-    """Everything that answers queries about a collection, loaded once: model, projection, index."""
+class Encoder:
+    """A model and its projection: what turns problems into features."""
 
-    def __init__(self, collection: Collection, exact: bool = False) -> None:
-        """Load the model and open the index.
-
-        Args:
-            collection: whose index is built (for the exact scan, whose features are there).
-            exact: scan all codes instead of asking the index.
-
-        Raises:
-            Jz3Error: the features are missing, the index isn't built, or they are of another model.
-        """
-        self.collection, self.exact = collection, exact
-        self.store = collection.store()
-        self.index = None
-        if not exact:
-            if not collection.is_indexed:
-                raise Jz3Error(
-                    f"{collection.folder} has no index yet; run `jz3 index {collection.folder}`, or give --exact"
-                )
-            self.index = SearchIndex.open(collection.index, self.store.info.identity(), collection.probes)
-        collection.prepare_texts()
-        self.encoding = collection.encoding()
-        self.projection = collection.projection()
-        self.coding = Coding(self.projection.mean, self.projection.scale, self.store.info.bits)
-        self.tokenizer = load_tokenizer(self.encoding.tokenizer)
-        model: Any = load_model(self.encoding.model, self.encoding.dtype)
+    def __init__(self, encoding: Encoding, projection: Projection) -> None:
+        """Load the model."""
+        self.encoding, self.projection = encoding, projection
+        model: Any = load_model(encoding.model, encoding.dtype)
         self.model = model.to(best_device())
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
-        self._sink = open_sink(self.projection, weight.dtype, weight.device)
-
-    def tokens(self, text: str, solution: str = "") -> Tokens:
-        """Tokenise a problem: with a solution only its tokens are scored, without one all of `text`.
-
-        Raises:
-            ValueError: the text is empty or too short to have a gradient.
-        """
-        if not text.strip():
-            raise ValueError("the text to look up is empty")
-        limit = self.encoding.query_tokens
-        if solution.strip():
-            return tokenize_query(self.tokenizer, "query", prompt_for(text, "cot"), solution, limit)
-        return tokenize_text(self.tokenizer, "query", text, limit)
-
-    def encode(self, tokens: Tokens) -> "torch.Tensor":
-        """Return the features [1, K] float32 of a tokenised problem."""
-        values = self.features([tokens])
-        if not bool(values.isfinite().all()):
-            raise ValueError("the text's gradient is zero or not finite, so that no text can help with it")
-        return values
+        self._sink = open_sink(projection, weight.dtype, weight.device)
 
     def features(self, problems: Sequence[Tokens]) -> "torch.Tensor":
         """Return the features [Q, K] float32 of tokenised problems; rows that have none are not finite."""
@@ -113,12 +74,89 @@ class Searcher:
         )
         return found.values
 
+    def token_values(self, text: Tokens, query: Tokens) -> "torch.Tensor":
+        """Return what the tokens of a text [T] add to its cosine with a query, see `jz3.explain.token_values`."""
+        return token_values(self.model, self.layers, text, [query], reduction=self.encoding.reduction)[0]
+
+
+def index_command(collection: Collection) -> str:
+    """Return the command that builds what `collection` searches."""
+    _, _, number = collection.index.name.partition("-")
+    return f"jz3 index {collection.folder}" + (f" --checkpoint {number}" if number else "")
+
+
+class Searcher:
+    """Everything that answers queries about a collection, loaded once: models, projections, index."""
+
+    def __init__(self, collection: Collection, exact: bool = False) -> None:
+        """Load the model and open the index.
+
+        Args:
+            collection: whose index is built (for the exact scan, whose features are there).
+            exact: scan all codes instead of asking the index.
+
+        Raises:
+            Jz3Error: the features are missing, the index isn't built, or they are of another model.
+        """
+        self.collection, self.exact = collection, exact
+        if collection.missing_features:
+            raise Jz3Error(collection.missing_features)
+        if not exact and not collection.is_indexed:
+            raise Jz3Error(
+                f"{collection.folder} has no index yet; run `{index_command(collection)}`, or give --exact"
+            )
+        members = range(len(collection.weights))
+        self.encoders = [Encoder(collection.encoding(n), collection.projection(n)) for n in members]
+        self.vectors = collection.vectors([encoder.projection for encoder in self.encoders])
+        self.index = None
+        if not exact:
+            self.index = SearchIndex.open(collection.index, self.vectors.identity, collection.probes)
+        collection.prepare_texts()
+        encoding = self.encoders[0].encoding
+        self.query_tokens, self.document_tokens = encoding.query_tokens, encoding.document_tokens
+        self.tokenizer = load_tokenizer(encoding.tokenizer)
+
+    def tokens(self, text: str, solution: str = "") -> Tokens:
+        """Tokenise a problem: with a solution only its tokens are scored, without one all of `text`.
+
+        Raises:
+            ValueError: the text is empty or too short to have a gradient.
+        """
+        if not text.strip():
+            raise ValueError("the text to look up is empty")
+        limit = self.query_tokens
+        if solution.strip():
+            return tokenize_query(self.tokenizer, "query", prompt_for(text, "cot"), solution, limit)
+        return tokenize_text(self.tokenizer, "query", text, limit)
+
+    def encode(self, tokens: Tokens) -> "torch.Tensor":
+        """Return the features [1, K] float32 of a tokenised problem."""
+        values = self.features([tokens])
+        if not bool(values.isfinite().all()):
+            raise ValueError("the text's gradient is zero or not finite, so that no text can help with it")
+        return values
+
+    def features(self, problems: Sequence[Tokens]) -> "torch.Tensor":
+        """Return the features [Q, K] float32 of tokenised problems; rows that have none are not finite."""
+        return self.vectors.weighted([encoder.features(problems) for encoder in self.encoders])
+
+    def token_values(self, text: Tokens, query: Tokens) -> "torch.Tensor":
+        """Return what the tokens of a text [T] add to the cosine of its gradient with the query's.
+
+        Raises:
+            ValueError: see `jz3.explain.token_values`.
+        """
+        import torch
+
+        values = [encoder.token_values(text, query) for encoder in self.encoders]
+        return (torch.stack(values) * torch.tensor(self.collection.weights)[:, None]).sum(0)
+
     def nearest(self, values: "torch.Tensor", k: int) -> list[Match]:
         """Return the at most k best texts for one problem's features [1, K]."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if self.index is None:
-            scores, ids = scan(self.store, self.coding, values, min(k, max(len(self.store), 1)))
+            scores, ids = self.vectors.scan(values, min(k, max(len(self.vectors), 1)))
         else:
             scores, ids = self.index.search(values.numpy(), k)
         pairs = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
@@ -158,10 +196,15 @@ def command(
         raise ValueError("give either --text or --file, not both")
     if file and not file.is_file():
         raise ValueError(f"{file} is no file")
+    # Before models and index are loaded.
+    if k < 1:
+        raise ValueError(f"--k must be at least 1, got {k}")
+    if text is not None and not text.strip():
+        raise ValueError("--text is empty: what is to be looked up?")
     start = time.perf_counter()
     searcher = Searcher(collection, exact)
     if exact:
-        about = f"exact scan of {len(searcher.store):,} documents"
+        about = f"exact scan of {len(searcher.vectors):,} documents"
     else:
         about = describe(read_json(collection.index / "index.json"))
     _note(f"{collection.name}: {about}; loaded in {time.perf_counter() - start:.1f} s")
@@ -219,7 +262,9 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
                 for m in found.matches
             ]
             say(json.dumps({"line": number, "problem": problem, "matches": matches}, ensure_ascii=False))
-    done = max(count - failed, 1)
+    if failed == count:
+        raise Jz3Error(f"{path} holds no problem that could be answered")
+    done = count - failed
     _note(
         f"{count} problems, {failed} not answered; per problem: gradient {gradient / done * 1e3:.0f} ms, "
         f"search {search / done * 1e3:.1f} ms"
@@ -227,14 +272,17 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
 
 
 def _problem(line: str) -> tuple[str, str]:
-    """Return problem and solution of a line: an object with `problem` (or `question` or `text`)."""
+    """Return problem and solution of a line, an object with some of the fields PROBLEM and SOLUTION."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
-    problem = next((row[k] for k in ("problem", "question", "text") if row.get(k)), None)
-    solution = next((row[k] for k in ("solution", "completion", "answer") if row.get(k)), "")
+    problem = next((row[k] for k in PROBLEM if row.get(k)), None)
+    solution = next((row[k] for k in SOLUTION if row.get(k)), "")
     if not isinstance(problem, str) or not isinstance(solution, str):
-        raise ValueError(f"a line needs the text `problem`, and may have `solution`; it has {sorted(row)}")
+        raise ValueError(
+            f"a line needs one of {', '.join(PROBLEM)} and may have one of {', '.join(SOLUTION)}; it has "
+            f"{', '.join(map(str, row)) or 'none'}"
+        )
     return problem, solution
 
 

@@ -78,12 +78,16 @@ class SearchIndex:
         found = [part.search(queries, min(k, int(part.ntotal))) for part in self.parts if part.ntotal]
         if not found:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.uint64)
-        scores = np.concatenate([s for s, _ in found], 1)
-        ids = np.concatenate([i for _, i in found], 1)
-        scores = np.where(ids == -1, -np.inf, scores).astype(np.float32)
-        names = ids.view(np.uint64)
-        order = np.stack([np.lexsort((n, -s))[:k] for n, s in zip(names, scores, strict=True)])
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(names, order, 1)
+        pairs = [(np.where(i == -1, -np.inf, s).astype(np.float32), i.view(np.uint64)) for s, i in found]
+        return best_of(pairs, k)
+
+
+def best_of(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Join what several searches found: scores [Q, m] and ids [Q, m], by (score descending, id ascending)."""
+    scores = np.concatenate([s for s, _ in found], 1)
+    names = np.concatenate([i for _, i in found], 1)
+    order = np.stack([np.lexsort((n, -s))[:k] for n, s in zip(names, scores, strict=True)])
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(names, order, 1)
 
 
 def signed(ids: np.ndarray) -> np.ndarray:

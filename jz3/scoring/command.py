@@ -100,7 +100,7 @@ def score_corpus(
             plan, job = request.prepare(out, workers.default_threads(count), say)
             todo = workers.missing_shards(out, plan)
             say(
-                f"{plan.rows:,} records in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} "
+                f"{plan.rows:,} rows in {len(plan.shards):,} shards of {len(plan.files):,} files, {len(todo):,} "
                 "to do"
             )
             if part is not None:

@@ -71,8 +71,8 @@ class ScoreSettings:
     """Columns without gradients: hidden (RDS+: cosine of position-weighted means of the last hidden states),
     bm25 (document frequencies from a sample; needs bm25s), loss, random."""
     keep_features: bool = False
-    """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N, which
-    `jz3.store.scan_checkpoints` scans together)."""
+    """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N, which `jz3 index`
+    and `jz3 query` search together)."""
     bits: int = 4
     """keep_features: bits per number."""
     threads: int = 0

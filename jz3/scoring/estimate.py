@@ -128,7 +128,7 @@ def print_measured(
     import torch
 
     from jz3.gradients import tokenize_text
-    from jz3.scoring.job import cpu_threads, prepare
+    from jz3.scoring.job import cpu_threads, no_usable_text, prepare
     from jz3.scoring.plan import make_plan
     from jz3.scoring.reading import Reader
     from jz3.scoring.shard import Scorer
@@ -160,7 +160,7 @@ def print_measured(
             except ValueError:
                 continue
         if not lengths:
-            raise Jz3Error("none of the texts drawn from the corpus can be used")
+            raise Jz3Error(no_usable_text(Reader(plan)))
         scorer.score(iter(usable[:8]))  # the first batches also load kernels
         start = time.monotonic()
         scored = scorer.score(iter(usable[:texts]))

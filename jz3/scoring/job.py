@@ -30,7 +30,7 @@ from jz3.influence import agreement
 from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
-from jz3.scoring.plan import Plan, locked
+from jz3.scoring.plan import PREPARING, Plan, locked
 from jz3.scoring.reading import Reader
 from jz3.scoring.targets import read_target, summary
 from jz3.stage import release_memory
@@ -131,7 +131,7 @@ def prepare(
     """
     import torch
 
-    with locked(out / ".prepare.lock"), cpu_threads(plan.settings.threads):
+    with locked(out / PREPARING), cpu_threads(plan.settings.threads):
         if (out / "job.json").is_file():
             job = load_job(out)
             _check(out, plan, job)
@@ -287,6 +287,14 @@ def _fidelity(
     return {"documents": float(good.sum()), "queries": float(len(queries)), **measured}
 
 
+def no_usable_text(reader: Reader) -> str:
+    """Say that none of the texts drawn can be used, and why."""
+    refused = reader.refused()
+    reader.close()
+    why = summary(refused) if refused else "they are too short"
+    return f"none of the texts drawn from the corpus can be used ({why}); --text-field names the field with the text"
+
+
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
@@ -341,9 +349,7 @@ def _projection(
             except ValueError:
                 continue  # the text's shard rejects it with the reason
         if settings.fit_documents and not documents:
-            raise Jz3Error(
-                "none of the texts drawn from the corpus can be used; see --dry-run for the reasons"
-            )
+            raise Jz3Error(no_usable_text(reader))
         seen = [t for task, group in tokens.items() if task != "control" for t in group]
         fit_adapted(
             model,

@@ -83,8 +83,9 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
                 break
             slack *= SLACK[1]
         details = _details(out, plan, job, [c.place for c in choices], [*refused])
+        passed = np.sort([_combined(details[place[1:]], tasks, choose) for place in refused])
         rows = (
-            _row(rank, choice, texts[choice.place], details[choice.place[1:]], tasks, choose, kept)
+            _row(rank, choice, texts[choice.place], details[choice.place[1:]], tasks, choose, kept, passed)
             for rank, choice in enumerate(choices)
         )
         write_jsonl(out / "selected.jsonl", rows)
@@ -279,14 +280,18 @@ def _row(
     tasks: list[str],
     choose: ChooseSettings,
     kept: int,
+    passed: np.ndarray,
 ) -> dict[str, Any]:
+    """Return a chosen text with what decided; `passed` are the sorted scores of what was passed over."""
     scores = {task: details[f"influence:{task}"] for task in tasks}
     if choice.task >= 0:
         why = f"next best of {kept:,} for {tasks[choice.task]}, whose turn it was"
-    elif choose.combine == "max":
-        why = f"highest of its scores, for {max(scores, key=lambda t: scores[t])}, is number {rank + 1} of {kept:,}"
     else:
-        why = f"mean of its scores is number {rank + 1} of {kept:,}"
+        highest = f"highest of its scores, for {max(scores, key=lambda t: scores[t])},"
+        what = highest if choose.combine == "max" else "mean of its scores"
+        better = len(passed) - int(np.searchsorted(passed, choice.score, "right"))
+        why = f"{what} is number {rank + 1 + better:,} of {kept:,}"
+        why += f", {better:,} of the better ones were passed over" if better else ""
     return {
         **_where(details),
         "text": text.text,
@@ -294,8 +299,14 @@ def _row(
         "rank": rank,
         "score": choice.score,
         "scores": scores,
-        "why": f"{why}, repeats left out" if choose.near_duplicates else why,
+        "why": why,
     }
+
+
+def _combined(details: dict[str, Any], tasks: list[str], choose: ChooseSettings) -> float:
+    """Return what a text is ranked by, but for quotas."""
+    scores = np.array([details[f"influence:{task}"] for task in tasks])
+    return float(scores.max() if choose.combine == "max" else scores.mean())
 
 
 def _rule(choose: ChooseSettings, k: int, limit: int | None) -> str:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ WRITTEN = (
     *("rejects.jsonl", "selected.jsonl", "passed_over.jsonl"),
 )
 """Files and folders that a run writes in its own; of several checkpoints also store-N and index-N."""
+PREPARING = ".prepare.lock"
+"""Held while the fits are made."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -275,16 +278,38 @@ def open_plan(
         threads: CPU threads a worker.
 
     Raises:
-        Jz3Error: the folder is another run's; the differences are named.
+        Jz3Error: the folder is another run's, which has its fits already or is making them; the differences
+            are named.
     """
     with locked(out / ".plan.lock"):
         if not (out / "plan.json").is_file():
-            dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
-            settings = dataclasses.replace(settings, threads=settings.threads or threads, dtype=dtype)
-            plan = make_plan(corpus, settings, targets, out)
-            write_json(out / "plan.json", plan.to_json())
+            return _write_plan(out, corpus, settings, targets, threads)
+        plan = load_plan(out)
+        different = _differences(out, plan, corpus, settings, targets)
+        if not different:
             return plan
-    plan = load_plan(out)
+        # What failed before its fits were there, for a wrong option perhaps, holds nothing worth keeping.
+        with locked(out / PREPARING, wait=False) as idle:
+            if idle and not (out / "job.json").is_file():
+                shutil.rmtree(out / "fit", ignore_errors=True)
+                return _write_plan(out, corpus, settings, targets, threads)
+    raise Jz3Error(f"{out} was made with other settings ({'; '.join(different[:5])}); use another folder")
+
+
+def _write_plan(
+    out: Path, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], threads: int
+) -> Plan:
+    dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
+    settings = dataclasses.replace(settings, threads=settings.threads or threads, dtype=dtype)
+    plan = make_plan(corpus, settings, targets, out)
+    write_json(out / "plan.json", plan.to_json())
+    return plan
+
+
+def _differences(
+    out: Path, plan: Plan, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path]
+) -> list[str]:
+    """Name what tells a plan from what is asked for."""
     wanted, found = dataclasses.asdict(settings), dataclasses.asdict(plan.settings)
     wanted |= {name: found[name] for name in ("threads", "dtype") if wanted[name] in (0, "auto")}
     different = [f"{k}: {found[k]!r} -> {wanted[k]!r}" for k in wanted if wanted[k] != found[k]]
@@ -297,9 +322,7 @@ def open_plan(
         now = hash_file(path) if path is not None and path.is_file() else None
         if plan.targets.get(name) != now:
             different.append(f"target {name!r}: {plan.targets.get(name)} -> {now}")
-    if different:
-        raise Jz3Error(f"{out} was made with other settings ({'; '.join(different[:5])}); use another folder")
-    return plan
+    return different
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Reading a planned corpus: shards in a row, single records, samples; no file is gone through twice in a row."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from jz3.corpus.readers import LineReader, ParquetReader, SourceText
@@ -56,6 +57,11 @@ class Reader:
             for record in records:
                 if isinstance(record, SourceText) and split_place(record.where)[1] == line:
                     yield number, line, record
+
+    def refused(self, count: int = 100) -> list[Reject]:
+        """Return what can't be used of the first `count` records."""
+        records = (record for shard in self.plan.shards for record in self.read(shard))
+        return [record for record in islice(records, count) if isinstance(record, Reject)]
 
     def sample(self, count: int, *purpose: str) -> list[SourceText]:
         """Draw texts by row number, the same for any number of workers.

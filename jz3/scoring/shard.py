@@ -23,7 +23,7 @@ from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
 from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
-from jz3.store import Coding, has_shard, open_store, write_shard
+from jz3.store import Coding, encode_rows, has_shard, open_store, write_codes
 
 STAGE = "score"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -51,7 +51,7 @@ class _Rows:
     hash: list[int] = field(default_factory=list)
     numbers: dict[str, list[np.ndarray]] = field(default_factory=dict)
     features: list[list[Any]] = field(default_factory=list)
-    """Per checkpoint the windows' (values, norm), if they are kept."""
+    """Per checkpoint the windows' (codes, norm), if they are kept."""
     rejects: list[Reject] = field(default_factory=list)
     records: int = 0
     cut: int = 0
@@ -196,8 +196,11 @@ class Scorer:
             draws = [seed_for(settings.seed, "score", "random", record.where) / 2**64 for record, _ in texts]
             rows.add("random", np.array(draws))
         if settings.keep_features:
-            for parts, (values, norm) in zip(rows.features, kept, strict=True):
-                parts.append((values[good], norm[good]))
+            # At once, as codes are an eighth of the features.
+            for number, (values, norm) in enumerate(kept):
+                projection = self.models[number][2]
+                coding = Coding(projection.mean, projection.scale, settings.bits)
+                rows.features[number].append((encode_rows(values[good], coding), norm[good]))
 
     def _write(self, shard: Shard, rows: _Rows) -> None:
         settings = self.plan.settings
@@ -215,18 +218,12 @@ class Scorer:
         import torch
 
         folder = store_folder(self.out, number, len(self.models))
-        projection = self.models[number][2]
         open_store(folder, self.job.store_info(number, self.plan.settings))
         if has_shard(folder, shard.number) or not parts:
             return
-        write_shard(
-            folder,
-            shard.number,
-            [f"{h:016x}" for h in rows.hash],
-            torch.cat([values for values, _ in parts]),
-            torch.cat([norm for _, norm in parts]),
-            Coding(projection.mean, projection.scale, self.plan.settings.bits),
-        )
+        ids = [f"{h:016x}" for h in rows.hash]
+        codes, norms = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        write_codes(folder, shard.number, ids, codes, norms)
 
 
 def _staged(row: Reject) -> Reject:

@@ -7,10 +7,10 @@ a shard without one does not exist. Adding documents never touches old shards; r
 while the store grows.
 """
 
-from jz3.store.format import CODES, Coding, StoreInfo, module_hash, open_store, read_info
+from jz3.store.format import CODES, Coding, StoreInfo, encode_rows, module_hash, open_store, read_info
 from jz3.store.reader import Store
 from jz3.store.scan import CheckpointStore, scan, scan_checkpoints
-from jz3.store.shard import Shard, has_shard, write_shard
+from jz3.store.shard import Shard, has_shard, write_codes, write_shard
 from jz3.store.tools import find_store, merge_stores, verify
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Shard",
     "Store",
     "StoreInfo",
+    "encode_rows",
     "find_store",
     "has_shard",
     "merge_stores",
@@ -29,5 +30,6 @@ __all__ = [
     "scan",
     "scan_checkpoints",
     "verify",
+    "write_codes",
     "write_shard",
 ]

@@ -85,7 +85,9 @@ def encode_rows(values: "torch.Tensor", coding: Coding) -> "torch.Tensor":
         from jz3.ops.encode import encode
 
         return encode(values, coding.mean, coding.scale, kind)
-    if not bool(torch.isfinite(values).all()):
+    from jz3.ops.checks import all_finite
+
+    if not all_finite(values):
         raise ValueError("features must be finite")
     return values.to(torch.bfloat16).contiguous().view(torch.uint8)
 

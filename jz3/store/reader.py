@@ -75,27 +75,6 @@ class Store:
         for shard in self.shards:
             yield shard, decode_rows(torch.from_numpy(shard.codes), coding)
 
-    def blocks(
-        self, coding: Coding, rows: int = 4096, shards: list[Shard] | None = None
-    ) -> Iterator[tuple[Shard, int, "torch.Tensor"]]:
-        """Yield decoded features in blocks of at most `rows`, whatever the size of the shards.
-
-        Args:
-            coding: of the store's projection.
-            rows: of a block.
-            shards: which; all by default.
-
-        Yields:
-            A shard, the block's first row in it, its features [n, K] float32.
-        """
-        import torch
-
-        self.check(coding)
-        for shard in self.shards if shards is None else shards:
-            codes = shard.codes
-            for start in range(0, shard.rows, rows):
-                yield shard, start, decode_rows(torch.from_numpy(codes[start : start + rows]), coding)
-
     def check(self, coding: Coding) -> None:
         """Refuse a coding of other rows.
 

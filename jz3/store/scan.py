@@ -135,12 +135,7 @@ def scan_checkpoints(
     first = checkpoints[0].store
     for c in checkpoints:
         c.store.check(c.coding)
-        if CODES[c.store.info.bits] == "bf16":
-            raise Jz3Error(
-                f"{c.store.folder} holds bf16, which checkpoints can't be combined in; store codes"
-            )
-        if [shard.rows for shard in c.store.shards] != [shard.rows for shard in first.shards]:
-            raise Jz3Error(_differ(first, c.store))
+    check_checkpoints([c.store for c in checkpoints])
     queries = [c.queries for c in checkpoints]
     means, scales = (
         [getattr(c.coding, name).to(c.queries.device) for c in checkpoints] for name in ("mean", "scale")
@@ -153,7 +148,7 @@ def scan_checkpoints(
             checkpoints, blocks, queries, means, scales, strict=True
         ):
             if not np.array_equal(names, ids):
-                raise Jz3Error(_differ(first, c.store))
+                raise Jz3Error(differ(first, c.store))
             parts.append(
                 CheckpointCodes(
                     codes=torch.from_numpy(codes).to(query.device),
@@ -171,7 +166,24 @@ def scan_checkpoints(
     return _on_cpu(best, queries[0], groups)
 
 
-def _differ(one: Store, other: Store) -> str:
+def check_checkpoints(stores: Sequence[Store]) -> None:
+    """Refuse stores that can't be combined.
+
+    Raises:
+        Jz3Error: they hold different documents (perhaps as a shard of one is damaged), or bf16.
+    """
+    for store in stores:
+        if CODES[store.info.bits] == "bf16":
+            raise Jz3Error(
+                f"{store.folder} holds bf16, which checkpoints can't be combined in; name one, or store codes"
+            )
+        if [shard.rows for shard in store.shards] != [shard.rows for shard in stores[0].shards]:
+            damaged = [text for s in stores for text in s.damaged.values()]
+            raise Jz3Error("; ".join(damaged) or differ(stores[0], store))
+
+
+def differ(one: Store, other: Store) -> str:
+    """Say that two checkpoints' stores don't belong together."""
     return (
         f"{one.folder} and {other.folder} hold different documents or hold them in another order; "
         "combine the stores of one finished run"

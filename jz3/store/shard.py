@@ -179,15 +179,32 @@ def write_shard(
             f"{folder} holds {info.k} numbers of {info.bits} bits a document, got {tuple(values.shape[1:])} "
             f"of {projection.bits} bits"
         )
-    if not len(ids) == len(values) == len(norm):
-        raise ValueError(f"shard {number}: got {len(ids)} ids, {len(values)} features and {len(norm)} norms")
+    write_codes(folder, number, ids, encode_rows(values, projection), norm)
+
+
+def write_codes(
+    folder: Path, number: int, ids: Sequence[str], codes: "torch.Tensor", norm: "torch.Tensor"
+) -> None:
+    """Write one shard of rows that are coded already, as `write_shard` does.
+
+    Args:
+        folder, number, ids, norm: as of `write_shard`.
+        codes: [n, bytes] uint8, see `encode_rows`.
+
+    Raises:
+        ValueError, Jz3Error: as `write_shard`.
+    """
+    info = read_info(folder)
+    width = row_bytes(info.bits, info.k)
+    if codes.shape[1:] != (width,):
+        raise Jz3Error(f"{folder} holds rows of {width} bytes, got codes of the shape {tuple(codes.shape)}")
+    if not len(ids) == len(codes) == len(norm):
+        raise ValueError(f"shard {number}: got {len(ids)} ids, {len(codes)} features and {len(norm)} norms")
     norms = norm.cpu().numpy().astype(np.float32)
     if not np.isfinite(norms).all():
         bad = int(np.flatnonzero(~np.isfinite(norms))[0])
         raise ValueError(f"shard {number}: the norm of document {ids[bad]} is {norms[bad]}")
-    codes = encode_rows(values, projection).cpu().numpy()
-    assert codes.shape[1] == row_bytes(info.bits, info.k)
-    arrays = {"id": _numbers(ids), "norm": norms, "codes": np.ascontiguousarray(codes)}
+    arrays = {"id": _numbers(ids), "norm": norms, "codes": np.ascontiguousarray(codes.cpu().numpy())}
     path = shard_path(folder, number)
     _make_room(folder, number, arrays["id"])
     part = path.with_name(path.name + ".part")

@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, write_json
 from jz3.store.format import CODES, differences, open_store, read_info, read_manifest
 from jz3.store.reader import Store
-from jz3.store.shard import Shard, has_shard, read_sidecar, shard_path
-
-SHOWN = 20
-TURN = 1 << 18
-MIX = np.uint64(0x9E3779B97F4A7C15)
+from jz3.store.repeats import repeated_ids
+from jz3.store.shard import has_shard, read_sidecar, shard_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +68,7 @@ def verify(folder: Path) -> Findings:
         if path.name.endswith(".part")
         or (path.suffix == ".safetensors" and path.name not in whole and path.name not in store.damaged)
     )
-    duplicates, count = _duplicates([(s.path.name, s) for s in store.shards])
+    duplicates, count = repeated_ids([(s.path.name, s) for s in store.shards])
     return Findings(len(store.shards), len(store), store.damaged, unfinished, duplicates, count)
 
 
@@ -115,7 +110,7 @@ def merge_stores(sources: Sequence[Path], out: Path, say: Callable[[str], None] 
             if shard.xxh3 in seen:
                 raise Jz3Error(f"{shard.path} is the same shard as {seen[shard.xxh3]}; merge it once")
         seen |= {shard.xxh3: shard.path for shard in store.shards}
-    found = _duplicates([(str(s.path), s) for s in shards])
+    found = repeated_ids([(str(s.path), s) for s in shards])
     if found[1]:
         say(_repeats(*found))
     open_store(out, first)
@@ -186,28 +181,3 @@ def _link(source: Path, target: Path) -> None:
             raise
         with atomic_path(target) as part:
             shutil.copyfile(source, part)
-
-
-def _duplicates(shards: Sequence[tuple[str, Shard]]) -> tuple[list[tuple[str, str, str]], int]:
-    """Return up to 20 ids that come twice with where they are, and how many there are.
-
-    The ids are looked at in turns of about TURN, those of a turn being told by a hash of them, so that
-    memory doesn't depend on their number.
-    """
-    turns = 1 << (sum(s.rows for _, s in shards) // TURN).bit_length()
-    shown: list[tuple[str, str, str]] = []
-    count = 0
-    for turn in range(turns):
-        parts: list[np.ndarray] = []
-        for _, shard in shards:
-            ids = shard.id
-            parts.append(ids[ids * MIX >> np.uint64(33) & np.uint64(turns - 1) == turn])
-        ids = np.concatenate(parts) if parts else np.empty(0, np.uint64)
-        parts.clear()
-        ids.sort()
-        twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
-        count += len(twice)
-        for key in twice[: SHOWN - len(shown)]:
-            places = [name for name, shard in shards for _ in range(int((shard.id == key).sum()))]
-            shown.append((f"{int(key):016x}", places[0], places[1]))
-    return shown, count
