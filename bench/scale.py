@@ -1,7 +1,7 @@
 """The store and the index at size: `python bench/scale.py --documents 2000000 --out DIR [--json FILE]`.
 
 Synthetic features (2,048 coordinates in 4 bits, 1 KB a document, topics plus noise) are written,
-verified, scanned for 64 queries, indexed (IVF-SQ8 in parts on disk) and queried, for 100,000 documents
+verified, scanned for 64 queries, a set of 2,000 is chosen among the best 20,000, all are indexed (IVF-SQ8 in parts on disk) and queried, for 100,000 documents
 and then for all; the latter's writing and indexing are killed half-way and run again. Every step runs in
 a process of its own, whose memory is sampled: RssAnon is what it allocated, RSS also counts the pages of
 mapped files, which the kernel takes back when it needs them. What reads only is repeated for SECONDS, so
@@ -27,11 +27,11 @@ K, BITS, SHARD = 2048, 4, 2048
 WINDOW = 512
 """Documents whose features are made and coded together, as in `jz3 score`."""
 TOPICS, RANK = 256, 64
-STEPS = ("write", "open", "verify", "scan", "index", "query")
+STEPS = ("write", "open", "verify", "scan", "choose", "index", "query")
 COMPARED = ("write", "verify", "scan", "index")
 """Steps whose time grows with the documents."""
 SHOWN = (
-    *("there_before", "coding_us", "disk_us", "recall_at_100", "parts"),
+    *("there_before", "coding_us", "disk_us", "chosen", "candidates", "recall_at_100", "parts"),
     *("open_ms", "first_ms", "p50_ms", "p99_ms"),
 )
 POLL, LOOK = 0.02, 0.2
@@ -156,6 +156,20 @@ def scan(folder: Path, documents: int) -> dict[str, Any]:
 
     count, seconds = repeated(work)
     return {"documents": count * documents, "queries": 64, "seconds": seconds}
+
+
+def choose(folder: Path, documents: int) -> dict[str, Any]:
+    """Choose a set for one target of 64 queries: the exact scan keeps candidates, `matching` takes of these."""
+    from jz3.selection.two_stage import choose_set
+    from jz3.store import Store
+
+    store = Store(folder / "store")
+    candidates = min(20_000, documents)
+    begin = time.perf_counter()
+    ids = choose_set(store, coding(), queries(64), candidates // 10, "matching", candidates)
+    assert len(set(ids.tolist())) == candidates // 10
+    seconds = time.perf_counter() - begin
+    return {"documents": documents, "chosen": len(ids), "candidates": candidates, "seconds": seconds}
 
 
 def config(documents: int) -> Any:

@@ -15,13 +15,11 @@ from jz3.influence import ranks, read_scores
 from jz3.models import resolve_model
 from jz3.records import Query
 from jz3.seeding import rng
-from jz3.selection import sets
 from jz3.selection.best import chosen_rows
 from jz3.selection.config import DERIVED, SETS
+from jz3.selection.two_stage import CHOOSERS, gather
 from jz3.stage import StageContext
 from jz3.store import Coding, Store
-
-CHOOSERS = {name: getattr(sets, name) for name in SETS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,20 +181,8 @@ def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> 
     store = Store(folder, verify=True)
     if store.damaged:
         raise Jz3Error("; ".join(store.damaged.values()))
-    features = np.zeros((len(ids), projection.k), np.float32)
-    missing = set(ids)
-    place = {int(i, 16): row for row, i in enumerate(ids)}
-    for shard, values in store.values(Coding(projection.mean, projection.scale, store.info.bits)):
-        wanted = [(row, place[i]) for row, i in enumerate(shard.id.tolist()) if i in place]
-        if wanted:
-            source, target = map(list, zip(*wanted, strict=True))
-            features[target] = values[source].numpy()
-            missing -= {ids[row] for row in target}
-    if missing:
-        raise Jz3Error(
-            f"{folder} lacks {len(missing)} of {len(ids)} candidates, e.g. {min(missing)}; "
-            "run the features and the influence stage again"
-        )
+    coding = Coding(projection.mean, projection.scale, store.info.bits)
+    features = gather(store, coding, [int(i, 16) for i in ids])
     rows = (Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl"))
     task_of = {q.id: q.task for q in rows if q.role == "fit"}
     names, arrays = read_extracted(folder.parent / "queries.safetensors")

@@ -7,7 +7,16 @@ a shard without one does not exist. Adding documents never touches old shards; r
 while the store grows.
 """
 
-from jz3.store.format import CODES, Coding, StoreInfo, encode_rows, module_hash, open_store, read_info
+from jz3.store.format import (
+    CODES,
+    Coding,
+    StoreInfo,
+    decode_rows,
+    encode_rows,
+    module_hash,
+    open_store,
+    read_info,
+)
 from jz3.store.reader import Store
 from jz3.store.scan import CheckpointStore, scan, scan_checkpoints
 from jz3.store.shard import Shard, has_shard, write_codes, write_shard
@@ -20,6 +29,7 @@ __all__ = [
     "Shard",
     "Store",
     "StoreInfo",
+    "decode_rows",
     "encode_rows",
     "find_store",
     "has_shard",
