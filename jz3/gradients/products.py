@@ -91,15 +91,16 @@ class Int8Product:
     a number that isn't finite gives NaN.
     """
 
-    def __init__(self, matrix: torch.Tensor, group: int) -> None:
+    def __init__(self, matrix: torch.Tensor, group: int, bias: torch.Tensor | None = None) -> None:
         """Quantise and pack a matrix.
 
         Args:
             matrix: W [I, O], bfloat16 or float32, any strides.
             group: a multiple of 16.
+            bias: b [O] or None, added to the result.
         """
         self._depth, self._columns = matrix.shape
-        self._group = group
+        self._group, self._bias = group, bias
         size = backend.extension().INT8_HEAD + 64 * group
         parts = -(-self._columns // 64) * -(-self._depth // group)
         # 64 bytes more: packed matrices start at a multiple of 64.
@@ -126,7 +127,8 @@ class Int8Product:
         run = getattr(backend.extension(), f"product_int8_{str(x.dtype).removeprefix('torch.')}")
         sizes = (self._group, len(x), columns, self._depth, x.stride(0), columns)
         run(x.data_ptr(), self._address, y.data_ptr(), *sizes, backend.threads())
-        return y[:, : self._columns]
+        y = y[:, : self._columns]
+        return y if self._bias is None else y.add_(self._bias)
 
 
 def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

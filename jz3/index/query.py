@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jz3.errors import Jz3Error
 from jz3.features.extract import extract, open_sink
 from jz3.files import read_json
-from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
 from jz3.index import describe
 from jz3.index.collection import Collection
 from jz3.index.search import SearchIndex
@@ -76,6 +76,7 @@ class Searcher:
         self.tokenizer = load_tokenizer(self.encoding.tokenizer)
         model: Any = load_model(self.encoding.model, self.encoding.dtype)
         self.model = model.to(best_device())
+        set_products(self.model, self.store.info.products)
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
         self._sink = open_sink(self.projection, weight.dtype, weight.device)
