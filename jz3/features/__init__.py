@@ -8,6 +8,9 @@ KINDS = ("adapted", "sketch", "less", "readout")
 """What the stage can store. `known` (jz3.features.known) stores nothing: it is for `jz3 score`; `hidden`,
 `bm25`, `loss` and `random` are columns of every influence stage."""
 
+BY_PRODUCTS = ("adapted", "sketch", "known")
+"""Kinds that `products` is for: the others run the model in ways of their own, always exact."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LessConfig:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jz3 import backend
 from jz3.errors import Jz3Error
+from jz3.features import BY_PRODUCTS
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import fit_completion
 from jz3.features.exact import exact_cosines
@@ -57,7 +58,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     queries = tokenize_queries(ctx, tokenizer, rejects)
     model: Any = load_model(folder, ctx.recipe.model.dtype)
     model = model.to(best_device())
-    products = set_products(model, config.products)
+    products = set_products(model, config.products if config.kind in BY_PRODUCTS else "exact")
     layers = linear_layers(model)
     name = model_hash(folder)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jz3.bm25 import Bm25
 from jz3.errors import Jz3Error
+from jz3.features import BY_PRODUCTS
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Projection, extract, model_hash
@@ -227,7 +228,7 @@ def _prepare_checkpoint(
             raise Jz3Error(f"target {task!r} has no query with anything to score ({summary(refused)})")
     model: Any = load_model(folder, settings.dtype)
     model = model.to(best_device())
-    products = set_products(model, settings.products)
+    products = set_products(model, settings.products if settings.kind in BY_PRODUCTS else "exact")
     _check_vocabulary(model, tokenizer, name)
     identity = model_hash(folder)
     path, kind = _projection(out, reader, number, model, identity, tokenizer, tokens)

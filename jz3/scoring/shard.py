@@ -84,7 +84,7 @@ class Scorer:
             projection = kind.load(folder / file, c.model_hash)
             model: Any = load_model(Path(c.model), settings.dtype)
             model = model.to(best_device())
-            set_products(model, settings.products)
+            set_products(model, c.products)
             weight = next(model.parameters())
             sink = open_sink(projection, weight.dtype, weight.device)
             tasks = load_file(folder / "tasks.safetensors")
