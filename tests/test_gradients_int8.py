@@ -1,5 +1,6 @@
 """Products in 8 bits: against float64 within the bound of their steps, and what a pass does with them."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,14 @@ from accuracy import normal
 from test_gradients_llama import gradients, small_model, small_texts
 
 from jz3 import machine
+from jz3.config import settled, shipped_recipe
 from jz3.errors import Jz3Error
+from jz3.features import FeaturesConfig
 from jz3.features.exact import exact_cosines
+from jz3.files import canonical_json, hash_text
 from jz3.gradients import Tokens, linear_layers, llama, passes, set_products
 from jz3.gradients.products import Int8Product
+from jz3.store import StoreInfo
 
 STEP = 1 / 254
 """Half a step of 255 levels, of the largest number of a group."""
@@ -159,3 +164,15 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Jz3Error, match="can't be had: this CPU has no AVX-512; use 'exact'"):
         set_products(model, "int8")
     assert set_products(model, "auto") == "exact"
+
+
+def test_what_names_a_run_and_a_store_says_which_products() -> None:
+    recipe = settled(shipped_recipe("tiny"))
+    assert recipe.features.products == machine.best_products() != "auto"
+    with pytest.raises(ValueError, match="features.products must be one of auto, exact, int8, got 'int4'"):
+        FeaturesConfig(products="int4")
+    store = StoreInfo(kind="adapted", k=8, bits=4, model_hash="m", projection_hash="p", reduction="mean")
+    assert replace(store, products="int8").identity() != store.identity()
+    # Stores from before the field was there are found again.
+    older = {k: v for k, v in asdict(store).items() if k != "products"}
+    assert store.identity() == hash_text(canonical_json(older))

@@ -58,7 +58,7 @@ inline float value(float x) { return x; }
 // A group that isn't finite has the scale NaN, so that every sum with it is.
 inline float scale_of(float largest) {
   if (!(largest <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::quiet_NaN();
-  return largest < SMALLEST ? 0.0f : largest / 127.0f;
+  return largest / 127.0f;
 }
 inline float inverse_of(float largest) {
   return largest >= SMALLEST && largest <= std::numeric_limits<float>::max() ? 127.0f / largest : 0.0f;
