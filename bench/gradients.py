@@ -3,7 +3,8 @@
 SmolLM2-135M, real texts of at most 512 tokens (the folder `../shared/data` beside the checkout, or docstrings of
 installed packages), norms over all linear layers of the blocks, `adapted` features of 2,048 numbers. The floor is
 4 N floating point operations per token for N parameters (forward, and backward to the activations) at the fastest
-product of two 2048 x 2048 matrices in this process, in whatever number format is the faster.
+product of two 2048 x 2048 matrices in this process, in whatever number format of these is the faster: products in 8
+bits may be below it. Ours with exact products and with those in 8 bits, bergson's runs and the peak take turns.
 
 Peers run in environments of their own, named by JZ3_PEER_PYTHON; see bench/peers.py. Without it they are "absent".
 """
@@ -26,7 +27,16 @@ from jz3.corpus.sources import read_texts
 from jz3.features.adapted import fit_adapted
 from jz3.features.extract import open_sink
 from jz3.files import write_json
-from jz3.gradients import GradientPass, Tokens, linear_layers, llama, make_batches, passes, tokenize_text
+from jz3.gradients import (
+    GradientPass,
+    Tokens,
+    linear_layers,
+    llama,
+    make_batches,
+    passes,
+    set_products,
+    tokenize_text,
+)
 from jz3.gradients.products import OutputLayer
 from jz3.models import EMBEDDED, ModelConfig, load_model, load_tokenizer, resolve_model
 from jz3.records import Reject
@@ -133,20 +143,24 @@ def load_texts(tokenizer: Any, count: int) -> list[Tokens]:
     return found[:: len(found) // count][:count]
 
 
-def seconds_of_pass(model: Any, layers: Any, sink: Any, batches: Any, repeats: int) -> float:
-    """Return the sum over batches of the median time of `repeats` runs."""
-    total = 0.0
-    with GradientPass(model, layers, sink) as gradients:
-        for batch in batches:
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
+class Pass:
+    """Our pass over all texts with one kind of products and one sink."""
+
+    def __init__(self, model: Any, layers: Any, sink: Any, batches: Any, products: str) -> None:
+        self._parts = model, layers, sink, batches
+        self.products, self.seconds = products, list[float]()
+
+    def run(self) -> None:
+        """Run once; what the products need is packed before the time begins."""
+        model, layers, sink, batches = self._parts
+        set_products(model, self.products)
+        with GradientPass(model, layers, sink) as gradients:
+            start = time.perf_counter()
+            for batch in batches:
                 gradients.run(batch)
                 if hasattr(sink, "take"):
                     sink.take()
-                times.append(time.perf_counter() - start)
-            total += statistics.median(times)
-    return total
+            self.seconds.append(time.perf_counter() - start)
 
 
 def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, float]:
@@ -175,8 +189,9 @@ def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, flo
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of every batch; peers: of everything")
+    parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians count")
+    parser.add_argument("--seconds", type=float, default=300, help="no round begins later than this")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16", help="of the model: bfloat16 or float32")
     parser.add_argument(
@@ -185,7 +200,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
 
-    before = peak_gflops()
     folder = resolve_model(ModelConfig(name=EMBEDDED))
     model, tokenizer = load_model(folder, arguments.dtype), load_tokenizer(folder)
     layers = linear_layers(model)
@@ -197,45 +211,69 @@ def main() -> None:
     fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
     weight = next(model.parameters())
     sink = open_sink(fit, weight.dtype, weight.device)
-    seconds = seconds_of_pass(model, layers, sink, batches, arguments.repeats)
-    bare = seconds_of_pass(model, layers, Nothing(), batches, arguments.repeats)
-    parts = breakdown(model, layers, sink, batches)
-    # The higher of two measurements: a machine that was busy at one of them must not flatter the fraction.
-    peak = {k: max(v, before[k]) for k, v in peak_gflops().items()}
+    kinds = ["exact", *(["int8"] if set_products(model, "auto") == "int8" else [])]
+    ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
+    wanted = [p for p in peers.PEERS if arguments.peers is None or p.name in arguments.peers]
+    # Ours, the peer's and the machine's best take turns, so that a slower hour of the machine is everyone's.
+    threads = torch.get_num_threads()
+    running = {p.name: peers.Running(p, folder, texts, threads) for p in wanted if not p.texts}
+    peak, start, rounds = peak_gflops(), time.perf_counter(), 0
+    while rounds < arguments.repeats and time.perf_counter() - start < arguments.seconds:
+        for each in (*ours.values(), *running.values()):
+            each.run()
+        # The highest of all: a machine that was busy must not flatter the fraction.
+        peak = {k: max(v, peak[k]) for k, v in peak_gflops().items()}
+        rounds += 1
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    others = peers.run_peers(folder, texts, torch.get_num_threads(), arguments.repeats, arguments.peers)
+    others = {name: each.close() for name, each in running.items()}
+    others |= {p.name: peers.run_peer(p, folder, texts, threads, rounds) for p in wanted if p.texts}
     floor = max(peak.values()) * 1e9 / (4 * parameters)
     rival = others["bergson"].tokens_per_s if "bergson" in others else 0
+    by_products = {}
+    for kind in kinds:
+        set_products(model, kind)
+        speed, bare = (tokens / statistics.median(ours[kind, full].seconds) for full in (True, False))
+        by_products[kind] = {
+            "tokens_per_s": speed,
+            "tokens_per_s_without_features": bare,
+            "fraction_of_floor": speed / floor,
+            "fraction_of_floor_without_features": bare / floor,
+            "ratio_vs_bergson": speed / rival if rival else None,
+            "breakdown_s": breakdown(model, layers, sink, batches),
+        }
     result = {
         "machine": machine(),
         "model": {"name": EMBEDDED, "dtype": arguments.dtype, "parameters": parameters},
         "texts": len(texts),
         "tokens": tokens,
         "padded_tokens": sum(b.ids.numel() for b in batches),
+        "rounds": rounds,
         "fast": not llama.obstacle(model, layers),
         "peak_gflops": max(peak.values()),
         "peak_gflops_by_dtype": peak,
         "floor_tokens_per_s": floor,
-        "tokens_per_s": tokens / seconds,
-        "tokens_per_s_without_features": tokens / bare,
-        "fraction_of_floor": tokens / seconds / floor,
-        "fraction_of_floor_without_features": tokens / bare / floor,
+        "products": kinds[-1],
+        **by_products[kinds[-1]],
+        "by_products": by_products,
         "norms": getattr(sink, "norms", {}),
         "peers": {name: other.cell for name, other in others.items()},
         "peer_features": {name: other.shape for name, other in others.items() if other.shape},
-        "ratio_vs_bergson": tokens / seconds / rival if rival else None,
-        "breakdown_s": parts,
         "peak_memory_mb": memory,
     }
-    for key, value in result.items():
-        if isinstance(value, dict):
-            print(f"{key}:")
-            for name, part in value.items():
-                print(f"    {name:40}{part:>14.2f}" if isinstance(part, float) else f"    {name:40} {part}")
-        else:
-            print(f"{key:44}{value:>14.2f}" if isinstance(value, float) else f"{key:44} {value}")
+    show(result)
     if arguments.json:
         write_json(arguments.json, result)
+
+
+def show(result: dict[str, Any], indent: int = 0) -> None:
+    """Print a table, its parts indented."""
+    for key, value in result.items():
+        label = f"{' ' * indent}{key}"
+        if isinstance(value, dict):
+            print(f"{label}:")
+            show(value, indent + 4)
+        else:
+            print(f"{label:48}{value:>14.2f}" if isinstance(value, float) else f"{label:48} {value}")
 
 
 if __name__ == "__main__":

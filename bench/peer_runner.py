@@ -1,8 +1,8 @@
 """One peer's features of tokenised texts, timed; run by bench/peers.py with a Python that has the peer.
 
-`python peer_runner.py PEER MODEL TOKENS.json DTYPE RUNS OUT` reads (tokens, first scored one) of every text,
-checks that there is a finite row per text, writes the first run's rows to OUT if it isn't empty, and prints a JSON
-line: seconds of every run and the rows' shape.
+`python peer_runner.py PEER MODEL TOKENS.json DTYPE OUT` reads (tokens, first scored one) of every text and says that it
+is ready; then it runs once for every line of its input, and after each prints a JSON line: the seconds and the rows'
+shape. It checks that the first run gave a finite row per text and writes these to OUT if it isn't empty.
 """
 
 import json
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+MARK = "jz3-peer "
+"""Begins the lines that bench/peers.py reads."""
 BATCH_TOKENS = 2048
 SIDE = 16
 """Numbers per layer and side of a two-sided projection: bergson's default."""
@@ -234,27 +236,34 @@ def _wide(x: Any) -> np.ndarray:
 
 
 def main() -> None:
-    """Warm up on one text, run, check, print."""
-    peer, folder, tokens, dtype, runs, out = sys.argv[1:]
+    """Warm up on one text, then run once for every line that comes in; check the first run's rows."""
+    peer, folder, tokens, dtype, out = sys.argv[1:]
     texts: Texts = json.loads(Path(tokens).read_text(encoding="utf-8"))
     run, rows = PEERS[peer](folder, dtype)
-    seconds, first = [], None
-    for number in range(int(runs) + 1):
+    with tempfile.TemporaryDirectory() as temporary:
+        run(texts[:1], Path(temporary))
+    shape = None
+    say({"ready": True})
+    for _ in sys.stdin:
         with tempfile.TemporaryDirectory() as temporary:
             start = time.perf_counter()
-            found = run(texts if number else texts[:1], Path(temporary))
-            seconds.append(time.perf_counter() - start)
-            if number == 1:
+            found = run(texts, Path(temporary))
+            seconds = time.perf_counter() - start
+            if shape is None:
                 first = rows(found)
-    if first is None or len(first) != len(texts) or not np.isfinite(first).all():
-        raise SystemExit(
-            f"{peer} gave {None if first is None else first.shape} numbers for {len(texts)} texts"
-        )
-    if not np.abs(first).sum(1).all():
-        raise SystemExit(f"{peer} gave a row of zeros")
-    if out:
-        np.save(out, first)
-    print(json.dumps({"seconds": seconds[1:], "shape": first.shape}))
+                shape = first.shape
+                if len(first) != len(texts) or not np.isfinite(first).all():
+                    raise SystemExit(f"{peer} gave {shape} numbers for {len(texts)} texts")
+                if not np.abs(first).sum(1).all():
+                    raise SystemExit(f"{peer} gave a row of zeros")
+                if out:
+                    np.save(out, first)
+        say({"seconds": seconds, "shape": shape})
+
+
+def say(what: dict[str, Any]) -> None:
+    """Print what bench/peers.py waits for, among whatever else a peer prints."""
+    print(f"\n{MARK}{json.dumps(what)}", flush=True)
 
 
 if __name__ == "__main__":

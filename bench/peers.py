@@ -14,12 +14,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jz3.gradients import Tokens
 
 RUNNER = Path(__file__).resolve().parent / "peer_runner.py"
+MARK = "jz3-peer "
+"""As in peer_runner.py, which runs where jz3 isn't."""
 VARIABLE = "JZ3_PEER_PYTHON"
 STORED = ("bergson", "dattri-llm")
 """Who writes the projected gradients of all layers to disk: what bench/fidelity.py compares."""
@@ -78,50 +81,97 @@ def interpreters() -> dict[str, set[str]]:
     return found
 
 
+class Running:
+    """A peer's process, warmed up, that runs whenever it is told to."""
+
+    def __init__(
+        self, peer: Peer, folder: Path, texts: Sequence[Tokens], threads: int, rows: Path | None = None
+    ) -> None:
+        """Start it, if an interpreter has the peer.
+
+        Args:
+            peer: who.
+            folder: the model.
+            texts: whose features it computes.
+            threads: of its process.
+            rows: where the first run's features go as a .npy file, if anywhere.
+        """
+        self.reason, self._seconds, self._shape = "", [], ()
+        self._process: subprocess.Popen[str] | None = None
+        known = interpreters()
+        python = next((p for p, packages in known.items() if packages.issuperset(peer.needs)), None)
+        if python is None:
+            where = f"no interpreter of {VARIABLE} has" if known else f"{VARIABLE} is not set; wanted:"
+            self.reason = f"absent: {where} {' and '.join(peer.needs)}"
+            return
+        if peer.texts:
+            texts = texts[:: max(1, len(texts) // peer.texts)][: peer.texts]
+        self._tokens = sum(len(t.ids) for t in texts)
+        self._folder = tempfile.TemporaryDirectory()
+        tokens = Path(self._folder.name) / "tokens.json"
+        tokens.write_text(json.dumps([(t.ids, t.start) for t in texts]), encoding="utf-8")
+        self._errors = open(Path(self._folder.name) / "errors", "w+", encoding="utf-8")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [
+                python,
+                str(RUNNER),
+                peer.runner,
+                str(folder),
+                str(tokens),
+                peer.dtype,
+                str(rows) if rows else "",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=_environment(threads),
+            cwd=self._folder.name,
+        )
+        self._answer()
+
+    def run(self) -> None:
+        """Run once more; after a failure this does nothing."""
+        if self._process is None or self.reason:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        if answer := self._answer():
+            self._seconds.append(answer["seconds"])
+            self._shape = tuple(answer["shape"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        self._process.wait()
+        self._errors.seek(0)
+        self.reason = f"failed: {_last(self._errors.read())}"
+        return {}
+
+    def close(self) -> Measured:
+        """End the process and return what it did; the median run counts."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+            self._errors.close()
+            self._folder.cleanup()
+        if self.reason or not self._seconds:
+            return Measured(reason=self.reason or "not run")
+        return Measured(self._tokens / statistics.median(self._seconds), self._shape)
+
+
 def run_peer(
     peer: Peer, folder: Path, texts: Sequence[Tokens], threads: int, runs: int, rows: Path | None = None
 ) -> Measured:
-    """Time a peer, after a warm-up.
-
-    Args:
-        peer: who.
-        folder: the model.
-        texts: whose features it computes.
-        threads: of its process.
-        runs: how many are timed; the median counts.
-        rows: where its features go as a .npy file, if anywhere.
-
-    Returns:
-        The speed, or the reason why there is none.
-    """
-    known = interpreters()
-    python = next((p for p, packages in known.items() if packages.issuperset(peer.needs)), None)
-    if python is None:
-        where = f"no interpreter of {VARIABLE} has" if known else f"{VARIABLE} is not set; wanted:"
-        return Measured(reason=f"absent: {where} {' and '.join(peer.needs)}")
-    if peer.texts:
-        texts = texts[:: max(1, len(texts) // peer.texts)][: peer.texts]
-    with tempfile.TemporaryDirectory() as temporary:
-        tokens = Path(temporary) / "tokens.json"
-        tokens.write_text(json.dumps([(t.ids, t.start) for t in texts]), encoding="utf-8")
-        command = [python, str(RUNNER), peer.runner, str(folder), str(tokens), peer.dtype, str(runs)]
-        command.append(str(rows) if rows else "")
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=_environment(threads), cwd=temporary
-        )
-    if done.returncode:
-        return Measured(reason=f"failed: {_last(done.stderr)}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    speed = sum(len(t.ids) for t in texts) / statistics.median(result["seconds"])
-    return Measured(speed, tuple(result["shape"]))
-
-
-def run_peers(
-    folder: Path, texts: Sequence[Tokens], threads: int, runs: int, names: Sequence[str] | None = None
-) -> dict[str, Measured]:
-    """Time every peer, or those named, on the same texts."""
-    wanted = [peer for peer in PEERS if names is None or peer.name in names]
-    return {peer.name: run_peer(peer, folder, texts, threads, runs) for peer in wanted}
+    """Time a peer, after a warm-up; see Running. The median of `runs` counts."""
+    running = Running(peer, folder, texts, threads, rows)
+    for _ in range(runs):
+        running.run()
+    return running.close()
 
 
 def peer_features(

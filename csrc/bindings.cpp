@@ -69,6 +69,18 @@ void bind_block(py::module_& module, const std::string& type) {
     jz3::product<T>(
         {at<const uint16_t>(x), at<const uint32_t>(w), at<T>(y), rows, columns, depth, x_stride, y_stride}, threads);
   });
+  module.def(m("pack_int8").c_str(), [](uintptr_t w, uintptr_t out, int64_t group, int64_t depth, int64_t columns,
+                                        int64_t row_stride, int64_t column_stride, int threads) {
+    py::gil_scoped_release release;
+    jz3::pack_int8(at<const T>(w), at<uint8_t>(out), group, depth, columns, row_stride, column_stride, threads);
+  });
+  module.def(m("product_int8").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t group, int64_t rows,
+                                           int64_t columns, int64_t depth, int64_t x_stride, int64_t y_stride,
+                                           int threads) {
+    py::gil_scoped_release release;
+    jz3::product_int8<T>(
+        {at<const T>(x), at<const uint8_t>(w), at<T>(y), group, rows, columns, depth, x_stride, y_stride}, threads);
+  });
 }
 #endif
 
@@ -158,6 +170,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("stride_a"), py::arg("stride_g"), py::arg("stride_left"), py::arg("scale"), py::arg("signs"),
       py::arg("bf16"), py::arg("unit"), py::arg("threads"));
   m.def("has_bf16", &jz3::has_bf16);
+  m.def("has_int8_products", &jz3::has_int8_products);
+  m.attr("INT8_HEAD") = jz3::INT8_HEAD;
   m.def("pack_product", [](uintptr_t w, uintptr_t out, int64_t depth, int64_t columns, int64_t row_stride,
                            int64_t column_stride, int threads) {
     py::gil_scoped_release release;

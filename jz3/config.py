@@ -18,7 +18,7 @@ from jz3.features import FeaturesConfig
 from jz3.filtering.config import FilteringConfig
 from jz3.index import IndexConfig
 from jz3.influence import InfluenceConfig
-from jz3.machine import best_dtype
+from jz3.machine import best_dtype, best_products
 from jz3.models import ModelConfig
 from jz3.selection import SelectionConfig
 from jz3.synthesis import SynthesisConfig
@@ -83,6 +83,8 @@ def settled(recipe: Recipe) -> Recipe:
     }
     if recipe.model.dtype == "auto":
         changes["model"] = replace(recipe.model, dtype=best_dtype())
+    if recipe.features.products == "auto":
+        changes["features"] = replace(recipe.features, products=best_products())
     return replace(recipe, **changes)
 
 

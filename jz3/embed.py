@@ -12,7 +12,7 @@ from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
 from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
 from jz3.files import canonical_json, hash_text
-from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
 from jz3.seeding import rng
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Features:
     """[N] float32, cross-entropy per text."""
     completion: Completion | None = field(default=None, repr=False)
     """What completes queries, of Adapted."""
+    products: str = "exact"
+    """In what the passes multiplied, and do for queries: `exact` or `int8`."""
 
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries.
@@ -93,6 +95,7 @@ class Features:
         Raises:
             ValueError: a query is too short, or its gradient is zero or not finite.
         """
+        set_products(self.model, self.products)
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         found = extract(
             self.model,
@@ -132,6 +135,7 @@ def featurize(
     max_tokens: int = 512,
     batch_tokens: int = 4096,
     reduction: str = "mean",
+    products: str = "auto",
 ) -> Features:
     """Compute gradient features of texts.
 
@@ -147,18 +151,21 @@ def featurize(
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
+        products: in what the passes multiply: `exact` (the model's dtype), `int8` (8 bits in most products of
+            Llama-like models on a CPU with AVX-512 VNNI) or `auto` (what is faster here).
 
     Returns:
         The features, in the texts' order.
 
     Raises:
         ValueError: there is no text, one is too short, or its gradient is not finite.
-        Jz3Error: a checkpoint that Less names doesn't fit.
+        Jz3Error: a checkpoint that Less names doesn't fit, or `int8` can't be had.
     """
     kind = kind or Adapted()
     if not docs:
         raise ValueError("docs is empty")
     model.eval()
+    products = set_products(model, products)
     layers = linear_layers(model)
     texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
     projection: Projection
@@ -204,6 +211,7 @@ def featurize(
         norm,
         found.loss.numpy(),
         completion,
+        products,
     )
 
 

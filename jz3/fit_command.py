@@ -25,6 +25,7 @@ def fit(
     batch_tokens: int = 1024,
     reduction: str = "mean",
     dtype: str = "auto",
+    products: str = "auto",
     seed: int = 0,
 ) -> None:
     """Fit `adapted` features to queries, documents, or both, once per model and corpus.
@@ -43,11 +44,12 @@ def fit(
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
         dtype: `bfloat16`, `float32` or `auto`, of the model.
+        products: `exact`, `int8` or `auto`, as in `jz3 score`.
         seed: of the draw and of the range finder.
     """
     from jz3.features.adapted import fit_adapted
     from jz3.features.extract import model_hash
-    from jz3.gradients import linear_layers, tokenize_query, tokenize_text
+    from jz3.gradients import linear_layers, set_products, tokenize_query, tokenize_text
     from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
     from jz3.stage import progress_bar
 
@@ -71,6 +73,7 @@ def fit(
     )
     loaded: Any = load_model(folder, dtype)
     loaded = loaded.to(best_device())
+    set_products(loaded, products)
     with progress_bar(2 * (len(asked) + len(texts)), "fit: texts") as advance:
         made = fit_adapted(
             loaded,

@@ -3,6 +3,10 @@
 import functools
 from pathlib import Path
 
+PRODUCTS = ("auto", "exact", "int8")
+"""In what a gradient pass multiplies: `exact`, the model's number format; `int8`, 8 bits in most products of
+Llama-like models' blocks (jz3/gradients/llama.py); `auto`, what is faster on this machine."""
+
 
 @functools.cache
 def fast_bfloat16() -> bool:
@@ -31,6 +35,26 @@ def fast_bfloat16_cpu() -> bool:
 def best_dtype() -> str:
     """Return what the setting `auto` of a model's dtype stands for here: `bfloat16` or `float32`."""
     return "bfloat16" if fast_bfloat16() else "float32"
+
+
+@functools.cache
+def int8_obstacle() -> str:
+    """Return why this machine has no products in 8 bits, or an empty string."""
+    from jz3 import backend
+
+    if missing := backend.extension_missing():
+        return missing
+    if not getattr(backend.extension(), "has_int8_products", bool)():
+        return "this CPU has no AVX-512 with VNNI and bfloat16 (or jz3._C was built without it)"
+    return ""
+
+
+def best_products() -> str:
+    """Return what the setting `auto` of a gradient pass's products stands for here: `int8` or `exact`."""
+    import torch
+
+    faster = not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported()
+    return "int8" if faster and not int8_obstacle() else "exact"
 
 
 def _cpu_info() -> str:

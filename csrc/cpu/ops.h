@@ -156,6 +156,27 @@ struct ProductArguments {
 template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);
 
+// Products in 8 bits (cpu/product_int8.cpp) on rows of float or bfloat16 (as uint16_t); only where has_int8_products().
+bool has_int8_products();
+constexpr int64_t INT8_HEAD = 64 * 8;  // bytes before the numbers of a group of 64 columns
+
+// W as pack_product has it, `group` numbers of a column (a multiple of 16) under one scale:
+// out[ceil(columns / 64)][ceil(depth / group)][INT8_HEAD + 64 * group], at a multiple of 64 bytes.
+template <class T>
+void pack_int8(const T* w, uint8_t* out, int64_t group, int64_t depth, int64_t columns, int64_t row_stride,
+               int64_t column_stride, int threads);
+
+// y = x W; columns is a multiple of 16. A row with a number that isn't finite gives NaN.
+template <class T>
+struct Int8Arguments {
+  const T* x;        // [rows][x_stride]
+  const uint8_t* w;  // from pack_int8
+  T* y;              // [rows][y_stride]
+  int64_t group, rows, columns, depth, x_stride, y_stride;
+};
+template <class T>
+void product_int8(const Int8Arguments<T>& arguments, int threads);
+
 // out[i] = sum of g_t a_t^T over the tokens bounds[i] .. bounds[i + 1]; columns is a multiple of 16.
 struct SegmentOuterArguments {
   const float *g, *a;     // [tokens][g_stride], [tokens][a_stride]

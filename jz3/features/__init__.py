@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from jz3.machine import PRODUCTS
+
 KINDS = ("adapted", "sketch", "less", "readout")
 """What the stage can store. `known` (jz3.features.known) stores nothing: it is for `jz3 score`; `hidden`,
 `bm25`, `loss` and `random` are columns of every influence stage."""
+
+BY_PRODUCTS = ("adapted", "sketch", "known")
+"""Kinds that `products` is for: the others run the model in ways of their own, always exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,10 @@ class FeaturesConfig:
     """A text's loss is the `mean` (default, as in LESS) or the `sum` over its scored tokens."""
     batch_tokens: int = 2048
     """Padded tokens per forward and backward pass."""
+    products: str = "auto"
+    """In what the passes multiply: `exact` (the model's dtype), `int8` (8 bits in most products of Llama-like models
+    on a CPU with AVX-512 VNNI), or `auto`: what is faster on the machine that begins the run. The comparison with
+    exact gradients is exact in any case, so that it shows what 8 bits cost."""
     shard_documents: int = 2048
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512
@@ -91,6 +100,8 @@ class FeaturesConfig:
             raise ValueError(f"features.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"features.reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"features.products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         if self.long not in ("truncate", "split"):
             raise ValueError(f"features.long must be 'truncate' or 'split', got {self.long!r}")
         if self.completion < 0:

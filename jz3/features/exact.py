@@ -79,7 +79,8 @@ def exact_cosines(
     import torch
 
     sink, order = _QuerySink(), []
-    for batch, _ in run_pass(model, layers, sink, make_batches(queries, batch_tokens), reduction):
+    exact: Any = {"reduction": reduction, "products": "exact"}
+    for batch, _ in run_pass(model, layers, sink, make_batches(queries, batch_tokens), **exact):
         order += batch.positions
     back = torch.tensor(order).argsort()
     matrices: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def exact_cosines(
     rows = []
     order = []
     collector = _DocumentSink(matrices)
-    for batch, _ in run_pass(model, layers, collector, make_batches(documents, batch_tokens), reduction):
+    for batch, _ in run_pass(model, layers, collector, make_batches(documents, batch_tokens), **exact):
         rows.append((collector.products / collector.square.sqrt()[:, None] / norms).cpu())
         collector.products = collector.square = 0.0
         order += batch.positions

@@ -12,6 +12,7 @@ import numpy as np
 
 from jz3 import backend
 from jz3.errors import Jz3Error
+from jz3.features import BY_PRODUCTS
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import fit_completion
 from jz3.features.exact import exact_cosines
@@ -22,7 +23,7 @@ from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.features.trainer_checkpoint import adopt_checkpoints
 from jz3.files import atomic_path, hash_file, write_jsonl
-from jz3.gradients import Tokens, layer_shape, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, layer_shape, linear_layers, set_products, tokenize_query, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
@@ -57,6 +58,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     queries = tokenize_queries(ctx, tokenizer, rejects)
     model: Any = load_model(folder, ctx.recipe.model.dtype)
     model = model.to(best_device())
+    products = set_products(model, config.products if config.kind in BY_PRODUCTS else "exact")
     layers = linear_layers(model)
     name = model_hash(folder)
 
@@ -75,6 +77,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             reduction=config.reduction,
             module_hash=module_hash({n: layer_shape(m) for n, m in layers.items()}),
             seed=ctx.seed,
+            products=products,
         ),
     )
     options = {"batch_tokens": config.batch_tokens, "reduction": config.reduction}
@@ -132,6 +135,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "bits": config.bits,
         "bytes_per_document": projection.k * config.bits // 8,
         "layers": len(projection.layers) if isinstance(projection, AdaptedFit) else len(layers),
+        "products": products,
         "documents": len(documents) - unusable,
         "tokens": sum(len(t.ids) for t in documents),
         "cut": sum(t.cut > 0 for t in documents),

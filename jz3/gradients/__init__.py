@@ -6,7 +6,7 @@ the backward pass computes activation gradients only, and no weight-gradient pro
 """
 
 from jz3.gradients.layers import layer_shape, linear_layers
-from jz3.gradients.passes import GradientPass, InputGrams, PassResult, Sink, gram, run_pass
+from jz3.gradients.passes import GradientPass, InputGrams, PassResult, Sink, gram, run_pass, set_products
 from jz3.gradients.tokens import (
     Batch,
     Tokens,
@@ -29,6 +29,7 @@ __all__ = [
     "linear_layers",
     "make_batches",
     "run_pass",
+    "set_products",
     "start_tokens",
     "tokenize_chat",
     "tokenize_query",

@@ -5,8 +5,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jz3.errors import Jz3Error
 from jz3.gradients.layers import plain_model
 from jz3.gradients.tokens import Batch
+from jz3.machine import PRODUCTS, best_products, int8_obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +74,7 @@ class GradientPass:
         *,
         fast: bool | None = None,
         packed: bool | None = None,
+        products: str | None = None,
     ) -> None:
         """Freeze the model and hook the layers.
 
@@ -85,6 +88,8 @@ class GradientPass:
                 wherever it can and agrees with the model's own code.
             packed: put a batch's texts behind one another in one row instead of padding them. By
                 default with FlashAttention 2, which then runs over the texts' own lengths.
+            products: `exact` or `int8` instead of what `set_products` chose for the model (`exact` if
+                nobody did).
 
         Raises:
             ValueError: `reduction` is unknown, the model's loss is no plain softmax, or `fast` or
@@ -116,15 +121,21 @@ class GradientPass:
             raise ValueError("the fast pass can't run: it takes padded rows, packed ones are asked for")
         self._layout: Any = None
         self._hooks: list[Any] = []
-        self._fast = None if fast is False or self._packed else self._open_fast(core, layers, bool(fast))
+        self._fast = (
+            None
+            if fast is False or self._packed
+            else self._open_fast(
+                core, layers, bool(fast), products or core.__dict__.get("_jz3_products", "exact")
+            )
+        )
         if self._fast is None:
             self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
 
-    def _open_fast(self, core: Any, layers: dict[str, Any], wanted: bool) -> Any:
+    def _open_fast(self, core: Any, layers: dict[str, Any], wanted: bool, products: str) -> Any:
         from jz3.gradients import llama
 
         reason = llama.obstacle(core, layers)
-        blocks = None if reason else llama.blocks_of(core, layers)
+        blocks = None if reason else llama.blocks_of(core, layers, products)
         if wanted and blocks is None:
             raise ValueError(
                 f"the fast pass can't run: {reason or 'it disagrees with the own code of the model'}"
@@ -237,6 +248,37 @@ class GradientPass:
         return padded, lambda grad: states.backward(grad[rows, columns][None])
 
 
+def set_products(model: "PreTrainedModel", products: str) -> str:
+    """Choose in what the gradient passes of a model multiply, as its dtype is chosen when it is loaded.
+
+    Args:
+        model: the model, plain or with adapters.
+        products: one of PRODUCTS.
+
+    Returns:
+        `exact` or `int8`: what its passes will use. A model that runs on its own code is always exact.
+
+    Raises:
+        ValueError: `products` is unknown.
+        Jz3Error: `int8` is asked for where it can't be had.
+    """
+    from jz3.gradients import llama
+
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
+    wanted = best_products() if products == "auto" else products
+    if wanted == "int8" and int8_obstacle():
+        raise Jz3Error(
+            f"products 'int8' can't be had: {int8_obstacle()}; use 'exact', or 'auto' in a new run"
+        )
+    core = plain_model(model)
+    if wanted == "int8" and (reason := llama.obstacle(core, {})):
+        llama.say(core, f"{reason}; its products are exact")
+        wanted = "exact"
+    core.__dict__["_jz3_products"] = wanted
+    return wanted
+
+
 def run_pass(
     model: "PreTrainedModel",
     layers: dict[str, "torch.nn.Module"],
@@ -246,9 +288,12 @@ def run_pass(
     *,
     fast: bool | None = None,
     packed: bool | None = None,
+    products: str | None = None,
 ) -> Iterator[tuple[Batch, PassResult]]:
     """Run batches through a GradientPass, handing each back when the sink has seen it."""
-    with GradientPass(model, layers, sink, reduction, fast=fast, packed=packed) as gradients:
+    with GradientPass(
+        model, layers, sink, reduction, fast=fast, packed=packed, products=products
+    ) as gradients:
         for batch in batches:
             yield batch, gradients.run(batch)
 

@@ -84,6 +84,53 @@ class Product:
         return y if self._bias is None else y.add_(self._bias)
 
 
+class Int8Product:
+    """y = x W for a fixed matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a row of x and of a column of W.
+
+    Sums are of whole numbers within these groups and float32 beyond, rounded once to the dtype of y. A row with
+    a number that isn't finite gives NaN.
+    """
+
+    def __init__(self, matrix: torch.Tensor, group: int, bias: torch.Tensor | None = None) -> None:
+        """Quantise and pack a matrix.
+
+        Args:
+            matrix: W [I, O], bfloat16 or float32, any strides.
+            group: a multiple of 16.
+            bias: b [O] or None, added to the result.
+        """
+        self._depth, self._columns = matrix.shape
+        self._group, self._bias = group, bias
+        size = backend.extension().INT8_HEAD + 64 * group
+        parts = -(-self._columns // 64) * -(-self._depth // group)
+        # 64 bytes more: packed matrices start at a multiple of 64.
+        self._bytes = torch.empty(parts * size + 64, dtype=torch.uint8)
+        self._address = -(-self._bytes.data_ptr() // 64) * 64
+        pack = getattr(backend.extension(), f"pack_int8_{str(matrix.dtype).removeprefix('torch.')}")
+        pack(matrix.data_ptr(), self._address, group, *matrix.shape, *matrix.stride(), backend.threads())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            x: [T, I], bfloat16 or float32; its rows may have gaps between them.
+
+        Returns:
+            [T, O] of the dtype of x.
+        """
+        if x.shape[1] != self._depth:
+            raise ValueError(f"x must have {self._depth} columns, got {x.shape[1]}")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        columns = -(-self._columns // LANES) * LANES
+        y = torch.empty(len(x), columns, dtype=x.dtype)
+        run = getattr(backend.extension(), f"product_int8_{str(x.dtype).removeprefix('torch.')}")
+        sizes = (self._group, len(x), columns, self._depth, x.stride(0), columns)
+        run(x.data_ptr(), self._address, y.data_ptr(), *sizes, backend.threads())
+        y = y[:, : self._columns]
+        return y if self._bias is None else y.add_(self._bias)
+
+
 def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """Sum the outer products of every segment's tokens: out[i] = sum_t g_t a_t^T.
 

@@ -12,7 +12,7 @@ from jz3.errors import Jz3Error
 from jz3.explain import token_values
 from jz3.features.extract import Projection, extract, open_sink
 from jz3.files import read_json
-from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
 from jz3.index import describe
 from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
@@ -57,6 +57,7 @@ class Encoder:
         self.encoding, self.projection = encoding, projection
         model: Any = load_model(encoding.model, encoding.dtype)
         self.model = model.to(best_device())
+        set_products(self.model, self.store.info.products)
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
         self._sink = open_sink(projection, weight.dtype, weight.device)

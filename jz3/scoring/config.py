@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tyro.conf import UseAppendAction
 
+from jz3.machine import PRODUCTS
 from jz3.models import EMBEDDED
 from jz3.store import CODES
 
@@ -24,6 +25,9 @@ class ScoreSettings:
     learning rate); instead of --model. The first one's tokenizer is used."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: what the machine that makes the plan multiplies faster."""
+    products: str = "auto"
+    """In what the passes multiply: `exact` (the dtype), `int8` (8 bits in most products of Llama-like models on a
+    CPU with AVX-512 VNNI), or `auto`: what is faster on the machine that makes the plan."""
     kind: str = "adapted"
     """`adapted` (fitted to queries and a sample of the corpus), `known` (contracted with the queries in
     the pass; needs no sample), `sketch` (random) or `readout` (random, forward pass only)."""
@@ -94,6 +98,8 @@ class ScoreSettings:
             raise ValueError(f"--bits must be one of {sorted(CODES)}, got {self.bits}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {self.dtype!r}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"--products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         for name in ("coordinates", "rank", "layers", "max_tokens", "query_tokens", "batch_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from jz3.bm25 import Bm25
 from jz3.errors import Jz3Error
+from jz3.features import BY_PRODUCTS
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Projection, extract, model_hash
@@ -25,7 +26,14 @@ from jz3.files import (
     write_json,
     write_jsonl,
 )
-from jz3.gradients import Tokens, layer_shape, linear_layers, tokenize_query, tokenize_text
+from jz3.gradients import (
+    Tokens,
+    layer_shape,
+    linear_layers,
+    set_products,
+    tokenize_query,
+    tokenize_text,
+)
 from jz3.influence import agreement
 from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Query, Reject
@@ -64,6 +72,8 @@ class Checkpoint:
     """Of the table of layers whose gradients count."""
     fidelity: dict[str, float]
     """How features compare with exact gradients, see `jz3.influence.agreement`; empty if not measured."""
+    products: str = "exact"
+    """In what the passes multiply, `exact` or `int8`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class Job:
             reduction=settings.reduction,
             module_hash=c.module_hash,
             seed=settings.seed,
+            products=c.products,
         )
 
 
@@ -217,6 +228,7 @@ def _prepare_checkpoint(
             raise Jz3Error(f"target {task!r} has no query with anything to score ({summary(refused)})")
     model: Any = load_model(folder, settings.dtype)
     model = model.to(best_device())
+    products = set_products(model, settings.products if settings.kind in BY_PRODUCTS else "exact")
     _check_vocabulary(model, tokenizer, name)
     identity = model_hash(folder)
     path, kind = _projection(out, reader, number, model, identity, tokenizer, tokens)
@@ -248,7 +260,9 @@ def _prepare_checkpoint(
         save_file({"readout": torch.stack(readout, 1), "hidden": torch.stack(hidden, 1)}, part)
     measured = {} if kind == "known" else _fidelity(reader, model, layers, projection, tokenizer, tokens)
     table = module_hash({n: layer_shape(m) for n, m in layers.items()})
-    return Checkpoint(str(folder), identity, weight, kind, projection.k, hash_file(path), table, measured)
+    return Checkpoint(
+        str(folder), identity, weight, kind, projection.k, hash_file(path), table, measured, products
+    )
 
 
 def _fidelity(

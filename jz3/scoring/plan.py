@@ -21,7 +21,7 @@ from jz3.corpus.config import SourceConfig
 from jz3.corpus.readers import COMPRESSED, find_files, open_lines, skip_line
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_file, hash_text, read_json, write_json
-from jz3.machine import best_dtype
+from jz3.machine import best_dtype, best_products
 from jz3.scoring.config import ScoreSettings
 
 FORMAT = "jz3-score-1"
@@ -272,8 +272,8 @@ def open_plan(
     Args:
         out: the run's folder.
         corpus: files and globs.
-        settings: as given; in a new plan 0 threads becomes `threads` and the dtype `auto` what this machine
-            is fast in; with an old plan both become what they were.
+        settings: as given; in a new plan 0 threads becomes `threads`, and `auto` (dtype, products) what this
+            machine is fast in; with an old plan they become what they were.
         targets: per target its file.
         threads: CPU threads a worker.
 
@@ -300,7 +300,10 @@ def _write_plan(
     out: Path, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], threads: int
 ) -> Plan:
     dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
-    settings = dataclasses.replace(settings, threads=settings.threads or threads, dtype=dtype)
+    products = best_products() if settings.products == "auto" else settings.products
+    settings = dataclasses.replace(
+        settings, threads=settings.threads or threads, dtype=dtype, products=products
+    )
     plan = make_plan(corpus, settings, targets, out)
     write_json(out / "plan.json", plan.to_json())
     return plan
@@ -311,7 +314,7 @@ def _differences(
 ) -> list[str]:
     """Name what tells a plan from what is asked for."""
     wanted, found = dataclasses.asdict(settings), dataclasses.asdict(plan.settings)
-    wanted |= {name: found[name] for name in ("threads", "dtype") if wanted[name] in (0, "auto")}
+    wanted |= {name: found[name] for name in ("threads", "dtype", "products") if wanted[name] in (0, "auto")}
     different = [f"{k}: {found[k]!r} -> {wanted[k]!r}" for k in wanted if wanted[k] != found[k]]
     paths = corpus_files(corpus, out)
     # A file may be given by another of its names.

@@ -16,7 +16,7 @@ from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
 from jz3.features.extract import extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
-from jz3.gradients import Tokens, linear_layers, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Reject
 from jz3.scoring.job import PROJECTIONS, Job
@@ -84,6 +84,7 @@ class Scorer:
             projection = kind.load(folder / file, c.model_hash)
             model: Any = load_model(Path(c.model), settings.dtype)
             model = model.to(best_device())
+            set_products(model, c.products)
             weight = next(model.parameters())
             sink = open_sink(projection, weight.dtype, weight.device)
             tasks = load_file(folder / "tasks.safetensors")

@@ -36,10 +36,16 @@ class StoreInfo:
     """Hash of the table of layers, see `module_hash`; empty if it isn't recorded."""
     seed: int | None = None
     """Of the run that made the features; None if it isn't recorded."""
+    products: str = "exact"
+    """In what the passes multiplied, `exact` or `int8` (jz3.machine)."""
 
     def identity(self) -> str:
         """Return the 16 hexadecimal digits that every shard of such a store carries."""
-        return hash_text(canonical_json(asdict(self)))
+        fields = asdict(self)
+        # Stores that are older than the field are exact, and keep their name.
+        if fields["products"] == "exact":
+            del fields["products"]
+        return hash_text(canonical_json(fields))
 
 
 @dataclass(frozen=True, slots=True)
