@@ -12,6 +12,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #define JZ3_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -229,7 +230,7 @@ JZ3_AVX512 int64_t choose_avx512(const Products& products, const Bounds& bounds,
   for (int64_t r = 0; r < products.rows; ++r) {
     const double* const sums = products.sums + r * products.width;
     const __m512d scale = _mm512_set1_pd(products.row_scale[r]), size = _mm512_abs_pd(scale);
-    const __m512d norm = _mm512_sqrt_pd(_mm512_set1_pd(products.norms[r] * (1 + ROUNDING)));
+    const __m512d norm = _mm512_set1_pd(std::sqrt(products.norms[r] * (1 + ROUNDING)));
     for (int64_t q = 0; q < products.queries; q += 8) {
       const int64_t more = products.queries - q;
       const __mmask8 known = more >= 8 ? 0xFF : __mmask8((1 << more) - 1);

@@ -139,10 +139,10 @@ struct Queries {
 };
 
 // The k best of a group so far, of all threads, so that each of them knows early what can't be among these.
-struct Shared {
+struct alignas(64) Shared {
+  std::atomic<float> worst{-std::numeric_limits<float>::infinity()};  // of k; what is below can't enter
   std::mutex mutex;
   Best best{0};
-  std::atomic<float> worst{-std::numeric_limits<float>::infinity()};  // of k; others can't enter
 
   void offer(const Found& found) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -172,6 +172,7 @@ class Scan {
         norms_(size_t(p_.rows)),
         open_(size_t(a_.scores ? 0 : p_.rows * a_.queries + 1)),
         limit_(size_t(a_.queries), -INFINITE),
+        worst_(size_t(a_.count), -std::numeric_limits<float>::infinity()),
         highest_(size_t(a_.count)),
         seen_(size_t(a_.count), -1),
         members_(size_t(a_.count)),
@@ -295,8 +296,10 @@ class Scan {
   // Scores below the limit can't be among the k best of the group; one that rounds to it still may.
   void raise_limit(int64_t group) {
     const float worst = p_.best[group].worst.load(std::memory_order_relaxed);
+    if (worst == worst_[group]) return;
+    worst_[group] = worst;
     const double bound = std::nextafter(worst, -std::numeric_limits<float>::infinity());
-    for (int64_t q : members_[group]) limit_[q] = std::max(limit_[q], bound);
+    for (int64_t q : members_[group]) limit_[q] = bound;
   }
 
   void offer(int64_t begin, int64_t open, bool rest_known, const Source& source) {
@@ -341,6 +344,7 @@ class Scan {
   const ScoreArguments& a_;
   std::vector<double> sums_, norms_, limit_, rest_;
   std::vector<Open> open_;
+  std::vector<float> worst_;     // [group]: what `limit_` follows from
   std::vector<float> highest_;   // [group]: of the row at hand
   std::vector<int64_t> seen_;    // [group]: the row of `highest_`
   std::vector<std::vector<int64_t>> members_;
