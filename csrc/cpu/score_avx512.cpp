@@ -12,6 +12,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #define JZ3_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -72,29 +73,52 @@ JZ3_INLINE Codes codes_of(__m512i bytes) {
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
 
-// In units of SQUARE.
-JZ3_INLINE void add_code_squares(__m512i& total, const Codes& codes, __m512i squares) {
-  add_products(total,
-               _mm512_add_epi8(_mm512_shuffle_epi8(squares, codes.low), _mm512_shuffle_epi8(squares, codes.high)),
-               _mm512_set1_epi8(1));
+// Where a row's bytes come from: as they are; 4-bit codes by vpshufb; the same by vpermb (AVX512-VBMI), which reads six
+// bits of an index, so that with the table four times in a row the other code's bits need no masking.
+enum class From { bytes, shuffled, permuted };
+
+// What a table has for the low and the high codes.
+template <From FROM>
+JZ3_INLINE Codes look_up(const Codes& codes, __m512i table) {
+  if constexpr (FROM == From::permuted) {
+    Codes out;  // as instructions, for which the functions around need no other target
+    __asm__("vpermb %2, %1, %0" : "=v"(out.low) : "v"(codes.low), "v"(table));
+    __asm__("vpermb %2, %1, %0" : "=v"(out.high) : "v"(codes.high), "v"(table));
+    return out;
+  } else {
+    return {_mm512_shuffle_epi8(table, codes.low), _mm512_shuffle_epi8(table, codes.high)};
+  }
 }
 
-template <bool CODES, bool NORMS, int N>
+template <From FROM>
+JZ3_INLINE Codes codes_in(__m512i bytes) {
+  return FROM == From::permuted ? Codes{bytes, _mm512_srli_epi16(bytes, 4)} : codes_of(bytes);
+}
+
+// In units of SQUARE.
+template <From FROM>
+JZ3_INLINE void add_code_squares(__m512i& total, const Codes& codes, __m512i squares) {
+  const Codes both = look_up<FROM>(codes, squares);
+  add_products(total, _mm512_add_epi8(both.low, both.high), _mm512_set1_epi8(1));
+}
+
+template <From FROM, bool NORMS, int N>
 JZ3_INLINE void step(Sums<N>& sums, Sums<1>& norms, __m512i first, __m512i second, const int8_t* query, __m512i table,
                      __m512i squares) {
-  if constexpr (CODES) {
-    const Codes a = codes_of(first), b = codes_of(second);
-    multiply(sums, _mm512_shuffle_epi8(table, a.low), _mm512_shuffle_epi8(table, b.low), query);
-    multiply(sums, _mm512_shuffle_epi8(table, a.high), _mm512_shuffle_epi8(table, b.high), query + N * STEP);
-    if (NORMS) {
-      add_code_squares(norms.a, a, squares);
-      add_code_squares(norms.b, b, squares);
-    }
-  } else {
+  if constexpr (FROM == From::bytes) {
     multiply(sums, first, second, query);
     if (NORMS) {
       add_squares(norms.a, first);
       add_squares(norms.b, second);
+    }
+  } else {
+    const Codes one = codes_in<FROM>(first), other = codes_in<FROM>(second);
+    const Codes a = look_up<FROM>(one, table), b = look_up<FROM>(other, table);
+    multiply(sums, a.low, b.low, query);
+    multiply(sums, a.high, b.high, query + N * STEP);
+    if (NORMS) {
+      add_code_squares<FROM>(norms.a, one, squares);
+      add_code_squares<FROM>(norms.b, other, squares);
     }
   }
 }
@@ -126,6 +150,12 @@ JZ3_INLINE void add_sums(const Sums<N>& sums, double* first, double* second) {
                             quarter_sums(e.a, e.rest.a, g.a, g.rest.a)));
     add_to(second, lane_sums(quarter_sums(sums.b, sums.rest.b, c.b, c.rest.b),
                              quarter_sums(e.b, e.rest.b, g.b, g.rest.b)));
+  } else if constexpr (N == 4) {
+    const auto &b = sums.rest, &c = b.rest, &d = c.rest;
+    const __m256i lanes = lane_sums(quarter_sums(sums.a, b.a, c.a, d.a), quarter_sums(sums.b, b.b, c.b, d.b));
+    alignas(32) int32_t each[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(each), lanes);
+    for (int i = 0; i < 4; ++i) first[i] += each[i], second[i] += each[4 + i];
   } else {
     *first += _mm512_reduce_add_epi32(sums.a);
     *second += _mm512_reduce_add_epi32(sums.b);
@@ -133,9 +163,10 @@ JZ3_INLINE void add_sums(const Sums<N>& sums, double* first, double* second) {
   }
 }
 
-template <bool CODES, bool NORMS, int N>
+template <From FROM, bool NORMS, int N>
 JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const Levels& levels,
                               double* const sums[2], double* norms[2]) {
+  constexpr bool CODES = FROM != From::bytes;
   constexpr int64_t query_bytes = (CODES ? 2 : 1) * N;  // per byte of a row
   const __m512i table = table_of(levels.byte), squares = table_of(levels.square);
   Sums<N> total;
@@ -147,16 +178,16 @@ JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const 
   int64_t b = 0;
   for (; b + STEP <= rows.width; b += STEP) {
     _mm_prefetch(ahead, _MM_HINT_T1);
-    if (NORMS) _mm_prefetch(ahead + rows.ahead_step / 2, _MM_HINT_T1);
+    _mm_prefetch(ahead + rows.ahead_step / 2, _MM_HINT_T1);
     ahead += rows.ahead_step;
-    step<CODES, NORMS>(total, square, _mm512_loadu_si512(first + b), _mm512_loadu_si512(second + b),
-                       queries + b * query_bytes, table, squares);
+    step<FROM, NORMS>(total, square, _mm512_loadu_si512(first + b), _mm512_loadu_si512(second + b),
+                      queries + b * query_bytes, table, squares);
   }
   if (b < rows.width) {
     const __mmask64 rest = (uint64_t(1) << (rows.width - b)) - 1;
     const __m512i blank = _mm512_set1_epi8(CODES ? 0 : -128);  // bytes whose digits are 0, or that stand for level 0
-    step<CODES, NORMS>(total, square, _mm512_mask_loadu_epi8(blank, rest, first + b),
-                       _mm512_mask_loadu_epi8(blank, rest, second + b), queries + b * query_bytes, table, squares);
+    step<FROM, NORMS>(total, square, _mm512_mask_loadu_epi8(blank, rest, first + b),
+                      _mm512_mask_loadu_epi8(blank, rest, second + b), queries + b * query_bytes, table, squares);
   }
   add_sums(total, sums[0], sums[1]);
   if (NORMS) {
@@ -166,13 +197,13 @@ JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const 
   }
 }
 
-template <bool CODES, int N>
+template <From FROM, int N>
 void pair_avx512(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
                  double* norms[2]) {
   if (norms)
-    multiply_pair<CODES, true, N>(rows, queries, levels, sums, norms);
+    multiply_pair<FROM, true, N>(rows, queries, levels, sums, norms);
   else
-    multiply_pair<CODES, false, N>(rows, queries, levels, sums, norms);
+    multiply_pair<FROM, false, N>(rows, queries, levels, sums, norms);
 }
 
 JZ3_AVX512 double norm_avx512(const uint8_t* bytes, int64_t columns) {
@@ -189,6 +220,34 @@ JZ3_AVX512 double norm_avx512(const uint8_t* bytes, int64_t columns) {
     sum += square_bound * _mm512_reduce_add_epi32(_mm512_add_epi32(even, odd));
   }
   return sum;
+}
+
+// The lanes of a vector of doubles that begins at `from`, of those that are known.
+JZ3_INLINE __m512d some(const double* from, __mmask8 known) { return _mm512_maskz_loadu_pd(known, from); }
+
+JZ3_AVX512 int64_t choose_avx512(const Products& products, const Bounds& bounds, const double* limit, Open* open) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < products.rows; ++r) {
+    const double* const sums = products.sums + r * products.width;
+    const __m512d scale = _mm512_set1_pd(products.row_scale[r]), size = _mm512_abs_pd(scale);
+    const __m512d norm = _mm512_set1_pd(std::sqrt(products.norms[r] * (1 + ROUNDING)));
+    for (int64_t q = 0; q < products.queries; q += 8) {
+      const int64_t more = products.queries - q;
+      const __mmask8 known = more >= 8 ? 0xFF : __mmask8((1 << more) - 1);
+      const __m512d score = _mm512_fmadd_pd(some(sums + q, known), some(bounds.step + q, known), some(bounds.offset + q, known));
+      const __m512d reach = _mm512_fmadd_pd(norm, some(bounds.rest + q, known), some(bounds.slack + q, known));
+      const __m512d most = _mm512_fmadd_pd(scale, score, _mm512_mul_pd(size, reach));
+      unsigned left = _mm512_mask_cmp_pd_mask(known, most, some(limit + q, known), _CMP_NLT_UQ);
+      if (!left) continue;
+      double each[8];
+      _mm512_storeu_pd(each, most);
+      for (; left; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        open[count++] = {int32_t(r), int32_t(q) + i, each[i]};
+      }
+    }
+  }
+  return count;
 }
 
 JZ3_INLINE __m512i multiply_step(__m512i total, const uint8_t* bytes, const int8_t* query, int64_t column) {
@@ -273,7 +332,7 @@ JZ3_AVX512 void multiply_rows(const uint8_t* bytes, int64_t stride, const int8_t
   clear(total);
   for (int64_t c = 0; c < columns; c += STEP) {
     for (int64_t i = 0; i < ahead.share && ahead.next < ahead.end; i += 64, ahead.next += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead.next), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.next), _MM_HINT_T0);
     for (int64_t quad = c; quad < c + STEP; quad += 4)
       multiply_rows<TWO>(total, bytes + quad, stride, _mm512_loadu_si512(first + quad * TILE_QUERIES),
                          TWO ? _mm512_loadu_si512(second + quad * TILE_QUERIES) : _mm512_setzero_si512());
@@ -304,8 +363,9 @@ void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* q
 template <int N>
 void choose_pair(Kernels& k, int bits) {
   k.block = N;
-  k.bytes = pair_avx512<false, N>;
-  k.codes = bits == 4 ? pair_avx512<true, N> : nullptr;
+  k.bytes = pair_avx512<From::bytes, N>;
+  if (bits == 4)
+    k.codes = __builtin_cpu_supports("avx512vbmi") ? pair_avx512<From::permuted, N> : pair_avx512<From::shuffled, N>;
 }
 
 Kernels avx512_kernels(int bits, int64_t queries) {
@@ -314,6 +374,7 @@ Kernels avx512_kernels(int bits, int64_t queries) {
   k.any_width = k.biased = true;
   k.single = single_avx512;
   k.norm = norm_avx512;
+  k.choose = choose_avx512;
   if (bits == 4) k.unpack = unpack_4bit_avx512;
   if (bits == 1) k.unpack = unpack_1bit_avx512;
   return k;

@@ -1,6 +1,7 @@
 // The portable kernel and that for AVX2.
 #include "cpu/score_kernels.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -50,6 +51,21 @@ int64_t single_scalar(const uint8_t* bytes, const int8_t* query, int64_t columns
   int64_t total = 0;
   for (int64_t c = 0; c < columns; ++c) total += (int32_t(bytes[c]) - 128) * query[c];
   return total;
+}
+
+int64_t choose_plain(const Products& products, const Bounds& bounds, const double* limit, Open* open) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < products.rows; ++r) {
+    const double* const sums = products.sums + r * products.width;
+    const double scale = products.row_scale[r], norm = std::sqrt(products.norms[r] * (1 + ROUNDING));
+    for (int64_t q = 0; q < products.queries; ++q) {
+      const double score = scale * (sums[q] * bounds.step[q] + bounds.offset[q]);
+      const double most = score + std::fabs(scale) * (norm * bounds.rest[q] + bounds.slack[q]);
+      open[count] = {int32_t(r), int32_t(q), most};
+      count += most < limit[q] ? 0 : 1;
+    }
+  }
+  return count;
 }
 
 template <int BITS>
@@ -138,7 +154,7 @@ JZ3_AVX2 void unpack_4bit_avx2(const uint8_t* codes, const Levels& levels, int64
 
 Kernels choose_kernels(Isa isa, int bits, int64_t queries) {
   Kernels k{pair_scalar, nullptr, QUERIES, false, false, single_scalar, square_sum,
-            bits == 8   ? unpack_copy
+            choose_plain, bits == 8   ? unpack_copy
             : bits == 4 ? unpack_4bit
             : bits == 2 ? unpack_table<2>
                         : unpack_table<1>};

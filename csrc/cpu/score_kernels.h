@@ -24,7 +24,7 @@ constexpr int SQUARE = 130;  // so that the squares of two codes fit a byte
 struct RowPair {
   const uint8_t *first, *second;
   int64_t width;         // bytes of each
-  const uint8_t* ahead;  // what to prefetch, `ahead_step` bytes with every step: <= 64, or <= 128 with norms
+  const uint8_t* ahead;  // what to prefetch, `ahead_step` bytes with every step: at most 128
   int64_t ahead_step;
 };
 
@@ -32,6 +32,27 @@ struct RowPair {
 // (unless null). queries: [steps][queries of a block][64].
 using PairKernel = void (*)(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
                             double* norms[2]);
+
+// What turns the first plane's sum of a query into a score and bounds what the other planes add to it:
+// row_scale * (sum * step + offset), give or take |row_scale| * (norm * rest + slack).
+struct Bounds {
+  const double *step, *offset, *rest, *slack;
+};
+
+// The first plane's sums of some rows with all queries, and the rows' squared norms or a little more.
+struct Products {
+  const double* sums;  // [rows][width]
+  const double* norms;
+  const float* row_scale;
+  int64_t rows, queries, width;
+};
+constexpr double ROUNDING = 1e-9;  // more than all roundings of a bound together
+
+// A row's score of a query that may reach the query's limit, and the most that it can be.
+struct Open {
+  int32_t row, query;
+  double most;
+};
 
 struct Kernels {
   PairKernel bytes;      // rows of unpacked bytes, or int8 codes, which are the same
@@ -43,6 +64,8 @@ struct Kernels {
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
   // the squared norm of the levels of a row of bytes, or a little more
   double (*norm)(const uint8_t* bytes, int64_t columns);
+  // writes all that is open, by row and query, and returns how many
+  int64_t (*choose)(const Products& products, const Bounds& bounds, const double* limit, Open* open);
   // row_bytes of codes to level + 128
   void (*unpack)(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes);
 };

@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <utility>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -19,9 +21,8 @@
 namespace jz3 {
 namespace {
 
-constexpr int64_t SPAN = 2048;  // columns whose digits of eight queries stay in the L1 cache
+constexpr int64_t CACHED = 16 << 10;  // digits of a block of queries that stay in the L1 cache
 constexpr int64_t TILE_BYTES = 128 << 10, MOST_ROWS = 128;
-constexpr double ROUNDING = 1e-9;  // more than all roundings of a bound together
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 // Bytes that begin on a cache line: loads across two lines would cost the kernels a third of their speed.
@@ -137,19 +138,18 @@ struct Queries {
   }
 };
 
-// gap[q] = the most that the row's score can be, minus the limit; returns how many aren't negative.
-JZ3_CLONES int64_t bound_scores(const double* sums, const Queries& queries, int64_t count, double row_scale,
-                                double norm, const double* limit, double* gap) {
-  const double *step = queries.first_step.data(), *offset = queries.offset.data();
-  const double *rest = queries.rest.data(), *slack = queries.slack.data();
-  const double most = std::fabs(row_scale);
-  int64_t open = 0;
-  for (int64_t q = 0; q < count; ++q) {
-    gap[q] = row_scale * (sums[q] * step[q] + offset[q]) + most * (rest[q] * norm + slack[q]) - limit[q];
-    open += gap[q] < 0 ? 0 : 1;
+// The k best of a group so far, of all threads, so that each of them knows early what can't be among these.
+struct alignas(64) Shared {
+  std::atomic<float> worst{-std::numeric_limits<float>::infinity()};  // of k; what is below can't enter
+  std::mutex mutex;
+  Best best{0};
+
+  void offer(const Found& found) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    best.offer(found);
+    if (best.full()) worst.store(best.worst(), std::memory_order_relaxed);
   }
-  return open;
-}
+};
 
 struct Plan {
   const ScoreArguments& a;
@@ -159,7 +159,8 @@ struct Plan {
   TileKernel tiles;
   bool direct;                          // rows are used where they lie
   int64_t rows;                         // of a tile
-  std::vector<std::atomic<float>> floor;  // [group]: the k-th best of some thread
+  Bounds bounds;
+  std::vector<Shared> best;  // [group]
 };
 
 class Scan {
@@ -167,11 +168,11 @@ class Scan {
   explicit Scan(Plan& plan)
       : p_(plan),
         a_(plan.a),
-        best_(size_t(a_.count), Best(a_.k)),
         sums_(size_t(p_.rows * p_.queries.width)),
         norms_(size_t(p_.rows)),
-        gap_(size_t(a_.queries)),
+        open_(size_t(a_.scores ? 0 : p_.rows * a_.queries + 1)),
         limit_(size_t(a_.queries), -INFINITE),
+        worst_(size_t(a_.count), -std::numeric_limits<float>::infinity()),
         highest_(size_t(a_.count)),
         seen_(size_t(a_.count), -1),
         members_(size_t(a_.count)),
@@ -188,13 +189,7 @@ class Scan {
     }
   }
 
-  const std::vector<Best>& best() const { return best_; }
-
  private:
-  struct Candidate {
-    int64_t row, query;
-    double most;
-  };
   struct Source {
     const uint8_t* bytes;
     int64_t stride, width;
@@ -214,8 +209,8 @@ class Scan {
                                    : Source{bytes_.data(), queries.columns, queries.columns};
     std::fill(norms_.begin(), norms_.end(), 0.0);
     multiply(source, count, 0, sums_.data(), a_.scores ? nullptr : norms_.data());
-    if (!a_.scores) choose(begin, count);
-    const bool all = a_.scores || int64_t(candidates_.size()) * 4 > count * a_.queries;
+    const int64_t open = a_.scores ? 0 : choose(begin, count);
+    const bool all = a_.scores || open * 4 > count * a_.queries;
     if (all) {
       rest_.resize(size_t((a_.planes_count - 1) * p_.rows * queries.width));
       for (int64_t plane = 1; plane < a_.planes_count; ++plane)
@@ -224,7 +219,7 @@ class Scan {
     if (a_.scores)
       write(begin, count);
     else
-      offer(begin, all, source);
+      offer(begin, open, all, source);
   }
 
   void write(int64_t begin, int64_t count) const {
@@ -253,11 +248,11 @@ class Scan {
     }
     const Queries& queries = p_.queries;
     const bool codes = p_.direct && a_.bits == 4;
-    const int64_t span = codes ? SPAN / 2 : SPAN, per_byte = codes ? 2 : 1;
+    const int64_t per_byte = codes ? 2 : 1, span = CACHED / queries.block / per_byte;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
     const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
-    const int64_t ahead_step = plane ? 0 : std::min<int64_t>(norms ? 2 * STEP : STEP, (ahead_end_ - ahead_ + steps - 1) / steps);
+    const int64_t ahead_step = plane ? 0 : std::min<int64_t>(2 * STEP, (ahead_end_ - ahead_ + steps - 1) / steps);
     double spare[QUERIES];
     const int64_t width = queries.block;
     std::fill(sums, sums + count * queries.width, 0.0);
@@ -291,37 +286,30 @@ class Scan {
                ahead_ + r / TILE_ROWS * share, share, sums + r * queries.width);
   }
 
-  // The pairs of a row and a query that may be among the best.
-  void choose(int64_t begin, int64_t count) {
-    for (int64_t group = 0; group < a_.count; ++group)
-      raise_limit(group, p_.floor[group].load(std::memory_order_relaxed));
-    const int64_t queries = a_.queries;
-    const double* const limit = limit_.data();
-    double* const gap = gap_.data();
-    candidates_.clear();
-    for (int64_t r = 0; r < count; ++r) {
-      const double norm = std::sqrt(norms_[r] * (1 + ROUNDING));
-      if (bound_scores(sums_.data() + r * p_.queries.width, p_.queries, queries, a_.row_scale[begin + r], norm, limit,
-                       gap))
-        for (int64_t q = 0; q < queries; ++q)
-          if (!(gap[q] < 0)) candidates_.push_back({r, q, gap[q] + limit[q]});
-    }
+  // Returns how many pairs of a row and a query may be among the best.
+  int64_t choose(int64_t begin, int64_t count) {
+    for (int64_t group = 0; group < a_.count; ++group) raise_limit(group);
+    const Products products{sums_.data(), norms_.data(), a_.row_scale + begin, count, a_.queries, p_.queries.width};
+    return p_.kernels.choose(products, p_.bounds, limit_.data(), open_.data());
   }
 
   // Scores below the limit can't be among the k best of the group; one that rounds to it still may.
-  void raise_limit(int64_t group, float worst) {
+  void raise_limit(int64_t group) {
+    const float worst = p_.best[group].worst.load(std::memory_order_relaxed);
+    if (worst == worst_[group]) return;
+    worst_[group] = worst;
     const double bound = std::nextafter(worst, -std::numeric_limits<float>::infinity());
-    for (int64_t q : members_[group]) limit_[q] = std::max(limit_[q], bound);
+    for (int64_t q : members_[group]) limit_[q] = bound;
   }
 
-  void offer(int64_t begin, bool rest_known, const Source& source) {
-    for (size_t i = 0; i < candidates_.size();) {
-      const int64_t r = candidates_[i].row;
+  void offer(int64_t begin, int64_t open, bool rest_known, const Source& source) {
+    for (int64_t i = 0; i < open;) {
+      const int64_t r = open_[i].row;
       const uint8_t* bytes = nullptr;
       touched_.clear();
-      for (; i < candidates_.size() && candidates_[i].row == r; ++i) {
-        const int64_t q = candidates_[i].query;
-        if (candidates_[i].most < limit_[q]) continue;
+      for (; i < open && open_[i].row == r; ++i) {
+        const int64_t q = open_[i].query;
+        if (open_[i].most < limit_[q]) continue;
         if (!bytes && !rest_known && a_.planes_count > 1) bytes = unpacked(begin, r, source);
         const float value = score(begin, r, q, bytes);
         const int64_t group = a_.groups[q];
@@ -333,17 +321,11 @@ class Scan {
         highest_[group] = std::max(highest_[group], value);
       }
       for (int64_t group : touched_) {
-        Best& best = best_[group];
-        best.offer({highest_[group], a_.ids[begin + r]});
-        if (best.full()) raise(group, best.worst());
+        const Found found{highest_[group], a_.ids[begin + r]};
+        if (found.value < p_.best[group].worst.load(std::memory_order_relaxed)) continue;
+        p_.best[group].offer(found);
+        raise_limit(group);
       }
-    }
-  }
-
-  void raise(int64_t group, float worst) {
-    raise_limit(group, worst);
-    float seen = p_.floor[group].load(std::memory_order_relaxed);
-    while (worst > seen && !p_.floor[group].compare_exchange_weak(seen, worst, std::memory_order_relaxed)) {
     }
   }
 
@@ -360,20 +342,19 @@ class Scan {
 
   Plan& p_;
   const ScoreArguments& a_;
-  std::vector<Best> best_;
-  std::vector<double> sums_, norms_, gap_, limit_, rest_;
+  std::vector<double> sums_, norms_, limit_, rest_;
+  std::vector<Open> open_;
+  std::vector<float> worst_;     // [group]: what `limit_` follows from
   std::vector<float> highest_;   // [group]: of the row at hand
   std::vector<int64_t> seen_;    // [group]: the row of `highest_`
   std::vector<std::vector<int64_t>> members_;
   Lines bytes_;
   std::vector<int64_t> touched_;
-  std::vector<Candidate> candidates_;
   const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
 };
 
-// Scans the rows in parts; done(part, scan) after each.
-template <class Done>
-void scan(const ScoreArguments& a, int threads, const Done& done) {
+// Scans the rows in parts; returns the best of every group.
+std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Isa isa = choose_isa(a.isa);
   const TileKernel tiles = choose_tile_kernel(isa, a.queries);
   const Isa plain = tiles ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
@@ -383,30 +364,26 @@ void scan(const ScoreArguments& a, int threads, const Done& done) {
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
   const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes && queries.blocks == 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / std::max<int64_t>(queries.columns, 1)) / TILE_ROWS * TILE_ROWS;
-  Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), {}};
-  plan.floor = std::vector<std::atomic<float>>(size_t(a.count));
-  for (auto& worst : plan.floor) worst = -std::numeric_limits<float>::infinity();
-  parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads, [&](int64_t part, int64_t first, int64_t last) {
-    Scan scan(plan);
-    scan.run(first, last);
-    done(part, scan);
-  });
+  const Bounds bounds{queries.first_step.data(), queries.offset.data(), queries.rest.data(), queries.slack.data()};
+  Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), bounds,
+            std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
+  for (Shared& shared : plan.best) shared.best = Best(a.k);
+  parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads,
+           [&](int64_t, int64_t first, int64_t last) { Scan(plan).run(first, last); });
+  return std::move(plan.best);
 }
 
 }  // namespace
 
 void score_codes(const ScoreArguments& a, int threads) {
-  scan(a, threads, [](int64_t, const Scan&) {});
+  scan(a, threads);
 }
 
 void score_topk(const ScoreArguments& a, int threads) {
-  std::vector<std::vector<Best>> best(size_t(std::max(threads, 1)));
-  scan(a, threads, [&](int64_t part, const Scan& scan) { best[part] = scan.best(); });
+  const std::vector<Shared> best = scan(a, threads);
   for (int64_t group = 0; group < a.count; ++group) {
-    std::vector<Found> all;
-    for (auto& part : best)
-      if (!part.empty()) all.insert(all.end(), part[group].all().begin(), part[group].all().end());
-    std::partial_sort(all.begin(), all.begin() + a.k, all.end(), better);
+    std::vector<Found> all = best[group].best.all();
+    std::sort(all.begin(), all.end(), better);
     for (int64_t i = 0; i < a.k; ++i) {
       a.values[group * a.k + i] = all[i].value;
       a.found[group * a.k + i] = all[i].id;
