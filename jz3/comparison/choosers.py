@@ -10,7 +10,7 @@ import numpy as np
 from jz3.comparison import sets
 from jz3.comparison.config import DERIVED, SETS
 from jz3.errors import Jz3Error
-from jz3.features.extract import model_hash
+from jz3.features.extract import coding_of, model_hash
 from jz3.features.stage import load_projection, read_extracted
 from jz3.influence import ranks, read_scores
 from jz3.models import resolve_model
@@ -18,7 +18,7 @@ from jz3.records import Query
 from jz3.seeding import rng
 from jz3.selection import chosen_rows
 from jz3.stage import StageContext
-from jz3.store import Coding, Store
+from jz3.store import Store
 
 CHOOSERS = {"matching": sets.matching, "coverage": sets.coverage, "diverse": sets.diverse}
 
@@ -123,7 +123,7 @@ def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> 
     features = np.zeros((len(ids), projection.k), np.float32)
     missing = set(ids)
     place = {int(i, 16): row for row, i in enumerate(ids)}
-    for shard, values in store.values(Coding(projection.mean, projection.scale, store.info.bits)):
+    for shard, values in store.values(coding_of(projection, store.info.bits)):
         wanted = [(row, place[i]) for row, i in enumerate(shard.id.tolist()) if i in place]
         if wanted:
             source, target = map(list, zip(*wanted, strict=True))

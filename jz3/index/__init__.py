@@ -68,15 +68,15 @@ def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any
 
 
 def _build(collection: "Collection", config: IndexConfig, queries: "torch.Tensor") -> dict[str, Any]:
+    from jz3.features.extract import coding_of
     from jz3.index.build import build_index
-    from jz3.store import Coding
 
     store, projection = collection.store(), collection.projection()
     collection.prepare_texts()
     with progress_bar(len(store), "index: documents") as advance:
         built = build_index(
             store,
-            Coding(projection.mean, projection.scale, store.info.bits),
+            coding_of(projection, store.info.bits),
             collection.index,
             config,
             queries=queries[queries.isfinite().all(1)],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.features.extract import extract, open_sink
+from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import read_json
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.index import describe
@@ -17,7 +17,7 @@ from jz3.index.collection import Collection
 from jz3.index.search import SearchIndex
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Doc
-from jz3.store import Coding, scan
+from jz3.store import scan
 from jz3.templates import prompt_for
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Searcher:
         collection.prepare_texts()
         self.encoding = collection.encoding()
         self.projection = collection.projection()
-        self.coding = Coding(self.projection.mean, self.projection.scale, self.store.info.bits)
+        self.coding = coding_of(self.projection, self.store.info.bits)
         self.tokenizer = load_tokenizer(self.encoding.tokenizer)
         model: Any = load_model(self.encoding.model, self.encoding.dtype)
         self.model = model.to(best_device())

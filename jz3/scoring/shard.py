@@ -14,7 +14,7 @@ import numpy as np
 from jz3.bm25 import Bm25
 from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
-from jz3.features.extract import extract, open_sink
+from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
 from jz3.gradients import Tokens, linear_layers, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer
@@ -23,7 +23,7 @@ from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
 from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
-from jz3.store import Coding, has_shard, open_store, write_shard
+from jz3.store import has_shard, open_store, write_shard
 
 STAGE = "score"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -225,7 +225,7 @@ class Scorer:
             [f"{h:016x}" for h in rows.hash],
             torch.cat([values for values, _ in parts]),
             torch.cat([norm for _, norm in parts]),
-            Coding(projection.mean, projection.scale, self.plan.settings.bits),
+            coding_of(projection, self.plan.settings.bits),
         )
 
 
