@@ -38,6 +38,7 @@ from jz3.corpus.sources import read_texts
 from jz3.features import FeaturesConfig
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import Completion
+from jz3.features.exact import ExactSink
 from jz3.features.extract import Projection, coding_of, extract, open_sink
 from jz3.features.known import Known, fit_known
 from jz3.features.readout import Readout
@@ -142,7 +143,8 @@ def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> T
     def documents(count: int, seen: bool) -> list[Tokens]:
         each = -(-count // len(sources))
         parts = [take(rows, each, seen, source, document) for source, rows in sources.items()]
-        return [t for part in parts for t in part][:count]
+        # Alternating, so that the first pieces of a long run are a sample of all.
+        return [t for group in zip(*parts, strict=True) for t in group][:count]
 
     def queries(count: int, seen: bool) -> dict[str, list[Tokens]]:
         each = -(-count // len(problems))
@@ -154,33 +156,6 @@ def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> T
         queries(arguments.fit_queries, True),
         queries(arguments.queries, False),
     )
-
-
-class Exact:
-    """Forms every text's gradient: kept (queries), then multiplied with what was kept (documents)."""
-
-    def __init__(self) -> None:
-        self.queries: dict[str, Any] = {}
-        self.keep = True
-        self._products: Any = 0.0
-        self._square: Any = 0.0
-
-    def forward(self, name: str, a: torch.Tensor) -> Any:
-        return a
-
-    def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
-        full = (g.float().transpose(1, 2) @ kept.float()).flatten(1)
-        self._square = self._square + full.square().sum(1)
-        if self.keep:
-            self.queries.setdefault(name, []).append(full.to(g.dtype))
-        else:
-            self._products = self._products + full @ self.queries[name].to(full.dtype).T
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (inner products over the document's norm [B, Q], norms [B])."""
-        norm, products = self._square.sqrt(), self._products
-        self._products = self._square = 0.0
-        return (norm if self.keep else products / norm[:, None]).cpu(), norm.cpu()
 
 
 class Peer:
@@ -215,6 +190,11 @@ class Several:
 
     def __init__(self, sinks: dict[str, Any]) -> None:
         self.sinks = sinks
+
+    def begin(self, lengths: torch.Tensor) -> None:
+        for sink in self.sinks.values():
+            if begin := getattr(sink, "begin", None):
+                begin(lengths)
 
     def forward(self, name: str, a: torch.Tensor) -> Any:
         return [sink.forward(name, a) for sink in self.sinks.values()]
@@ -277,12 +257,14 @@ class Bench:
     def several(
         self, texts: Sequence[Tokens], sinks: dict[str, Any], advance: Any = lambda n: None
     ) -> dict[str, torch.Tensor]:
-        """Return what every sink says of every text, and the hidden states."""
+        """Return what every sink says of every text with its norm, and the hidden states."""
         found: dict[str, torch.Tensor] = {}
         batches = make_batches(texts, self.batch_tokens)
         for batch, result in run_pass(self.model, self.layers, Several(sinks), batches):
-            parts = {name: sink.take()[0] for name, sink in sinks.items()}
-            for name, rows in (*parts.items(), ("hidden", result.hidden.cpu())):
+            parts = {"hidden": result.hidden.cpu()}
+            for name, sink in sinks.items():
+                parts[name], parts[f"{name} norm"] = sink.take()
+            for name, rows in parts.items():
                 if name not in found:
                     found[name] = torch.zeros(len(texts), *rows.shape[1:])
                 found[name][batch.positions] = rows.float()
@@ -292,10 +274,16 @@ class Bench:
     def pieces(self, kept: Kept, label: str, texts: Sequence[Tokens], work: Any) -> dict[str, torch.Tensor]:
         """Return what `work(texts, advance)` says of all texts, a piece at a time, so that pieces can be kept."""
         parts = []
+
+        def timed(some: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+            begin = time.perf_counter()
+            made = work(some, advance)
+            return {**made, "seconds": torch.tensor([time.perf_counter() - begin])}
+
         with progress_bar(len(texts), label) as advance:
             for start in range(0, len(texts), PIECE):
                 some = texts[start : start + PIECE]
-                parts.append(kept.tensors(f"{label} {start}", lambda some=some: work(some, advance)))
+                parts.append(kept.tensors(f"{label} {start}", lambda some=some: timed(some)))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def sinks(self, projections: dict[str, Projection]) -> dict[str, Any]:
@@ -366,29 +354,15 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
 
     kept = Kept(arguments.keep, {k: str(v) for k, v in vars(arguments).items() if k not in ("keep", "json")})
     fit, fit_seconds = kept.fit("fit", AdaptedFit, made_fit)
-    start = time.perf_counter()
-    completing = {"batch_tokens": bench.batch_tokens}
-    sample_values = bench.pieces(
-        kept,
-        "completion",
-        texts.fit_documents,
-        lambda some, advance: {
-            "values": extract(model, layers, some, fit, advance=advance, **completing).values
-        },
-    )["values"]
-    fit_seconds += time.perf_counter() - start
     known, known_seconds = kept.fit(
         "known", Known, lambda: fit_known(model, "", layers, texts.queries, rank=arguments.known_rank)
     )
     sketch = Sketch.of("", layers, SKETCH.k, SKETCH.sketch_left, SKETCH.sketch_right, 0)
     readout = Readout("")
 
-    exact = Exact()
+    exact = ExactSink()
     asked = bench.several(queries, {**bench.sinks({"adapted": fit, "sketch": sketch}), "exact": exact})
-    back = torch.tensor([p for b in make_batches(queries, bench.batch_tokens) for p in b.positions]).argsort()
-    for name in layers:
-        exact.queries[name] = torch.cat(exact.queries[name])[back]
-    exact.keep = False
+    exact.close([p for b in make_batches(queries, bench.batch_tokens) for p in b.positions])
     sinks = bench.sinks({"adapted": fit, "sketch": sketch, "known": known})
     found = bench.pieces(
         kept,
@@ -397,13 +371,24 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
         lambda some, advance: bench.several(some, {**sinks, "exact": exact}, advance),
     )
     exact.queries.clear()
-    target = found["exact"] / asked["exact"]
+    target = found["exact"] / asked["exact norm"]
+
+    completing = {"batch_tokens": bench.batch_tokens}
+    sampled = bench.pieces(
+        kept,
+        "completion",
+        texts.fit_documents,
+        lambda some, advance: {
+            "values": extract(model, layers, some, fit, advance=advance, **completing).values
+        },
+    )
+    fit_seconds += float(sampled["seconds"].sum())
 
     small = open_sink(fit.top(LARGEST), bench.weight.dtype, bench.weight.device)
     pass_seconds = bench.seconds(sample, small, many)
     for k, bits in ADAPTED:
         part = fit.top(k)
-        completion = Completion.of(fit, k, sample_values)
+        completion = Completion.of(fit, k, sampled["values"])
         values = coded(found["adapted"][:, completion.positions], part, bits)
         size, seconds = k * bits // 8, fit_seconds + pass_seconds
         name = f"{bits} bits" + (" each" if bits > 2 else "")

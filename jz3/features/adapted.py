@@ -319,7 +319,7 @@ def fit_adapted(
     queries: Sequence[Tokens],
     documents: Sequence[Tokens],
     *,
-    k: int = 2048,
+    k: int = 4096,
     rank: int = 128,
     max_layers: int = 96,
     batch_tokens: int = 1024,
