@@ -23,13 +23,14 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from jz3 import backend
 from jz3.corpus.config import SourceConfig
@@ -37,11 +38,12 @@ from jz3.corpus.sources import read_texts
 from jz3.features import FeaturesConfig
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import Completion
-from jz3.features.extract import Projection, extract, open_sink
-from jz3.features.known import fit_known
+from jz3.features.exact import ExactSink
+from jz3.features.extract import Projection, coding_of, extract, open_sink
+from jz3.features.known import Known, fit_known
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
-from jz3.files import hash_text, write_json
+from jz3.files import atomic_path, hash_text, read_json, write_json
 from jz3.gradients import (
     Tokens,
     layer_shape,
@@ -53,11 +55,11 @@ from jz3.gradients import (
 )
 from jz3.influence import agreement
 from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
-from jz3.ops.encode import CODEBOOKS, decode, encode
 from jz3.ops.signs import signs
 from jz3.records import Reject
 from jz3.seeding import rng
 from jz3.stage import progress_bar
+from jz3.store.format import decode_rows, encode_rows
 from jz3.targets import clean_solution
 from jz3.templates import prompt_for
 
@@ -68,11 +70,14 @@ QUERIES = {
     "gsm8k": ("targets/gsm8k_train.jsonl", "question", "answer"),
     "math": ("eval/math-oai.jsonl", "problem", "solution"),
 }
+PIECE = 64
+"""Texts between two writes to the folder of --keep."""
 SHORTEST = 16
 """Tokens of a text or of a query's solution, at least."""
-ADAPTED = ((1024, "4bit"), (2048, "4bit"), (8192, "4bit"), (1024, "int8"), (2048, "int8"), (4096, "int8"))
+ADAPTED = ((2048, 2), (4096, 2), (16384, 2), (1024, 4), (2048, 4), (8192, 4), (4096, 8))
+"""Numbers and bits; two bits are an average."""
 LARGEST = max(k for k, _ in ADAPTED)
-SKETCH = FeaturesConfig(kind="sketch", k=8192)
+SKETCH = FeaturesConfig(kind="sketch", k=65536, bits=1, sketch_left=1024)
 PEER = 16
 """Directions per layer and side of the random projection that peers store."""
 
@@ -138,7 +143,8 @@ def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> T
     def documents(count: int, seen: bool) -> list[Tokens]:
         each = -(-count // len(sources))
         parts = [take(rows, each, seen, source, document) for source, rows in sources.items()]
-        return [t for part in parts for t in part][:count]
+        # Alternating, so that the first pieces of a long run are a sample of all.
+        return [t for group in zip(*parts, strict=True) for t in group][:count]
 
     def queries(count: int, seen: bool) -> dict[str, list[Tokens]]:
         each = -(-count // len(problems))
@@ -150,33 +156,6 @@ def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> T
         queries(arguments.fit_queries, True),
         queries(arguments.queries, False),
     )
-
-
-class Exact:
-    """Forms every text's gradient: kept (queries), then multiplied with what was kept (documents)."""
-
-    def __init__(self) -> None:
-        self.queries: dict[str, Any] = {}
-        self.keep = True
-        self._products: Any = 0.0
-        self._square: Any = 0.0
-
-    def forward(self, name: str, a: torch.Tensor) -> Any:
-        return a
-
-    def backward(self, name: str, kept: torch.Tensor, g: torch.Tensor) -> None:
-        full = (g.float().transpose(1, 2) @ kept.float()).flatten(1)
-        self._square = self._square + full.square().sum(1)
-        if self.keep:
-            self.queries.setdefault(name, []).append(full.to(g.dtype))
-        else:
-            self._products = self._products + full @ self.queries[name].to(full.dtype).T
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (inner products over the document's norm [B, Q], norms [B])."""
-        norm, products = self._square.sqrt(), self._products
-        self._products = self._square = 0.0
-        return (norm if self.keep else products / norm[:, None]).cpu(), norm.cpu()
 
 
 class Peer:
@@ -212,12 +191,55 @@ class Several:
     def __init__(self, sinks: dict[str, Any]) -> None:
         self.sinks = sinks
 
+    def begin(self, lengths: torch.Tensor) -> None:
+        for sink in self.sinks.values():
+            if begin := getattr(sink, "begin", None):
+                begin(lengths)
+
     def forward(self, name: str, a: torch.Tensor) -> Any:
         return [sink.forward(name, a) for sink in self.sinks.values()]
 
     def backward(self, name: str, kept: Any, g: torch.Tensor) -> None:
         for sink, mine in zip(self.sinks.values(), kept, strict=True):
             sink.backward(name, mine, g)
+
+
+class Kept:
+    """What a run has computed so far, on disk, so that one that broke off goes on; nothing without a folder."""
+
+    def __init__(self, folder: Path | None, arguments: dict[str, str]) -> None:
+        self.folder = folder
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "arguments.json"
+            if path.exists() and read_json(path) != arguments:
+                raise SystemExit(f"{folder} belongs to a run with other arguments; name another folder")
+            write_json(path, arguments)
+
+    def tensors(self, label: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the tensors kept under a label, or make and keep them."""
+        if not self.folder:
+            return make()
+        path = self.folder / f"{label}.safetensors"
+        if not path.exists():
+            made = {name: tensor.contiguous() for name, tensor in make().items()}
+            with atomic_path(path) as part:
+                save_file(made, part)
+        return load_file(path)
+
+    def fit(self, label: str, kind: Any, make: Callable[[], Any]) -> tuple[Any, float]:
+        """Return the fit kept under a label with the seconds that it took, or make and keep it."""
+        start = time.perf_counter()
+        if not self.folder:
+            return make(), time.perf_counter() - start
+        path = self.folder / f"{label}.safetensors"
+        if not path.exists():
+            made = make()
+            seconds = torch.tensor([time.perf_counter() - start])
+            self.tensors(f"{label} seconds", lambda: {"seconds": seconds})
+            made.save(path)
+        seconds = self.tensors(f"{label} seconds", dict)["seconds"]
+        return kind.load(path, ""), float(seconds)
 
 
 class Bench:
@@ -232,19 +254,37 @@ class Bench:
         self.weight = next(model.parameters())
         self.batch_tokens = arguments.batch_tokens
 
-    def several(self, label: str, texts: Sequence[Tokens], sinks: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return what every sink says of every text, and the hidden states."""
+    def several(
+        self, texts: Sequence[Tokens], sinks: dict[str, Any], advance: Any = lambda n: None
+    ) -> dict[str, torch.Tensor]:
+        """Return what every sink says of every text with its norm, and the hidden states."""
         found: dict[str, torch.Tensor] = {}
         batches = make_batches(texts, self.batch_tokens)
-        with progress_bar(len(texts), label) as advance:
-            for batch, result in run_pass(self.model, self.layers, Several(sinks), batches):
-                parts = {name: sink.take()[0] for name, sink in sinks.items()}
-                for name, rows in (*parts.items(), ("hidden", result.hidden.cpu())):
-                    if name not in found:
-                        found[name] = torch.zeros(len(texts), *rows.shape[1:])
-                    found[name][batch.positions] = rows.float()
-                advance(len(batch.positions))
+        for batch, result in run_pass(self.model, self.layers, Several(sinks), batches):
+            parts = {"hidden": result.hidden.cpu()}
+            for name, sink in sinks.items():
+                parts[name], parts[f"{name} norm"] = sink.take()
+            for name, rows in parts.items():
+                if name not in found:
+                    found[name] = torch.zeros(len(texts), *rows.shape[1:])
+                found[name][batch.positions] = rows.float()
+            advance(len(batch.positions))
         return found
+
+    def pieces(self, kept: Kept, label: str, texts: Sequence[Tokens], work: Any) -> dict[str, torch.Tensor]:
+        """Return what `work(texts, advance)` says of all texts, a piece at a time, so that pieces can be kept."""
+        parts = []
+
+        def timed(some: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+            begin = time.perf_counter()
+            made = work(some, advance)
+            return {**made, "seconds": torch.tensor([time.perf_counter() - begin])}
+
+        with progress_bar(len(texts), label) as advance:
+            for start in range(0, len(texts), PIECE):
+                some = texts[start : start + PIECE]
+                parts.append(kept.tensors(f"{label} {start}", lambda some=some: timed(some)))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def sinks(self, projections: dict[str, Projection]) -> dict[str, Any]:
         """Open the projections' sinks, the peer's and the exact one."""
@@ -265,9 +305,10 @@ class Bench:
         return (time.perf_counter() - start) * documents / len(sample)
 
 
-def coded(values: torch.Tensor, fit: AdaptedFit | Sketch | Readout, code: str) -> torch.Tensor:
+def coded(values: torch.Tensor, fit: AdaptedFit | Sketch | Readout, bits: int) -> torch.Tensor:
     """Return the values as their codes give them back."""
-    return decode(encode(values, fit.mean, fit.scale, code), fit.mean, fit.scale, code)
+    coding = coding_of(fit, bits)
+    return decode_rows(encode_rows(values, coding), coding)
 
 
 def row(
@@ -296,51 +337,73 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
     documents, sample = texts.documents, texts.documents[:: max(1, len(texts.documents) // 32)][:32]
     model, layers, many = bench.model, bench.layers, len(documents)
 
-    start = time.perf_counter()
-    options = {"rank": arguments.rank, "max_layers": arguments.layers}
-    k_large = LARGEST + arguments.completion
-    with progress_bar(2 * (len(seen) + len(texts.fit_documents)), "fit") as advance:
-        fit = fit_adapted(model, "", layers, seen, texts.fit_documents, k=k_large, advance=advance, **options)
-    with progress_bar(len(texts.fit_documents), "completion") as advance:
-        sample_values = extract(model, layers, texts.fit_documents, fit, advance=advance).values
-    fit_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    known = fit_known(model, "", layers, texts.queries, rank=arguments.known_rank)
-    known_seconds = time.perf_counter() - start
+    def made_fit() -> AdaptedFit:
+        options = {"rank": arguments.rank, "max_layers": arguments.layers}
+        with progress_bar(2 * (len(seen) + len(texts.fit_documents)), "fit") as advance:
+            return fit_adapted(
+                model,
+                "",
+                layers,
+                seen,
+                texts.fit_documents,
+                k=LARGEST + arguments.completion,
+                batch_tokens=bench.batch_tokens,
+                advance=advance,
+                **options,
+            )
+
+    kept = Kept(arguments.keep, {k: str(v) for k, v in vars(arguments).items() if k not in ("keep", "json")})
+    fit, fit_seconds = kept.fit("fit", AdaptedFit, made_fit)
+    known, known_seconds = kept.fit(
+        "known", Known, lambda: fit_known(model, "", layers, texts.queries, rank=arguments.known_rank)
+    )
     sketch = Sketch.of("", layers, SKETCH.k, SKETCH.sketch_left, SKETCH.sketch_right, 0)
     readout = Readout("")
 
-    exact = Exact()
-    asked = bench.several(
-        "queries", queries, {**bench.sinks({"adapted": fit, "sketch": sketch}), "exact": exact}
-    )
-    back = torch.tensor([p for b in make_batches(queries, bench.batch_tokens) for p in b.positions]).argsort()
-    for name in layers:
-        exact.queries[name] = torch.cat(exact.queries[name])[back]
-    exact.keep = False
+    exact = ExactSink()
+    asked = bench.several(queries, {**bench.sinks({"adapted": fit, "sketch": sketch}), "exact": exact})
+    exact.close([p for b in make_batches(queries, bench.batch_tokens) for p in b.positions])
     sinks = bench.sinks({"adapted": fit, "sketch": sketch, "known": known})
-    found = bench.several("documents", documents, {**sinks, "exact": exact})
+    found = bench.pieces(
+        kept,
+        "documents",
+        documents,
+        lambda some, advance: bench.several(some, {**sinks, "exact": exact}, advance),
+    )
     exact.queries.clear()
-    target = found["exact"] / asked["exact"]
+    target = found["exact"] / asked["exact norm"]
+
+    completing = {"batch_tokens": bench.batch_tokens}
+    sampled = bench.pieces(
+        kept,
+        "completion",
+        texts.fit_documents,
+        lambda some, advance: {
+            "values": extract(model, layers, some, fit, advance=advance, **completing).values
+        },
+    )
+    fit_seconds += float(sampled["seconds"].sum())
 
     small = open_sink(fit.top(LARGEST), bench.weight.dtype, bench.weight.device)
     pass_seconds = bench.seconds(sample, small, many)
-    for k, code in ADAPTED:
-        completion = Completion.of(fit, k, sample_values)
-        values = coded(found["adapted"][:, completion.positions], fit.top(k), code)
-        size, seconds = k * CODEBOOKS[code].bits // 8, fit_seconds + pass_seconds
+    for k, bits in ADAPTED:
+        part = fit.top(k)
+        completion = Completion.of(fit, k, sampled["values"])
+        values = coded(found["adapted"][:, completion.positions], part, bits)
+        size, seconds = k * bits // 8, fit_seconds + pass_seconds
+        name = f"{bits} bits" + (" each" if bits > 2 else "")
         for kind, psi in (
             ("adapted", completion.fold(asked["adapted"])),
             ("plain adapted", asked["adapted"][:, completion.positions]),
         ):
-            yield row(f"{kind} {code}", size, "unseen", values @ psi.T, target, tasks, seconds)
-    scores = coded(found["sketch"], sketch, "int8") @ asked["sketch"].T
+            yield row(f"{kind} {name}", size, "unseen", values @ psi.T, target, tasks, seconds)
+    scores = coded(found["sketch"], sketch, SKETCH.bits) @ asked["sketch"].T
     seconds = bench.seconds(sample, sinks["sketch"], many)
-    yield row("sketch int8", sketch.k, "unseen", scores, target, tasks, seconds)
+    yield row("sketch", sketch.k * SKETCH.bits // 8, "unseen", scores, target, tasks, seconds)
     seconds = known_seconds + bench.seconds(sample, sinks["known"], many)
     yield row("known", 0, "known", found["known"], target, tasks, seconds)
     mine, theirs = (extract(model, layers, x, readout).values for x in (documents, queries))
-    scores = coded(mine, readout, "int8") @ theirs.T
+    scores = coded(mine, readout, 8) @ theirs.T
     seconds = bench.timed(sample, readout, many)
     yield row("readout int8", readout.k, "unseen", scores, target, tasks, seconds)
     unit = [torch.nn.functional.normalize(x["hidden"], dim=1) for x in (found, asked)]
@@ -375,6 +438,9 @@ def main() -> None:
     defaults = FeaturesConfig()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of what is computed; a run that broke off goes on there"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with samples/, targets/ and eval/")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -386,7 +452,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=defaults.rank)
     parser.add_argument("--layers", type=int, default=defaults.layers)
     parser.add_argument("--completion", type=int, default=defaults.completion, help="more numbers of a query")
-    parser.add_argument("--known-rank", type=int, default=64)
+    parser.add_argument("--known-rank", type=int, default=128)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument(
         "--peers", action="store_true", help="also those of bench/peers.py that store features"

@@ -1,12 +1,12 @@
 """The store and the index at size: `python bench/scale.py --documents 2000000 --out DIR [--json FILE]`.
 
-Synthetic features (2,048 coordinates in 4 bits, 1 KB a document, topics plus noise) are written,
-verified, scanned for 64 queries, a set of 2,000 is chosen among the best 20,000, all are indexed (IVF-SQ8 in parts on disk) and queried, for 100,000 documents
-and then for all; the latter's writing and indexing are killed half-way and run again. Every step runs in
-a process of its own, whose memory is sampled: RssAnon is what it allocated, RSS also counts the pages of
-mapped files, which the kernel takes back when it needs them. What reads only is repeated for SECONDS, so
-that the small size, too, is measured at work and not while modules are loaded. 2,000,000 documents take about
-2.2 GB for the store and 4.2 GB for the index.
+Synthetic features (2,048 coordinates in 4 bits, 1 KB a document, topics plus noise) are written, verified,
+scanned for 64 queries, a set of 2,000 is chosen among the best 20,000, all are indexed (IVF-SQ8 in parts on
+disk) and queried, for 100,000 documents and then for all; the latter's writing and indexing are killed
+half-way and run again. Every step runs in a process of its own, whose memory is sampled: RssAnon is what it
+allocated, RSS also counts the pages of mapped files, which the kernel takes back when it needs them. What
+reads only is repeated for SECONDS, so that the small size, too, is measured at work and not while modules are
+loaded. 2,000,000 documents take about 2.2 GB for the store and 4.2 GB for the index.
 """
 
 import argparse

@@ -16,7 +16,7 @@ def fit(
     queries: Path | None = None,
     documents: Path | None = None,
     out: Path = Path("fit.safetensors"),
-    k: int = 2048,
+    k: int = 4096,
     rank: int = 128,
     layers: int = 256,
     max_queries: int = 200,
@@ -91,7 +91,7 @@ def fit(
         )
     digest = made.save(out)
     print(
-        f"{out}: {made.k} coordinates of {len(made.layers)} layers, {made.k // 2} bytes a document at 4 bits, "
+        f"{out}: {made.k} coordinates of {len(made.layers)} layers, {made.k // 4} bytes a document at 2 bits, "
         f"fitted to {len(asked)} queries and {len(texts)} documents, hash {digest}"
     )
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from jz3.bm25 import Bm25
 from jz3.errors import Jz3Error
-from jz3.features.extract import model_hash
+from jz3.features.extract import coding_of, model_hash
 from jz3.features.stage import load_projection, read_extracted
 from jz3.files import atomic_path, read_jsonl
 from jz3.models import resolve_model
 from jz3.records import Doc, Query
 from jz3.seeding import rng
 from jz3.stage import StageContext
-from jz3.store import Coding, Store
+from jz3.store import Store
 from jz3.topk import TopK
 
 METHODS = ("influence", "hidden", "bm25", "loss", "random")
@@ -136,7 +136,7 @@ def feature_blocks(ctx: StageContext) -> Iterator[FeatureBlock]:
     if store.damaged:
         raise Jz3Error("; ".join(store.damaged.values()))
     projection = load_projection(folder.parent, model_hash(resolve_model(ctx.recipe.model)))
-    coding = Coding(projection.mean, projection.scale, store.info.bits)
+    coding = coding_of(projection, store.info.bits)
     for shard, decoded in store.values(coding):
         names, side = read_extracted(folder.parent / "documents" / f"{shard.number:06d}.safetensors")
         ids = [f"{i:016x}" for i in shard.id.tolist()]

@@ -11,10 +11,12 @@ from test_gradients import random_model, random_texts
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.exact import exact_cosines
-from jz3.features.extract import extract, model_hash
+from jz3.features.extract import coding_of, extract, model_hash
 from jz3.features.range_finder import RangeFinder
 from jz3.features.sketch import Sketch
 from jz3.gradients import Tokens, linear_layers
+from jz3.store import Coding
+from jz3.store.format import decode_rows, encode_rows
 
 
 def fit_all(model: Any, queries: list[Tokens], documents: list[Tokens]) -> AdaptedFit:
@@ -158,3 +160,26 @@ def test_the_left_covariance_is_joined_by_that_of_single_tokens() -> None:
     unit = [x / x.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for x in (whole, tokens)]
     torch.testing.assert_close(found["left"], (unit[0] + 0.5 * unit[1]).sum(0))
     torch.testing.assert_close(found["right"], (full.transpose(1, 2) @ full / square[:2, None, None]).sum(0))
+
+
+def test_bits_by_energy_keep_more_of_the_scores_than_equal_ones() -> None:
+    model, texts = random_model("llama"), random_texts(40)
+    layers = linear_layers(model)
+    fit = fit_adapted(model, "m", layers, texts[:8], texts[8:24], k=256, rank=8)
+    values = extract(model, layers, texts[24:], fit).values
+    queries = extract(model, layers, texts[:8], fit).values
+    divided, equal = coding_of(fit, 2), Coding(fit.mean, fit.scale, 2)
+    assert divided.widths is not None and int(divided.widths.max()) > 2 > int(divided.widths.min())
+    errors = []
+    for coding in (divided, equal):
+        codes = encode_rows(values, coding)
+        assert codes.shape == (16, 64)
+        wrong = (decode_rows(codes, coding) - values) @ queries.T
+        # What is added to all of a query's scores is no error of theirs.
+        errors.append(float((wrong - wrong.mean(0)).square().mean()))
+    assert errors[0] < 0.6 * errors[1]
+    # Other kinds of features, and other numbers of bits, have equal widths.
+    assert coding_of(fit, 4).widths is None
+    assert coding_of(Sketch.of("m", layers, 64, 16, 8, 0), 2).widths is None
+    # A smaller fit divides its own bits.
+    assert int(coding_of(fit.top(32), 2).widths.sum()) == 64  # pyright: ignore[reportOptionalMemberAccess]

@@ -48,10 +48,12 @@ class FeaturesConfig:
     kind: str = "adapted"
     """`adapted` (coordinates fitted to queries and documents), `sketch` (random, needs no fit), `less`
     (Adam's step on warmed-up adapters) or `readout` (the output layer's gradient: forward pass only)."""
-    k: int = 2048
-    """Numbers per document (`less`: and checkpoint); all kinds but `adapted` usually want 8192."""
-    bits: int = 4
-    """Bits per number: 1, 4 or 8."""
+    k: int = 4096
+    """Numbers per document (`less`: and checkpoint); of the other kinds `sketch` is best with 65536 of 1 bit, and
+    `less` and `readout` usually want 8192 of 8 bits."""
+    bits: int = 2
+    """Bits per number: 1, 2, 4, 8 or 16. With 2 the numbers of `adapted` get 1 to 8 each, the more the more of the
+    scores they carry, 2 on average: the most faithful use of as many bytes."""
     rank: int = 128
     """adapted: basis vectors per layer before the coordinates are chosen, mean of its two sides (3/2 of
     it for the output gradient, 1/2 for the input)."""

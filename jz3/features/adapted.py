@@ -77,6 +77,14 @@ class AdaptedFit:
         parts = (x[positions] for x in (self.mean, self.scale, self.energy))
         return AdaptedFit(self.model_hash, list(left), left, right, coordinates, *parts)
 
+    def widths(self, bits: int) -> "torch.Tensor":
+        """Return how many bits each number gets where they have `bits` on average: [K] int64."""
+        from jz3.store.digits import widths_of
+
+        variance, mean = self.scale.double().square(), self.mean.double()
+        # The energy counts the mean, which is not coded.
+        return widths_of(self.energy.double() * variance / (variance + mean.square()), bits * self.k)
+
     def save(self, path: Path) -> str:
         """Write the fit to one safetensors file and return the file's hash."""
         from safetensors.torch import save_file
@@ -311,7 +319,7 @@ def fit_adapted(
     queries: Sequence[Tokens],
     documents: Sequence[Tokens],
     *,
-    k: int = 2048,
+    k: int = 4096,
     rank: int = 128,
     max_layers: int = 96,
     batch_tokens: int = 1024,

@@ -10,43 +10,82 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _QuerySink:
-    """Forms the queries' gradients, layer by layer, in the model's own precision."""
+CHUNK = 1 << 15
+"""Entries of a layer's gradients that a CPU widens to float32 at a time: they stay in its cache."""
+
+
+class ExactSink:
+    """Forms every text's gradient, layer by layer: first kept (queries), then multiplied with these (documents)."""
 
     def __init__(self) -> None:
-        self.gradients: dict[str, list[Any]] = {}
+        self.queries: dict[str, Any] = {}
+        """Per layer the queries' gradients [Q, O I], in the model's own precision."""
+        self._keep = True
+        self._products: Any = 0.0
+        self._square: Any = 0.0
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
+        """Keep a layer's input."""
         return a
 
     def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
+        """Form the layer's gradients; keep them, or add up products and squares."""
         full = _layer_gradients(kept, g)
-        self.gradients.setdefault(name, []).append((full.to(g.dtype), full.square().sum(1)))
+        if self._keep:
+            self.queries.setdefault(name, []).append(full.to(g.dtype))
+        queries = full[:0] if self._keep else self.queries[name]
+        products, square = _products(full, queries)
+        self._products, self._square = self._products + products, self._square + square
 
+    def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Return (inner products with the kept gradients over the text's norm [B, Q], norms [B]) and forget them."""
+        products, norm = self._products, self._square.sqrt()
+        self._products = self._square = 0.0
+        return (products / norm[:, None]).cpu(), norm.cpu()
 
-class _DocumentSink:
-    """Adds up, layer by layer, the inner products with the queries' gradients and the norms."""
+    def close(self, order: Sequence[int]) -> None:
+        """End the queries: texts from now on are documents.
 
-    def __init__(self, queries: dict[str, Any]) -> None:
-        self._queries = queries
-        self.products: Any = 0.0
-        self.square: Any = 0.0
+        Args:
+            order: the number of every query, as they came.
+        """
+        import torch
 
-    def forward(self, name: str, a: "torch.Tensor") -> Any:
-        return a
-
-    def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
-        full = _layer_gradients(kept, g)
-        self.square = self.square + full.square().sum(1)
-        self.products = self.products + full @ self._queries[name].to(full.dtype).T
+        back = torch.tensor(order).argsort()
+        # Layer by layer: all of them twice would not fit a small machine.
+        for name, parts in self.queries.items():
+            self.queries[name] = torch.cat(parts)[back]
+        self._keep = False
 
 
 def _layer_gradients(a: "torch.Tensor", g: "torch.Tensor") -> "torch.Tensor":
-    """[B, S, I], [B, S, O] to [B, O I] float32 (float64 stays)."""
+    """[B, S, I], [B, S, O] to [B, O I], summed in float32 (float64 stays).
+
+    Where the machine multiplies bfloat16 fast, a bfloat16 model's are rounded to it once.
+    """
     import torch
 
+    from jz3.machine import fast_bfloat16_cpu
+
+    if g.dtype == torch.bfloat16 and (g.device.type != "cpu" or fast_bfloat16_cpu()):
+        return (g.transpose(1, 2) @ a.to(g.dtype)).flatten(1)
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     return (g.to(wide).transpose(1, 2) @ a.to(wide)).flatten(1)
+
+
+def _products(full: "torch.Tensor", queries: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return <full_i, queries_q> [B, Q] and |full_i|^2 [B], summed in float32 (float64 stays)."""
+    import torch
+
+    wide = torch.float64 if full.dtype == torch.float64 else torch.float32
+    products = torch.zeros(len(full), len(queries), dtype=wide, device=full.device)
+    square = torch.zeros(len(full), dtype=wide, device=full.device)
+    step = CHUNK if full.device.type == "cpu" else max(1, full.shape[1])
+    for start in range(0, full.shape[1], step):
+        part = full[:, start : start + step].to(wide)
+        square += part.square().sum(1)
+        products += part @ queries[:, start : start + step].to(wide).T
+    return products, square
 
 
 def exact_cosines(
@@ -78,25 +117,17 @@ def exact_cosines(
     """
     import torch
 
-    sink, order = _QuerySink(), []
+    sink = ExactSink()
     exact: Any = {"reduction": reduction, "products": "exact"}
+    norms, order = [], []
     for batch, _ in run_pass(model, layers, sink, make_batches(queries, batch_tokens), **exact):
+        norms.append(sink.take()[1])
         order += batch.positions
-    back = torch.tensor(order).argsort()
-    matrices: dict[str, Any] = {}
-    square: Any = 0.0
-    for name in list(sink.gradients):
-        # Popped one by one: all of them twice would not fit a small machine.
-        parts = sink.gradients.pop(name)
-        matrices[name] = torch.cat([full for full, _ in parts])[back]
-        square = square + torch.cat([s for _, s in parts])[back]
-    norms = square.sqrt()
-    rows = []
-    order = []
-    collector = _DocumentSink(matrices)
-    for batch, _ in run_pass(model, layers, collector, make_batches(documents, batch_tokens), **exact):
-        rows.append((collector.products / collector.square.sqrt()[:, None] / norms).cpu())
-        collector.products = collector.square = 0.0
+    sink.close(order)
+    norm = torch.cat(norms)[torch.tensor(order).argsort()]
+    rows, order = [], []
+    for batch, _ in run_pass(model, layers, sink, make_batches(documents, batch_tokens), **exact):
+        rows.append(sink.take()[0] / norm)
         order += batch.positions
         advance(len(batch.positions))
     return torch.cat(rows)[torch.tensor(order).argsort()]

@@ -14,6 +14,7 @@ from jz3.features.readout import Readout, readout_batches
 from jz3.features.sketch import Sketch, SketchSink
 from jz3.files import hash_file
 from jz3.gradients import Tokens, make_batches, run_pass
+from jz3.store import Coding
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,12 @@ def open_sink(projection: Projection, dtype: "torch.dtype", device: "torch.devic
     raise TypeError(
         f"projection must be an AdaptedFit, Sketch, Known, Readout or Less, got {type(projection).__name__}"
     )
+
+
+def coding_of(projection: Projection, bits: int) -> Coding:
+    """Return how a projection's numbers are coded with `bits` each, or on average those of `adapted` with 2."""
+    widths = projection.widths(bits) if bits == 2 and isinstance(projection, AdaptedFit) else None
+    return Coding(projection.mean, projection.scale, bits, widths)
 
 
 def extract(

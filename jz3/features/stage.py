@@ -16,7 +16,7 @@ from jz3.features import BY_PRODUCTS
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import fit_completion
 from jz3.features.exact import exact_cosines
-from jz3.features.extract import Extracted, Projection, extract, model_hash, open_sink
+from jz3.features.extract import Extracted, Projection, coding_of, extract, model_hash, open_sink
 from jz3.features.less import AdamDirection, Less
 from jz3.features.lora import LoraShape, WarmUp, warm_up
 from jz3.features.readout import Readout
@@ -28,7 +28,7 @@ from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext, release_memory
-from jz3.store import CODES, Coding, StoreInfo, has_shard, module_hash, open_store, write_shard
+from jz3.store import CODES, StoreInfo, has_shard, module_hash, open_store, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     weight = next(model.parameters())
     sink = open_sink(projection, weight.dtype, weight.device)
-    coding = Coding(projection.mean, projection.scale, config.bits)
+    coding = coding_of(projection, config.bits)
     unusable, norms = 0, Counter[str]()
     with ctx.progress(len(documents), "documents") as advance:
         for number, start in enumerate(range(0, len(documents), config.shard_documents)):

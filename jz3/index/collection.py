@@ -12,7 +12,7 @@ from jz3.index.vectors import Member, Vectors
 from jz3.models import resolve_model
 from jz3.records import Doc, Query
 from jz3.stage import StageContext
-from jz3.store import Coding, Store
+from jz3.store import Store, read_info
 
 if TYPE_CHECKING:
     from jz3.explore.scores import ScoreTable
@@ -30,6 +30,8 @@ class Encoding:
     """Folder."""
     tokenizer: Path
     dtype: str
+    products: str
+    """See StoreInfo."""
     reduction: str
     query_tokens: int
     """Problems are cut at this length."""
@@ -104,11 +106,13 @@ class Collection(abc.ABC):
         Raises:
             Jz3Error: see `store` and `projection`.
         """
+        from jz3.features.extract import coding_of
+
         members = []
         for number, weight in enumerate(self.weights):
             store = self.store(number)
             projection = projections[number] if projections else self.projection(number)
-            coding = Coding(projection.mean, projection.scale, store.info.bits)
+            coding = coding_of(projection, store.info.bits)
             members.append(Member(store, coding, weight))
         return Vectors(members)
 
@@ -173,6 +177,7 @@ class LoopCollection(Collection):
             model=model,
             tokenizer=model,
             dtype=recipe.model.dtype,
+            products=read_info(self._ctx.path("features", "store")).products,
             reduction=recipe.features.reduction,
             query_tokens=recipe.features.query_tokens,
             document_tokens=recipe.corpus.max_tokens,

@@ -57,7 +57,7 @@ class Encoder:
         self.encoding, self.projection = encoding, projection
         model: Any = load_model(encoding.model, encoding.dtype)
         self.model = model.to(best_device())
-        set_products(self.model, self.store.info.products)
+        set_products(self.model, encoding.products)
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
         self._sink = open_sink(projection, weight.dtype, weight.device)

@@ -123,6 +123,7 @@ class ScoredCollection(Collection):
             model=check_model(self.folder, names[number], self._job.checkpoints[number]),
             tokenizer=resolve_model(ModelConfig(name=names[0])),
             dtype=settings.dtype,
+            products=self._job.checkpoints[number].products,
             reduction=settings.reduction,
             query_tokens=settings.query_tokens,
             document_tokens=settings.max_tokens,

@@ -33,8 +33,8 @@ class ScoreSettings:
     the pass; needs no sample), `sketch` (random) or `readout` (random, forward pass only)."""
     fit: str = ""
     """A fit of an earlier run (fit.safetensors) instead of a new one."""
-    coordinates: int = 2048
-    """Numbers per document; `sketch` usually wants 8192."""
+    coordinates: int = 4096
+    """Numbers per document; `sketch` usually wants 8192 or, with --bits 1, 65536."""
     rank: int = 128
     """adapted, known: basis vectors per layer and side."""
     layers: int = 256
@@ -77,8 +77,8 @@ class ScoreSettings:
     keep_features: bool = False
     """Also write every document's code into OUT/store (of several checkpoints: OUT/store-N, which `jz3 index`
     and `jz3 query` search together)."""
-    bits: int = 4
-    """keep_features: bits per number."""
+    bits: int = 2
+    """keep_features: bits per number; with 2 those of `adapted` get 1 to 8 each, 2 on average."""
     threads: int = 0
     """CPU threads a worker, part of what identifies a run since sums round differently with another
     number. 0: what the machine has for each when the plan is made, cores / workers, with GPUs cores / GPUs;

@@ -14,7 +14,7 @@ import numpy as np
 from jz3.bm25 import Bm25
 from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
-from jz3.features.extract import extract, open_sink
+from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
 from jz3.gradients import Tokens, linear_layers, set_products, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer
@@ -23,7 +23,7 @@ from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
 from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
-from jz3.store import Coding, encode_rows, has_shard, open_store, write_codes
+from jz3.store import encode_rows, has_shard, open_store, write_codes
 
 STAGE = "score"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -200,7 +200,7 @@ class Scorer:
             # At once, as codes are an eighth of the features.
             for number, (values, norm) in enumerate(kept):
                 projection = self.models[number][2]
-                coding = Coding(projection.mean, projection.scale, settings.bits)
+                coding = coding_of(projection, settings.bits)
                 rows.features[number].append((encode_rows(values[good], coding), norm[good]))
 
     def _write(self, shard: Shard, rows: _Rows) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.features.extract import model_hash
+from jz3.features.extract import coding_of, model_hash
 from jz3.features.stage import load_projection, read_extracted
 from jz3.influence import ranks, read_scores
 from jz3.models import resolve_model
@@ -19,7 +19,7 @@ from jz3.selection.best import chosen_rows
 from jz3.selection.config import DERIVED, SETS
 from jz3.selection.two_stage import CHOOSERS, gather
 from jz3.stage import StageContext
-from jz3.store import Coding, Store
+from jz3.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> 
     store = Store(folder, verify=True)
     if store.damaged:
         raise Jz3Error("; ".join(store.damaged.values()))
-    coding = Coding(projection.mean, projection.scale, store.info.bits)
+    coding = coding_of(projection, store.info.bits)
     features = gather(store, coding, [int(i, 16) for i in ids])
     rows = (Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl"))
     task_of = {q.id: q.task for q in rows if q.role == "fit"}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, read_json
+from jz3.store.digits import Digits, decode_digits, digits_of, encode_digits
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "jz3-store-2"
-CODES = {16: "bf16", 8: "int8", 4: "4bit", 1: "1bit"}
+CODES = {16: "bf16", 8: "int8", 4: "4bit", 2: "2bit", 1: "1bit"}
 """Bits per number and the name of the code; all but bf16 are codes of jz3.ops.encode."""
 
 
@@ -55,6 +56,29 @@ class Coding:
     mean: "torch.Tensor"
     scale: "torch.Tensor"
     bits: int
+    widths: "torch.Tensor | None" = None
+    """[K] int64, every number's own bits, K times `bits` in all (jz3.store.digits); None if all have `bits`."""
+
+    def __post_init__(self) -> None:
+        if self.widths is not None and int(self.widths.sum()) != self.bits * len(self.mean):
+            raise ValueError(
+                f"widths must have {self.bits} x {len(self.mean)} bits in all, got {int(self.widths.sum())}"
+            )
+
+    def signs(self, device: "torch.device | str" = "cpu") -> Digits:
+        """Return the layout of a row whose numbers have widths of their own."""
+        assert self.widths is not None
+        return digits_of(self.mean.to(device), self.scale.to(device), self.widths)
+
+    def scanned(self, queries: "torch.Tensor") -> "tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]":
+        """Return the code's name, mean and scale and the queries [Q, *] as `score_topk` takes them."""
+        if self.widths is None:
+            mean, scale = (x.to(queries.device) for x in (self.mean, self.scale))
+            return check_bits(self.bits), mean, scale, queries
+        if queries.ndim != 2 or queries.shape[1] != len(self.mean):
+            raise ValueError(f"queries must be [Q, {len(self.mean)}], got {list(queries.shape)}")
+        signs = self.signs(queries.device)
+        return "1bit", signs.mean, signs.scale, queries[:, signs.number].contiguous()
 
 
 def module_hash(shapes: Mapping[str, tuple[int, int]]) -> str:
@@ -87,6 +111,9 @@ def encode_rows(values: "torch.Tensor", coding: Coding) -> "torch.Tensor":
     import torch
 
     kind = check_bits(coding.bits)
+    if coding.widths is not None:
+        signs = coding.signs(values.device)
+        return encode_digits(values, coding.mean.to(values.device), signs)
     if kind != "bf16":
         from jz3.ops.encode import encode
 
@@ -103,6 +130,8 @@ def decode_rows(codes: "torch.Tensor", coding: Coding) -> "torch.Tensor":
     import torch
 
     kind = check_bits(coding.bits)
+    if coding.widths is not None:
+        return decode_digits(codes, coding.mean.to(codes.device), coding.signs(codes.device))
     if kind != "bf16":
         from jz3.ops.encode import decode
 

@@ -60,8 +60,7 @@ def scan(
 
     store.check(coding)
     device = queries.device
-    mean, scale = coding.mean.to(device), coding.scale.to(device)
-    kind = CODES[store.info.bits]
+    kind, mean, scale, folded = coding.scanned(queries)
     if kind == "bf16":
         # int8 codes of nothing: their checks and the folding of groups are wanted, not their scores.
         score_topk(
@@ -80,7 +79,7 @@ def scan(
         if kind == "bf16":
             found = _topk_values(decode_rows(block, coding), queries, k, names, groups, reduce)
         else:
-            found = score_topk(block, mean, scale, kind, queries, k, ids=names, groups=groups, reduce=reduce)
+            found = score_topk(block, mean, scale, kind, folded, k, ids=names, groups=groups, reduce=reduce)
         best = [merge_topk([*best, found], k)]
         advance(len(block))
     return _on_cpu(best, queries, groups)
@@ -137,16 +136,12 @@ def scan_checkpoints(
         c.store.check(c.coding)
     check_checkpoints([c.store for c in checkpoints])
     queries = [c.queries for c in checkpoints]
-    means, scales = (
-        [getattr(c.coding, name).to(c.queries.device) for c in checkpoints] for name in ("mean", "scale")
-    )
+    forms = [c.coding.scanned(c.queries) for c in checkpoints]
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
     for blocks in zip(*(_runs(c.store, BLOCK) for c in checkpoints), strict=True):
         ids = blocks[0][1]
         parts = []
-        for c, (codes, names), query, mean, scale in zip(
-            checkpoints, blocks, queries, means, scales, strict=True
-        ):
+        for c, (codes, names), (kind, mean, scale, query) in zip(checkpoints, blocks, forms, strict=True):
             if not np.array_equal(names, ids):
                 raise Jz3Error(differ(first, c.store))
             parts.append(
@@ -154,7 +149,7 @@ def scan_checkpoints(
                     codes=torch.from_numpy(codes).to(query.device),
                     mean=mean,
                     scale=scale,
-                    kind=CODES[c.store.info.bits],
+                    kind=kind,
                     queries=query,
                     weight=c.weight,
                 )
