@@ -42,7 +42,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     mix = ", ".join(f"{s} {n}" for s, n in sorted(selection["mix"]["chosen"].items(), key=lambda x: -x[1]))
-    lines.append(("selected", f"{selection['chosen']}: {mix}"))
+    lines.append(("selected", f"{selection['chosen']} by {selection['chooser']}: {mix}"))
     control = selection["negative_control"]
     if control:
         parts = []

@@ -20,9 +20,10 @@ class SelectionConfig:
 
     k: int = 4000
     """Texts to choose (the paper's second teacher round has 4k)."""
-    chooser: str = "influence"
-    """`influence` (best cosines), `dot`, `mix`, `stratified`, one of the choosers of sets `matching`, `coverage`,
-    `diverse`, `preconditioned`, or a baseline of the influence stage; see docs/selection.md for what they gave."""
+    chooser: str = "matching"
+    """`matching` (default, since it gave most in docs/selection.md: texts whose summed gradient points along the
+    target's), another chooser of sets (`coverage`, `diverse`, `preconditioned`), of single texts (`influence`, the
+    best cosines, which also serves `max`; `dot`, `mix`, `stratified`), or a baseline of the influence stage."""
     candidates: int = 20_000
     """Texts of highest influence that the choosers of sets choose from."""
     combine: str = "mean"
@@ -37,7 +38,8 @@ class SelectionConfig:
             raise ValueError(f"selection.combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
         if self.chooser in SETS and self.combine == "max":
             raise ValueError(
-                f"selection: the chooser {self.chooser!r} combines tasks by mean or quota; max is of single texts"
+                f"selection: the chooser {self.chooser!r} combines tasks by mean or quota; for max "
+                "set chooser = 'influence'"
             )
         if self.candidates < 1:
             raise ValueError(f"selection.candidates must be at least 1, got {self.candidates}")
