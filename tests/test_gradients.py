@@ -238,5 +238,5 @@ def test_adapter_without_a_wrapper_leaves_the_model_plain() -> None:
 
     model: Any = random_model("llama")
     assert plain_model(peft.get_peft_model(random_model("llama"), peft.LoraConfig())) is not model
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     assert plain_model(model) is model

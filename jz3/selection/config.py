@@ -20,10 +20,11 @@ class SelectionConfig:
 
     k: int = 4000
     """Texts to choose (the paper's second teacher round has 4k)."""
-    chooser: str = "matching"
-    """`matching` (default, since it gave most in docs/selection.md: texts whose summed gradient points along the
-    target's), another chooser of sets (`coverage`, `diverse`, `preconditioned`), of single texts (`influence`, the
-    best cosines, which also serves `max`; `dot`, `mix`, `stratified`), or a baseline of the influence stage."""
+    chooser: str = "influence"
+    """`influence` (best cosines), another chooser of single texts (`dot`, `mix`, `stratified`), one of sets
+    (`matching`, `coverage`, `diverse`, `preconditioned`), or a baseline of the influence stage. In
+    docs/selection.md `influence` and `matching` gave most and were equal within the intervals; the simpler is
+    the default."""
     candidates: int = 20_000
     """Texts of highest influence that the choosers of sets choose from."""
     combine: str = "mean"
