@@ -41,6 +41,8 @@ LAYERS = {
 DOCUMENTS = (64, 128, 256, 512, 1024, 2048)
 PROJECTED = 128
 """Rows of L and columns of the projected a."""
+COUNTS = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
+"""What is counted per step."""
 PIECE = 128 * 128
 """Columns that a block of sign_project sums up (CUDA_PIECE in jz3/ops/sign_project.py)."""
 
@@ -105,7 +107,9 @@ def compiled(file: str, arch: str, threads: int, shared: int) -> tuple[Module, d
     return Module(toolchain.nvcc_ptx(source, arch, flags)), reports
 
 
-def loop_cycles(kernel: KernelReport, mma: int, trips: Mapping[int, float]) -> dict[str, float]:
+def loop_cycles(
+    kernel: KernelReport, mma: int, trips: Mapping[int, float], stores: float = 1
+) -> dict[str, float]:
     """Cycles of one block for an iteration of a loop, by pipe.
 
     Args:
@@ -113,6 +117,8 @@ def loop_cycles(kernel: KernelReport, mma: int, trips: Mapping[int, float]) -> d
         mma: the loop is the first, outermost one with so many tensor-core instructions.
         trips: how often the loops within it run, by their tensor-core instructions (0: loops that load with
             cp.async); those that aren't named count once.
+        stores: how often the code that stores results runs in an iteration; it is what a branch skips with every
+            store of the loop and no product.
     """
 
     def products(loop: Any) -> int:
@@ -131,14 +137,23 @@ def loop_cycles(kernel: KernelReport, mma: int, trips: Mapping[int, float]) -> d
         more = (trips[products(x)] - 1) * math.prod(trips[products(y)] for y in around)
         for pipe, c in x.cycles.items():
             cycles[pipe] += more * c
+    if stores != 1:
+        skipped = [
+            x
+            for x in kernel.branches
+            if outer.first <= x.first <= x.last <= outer.last
+            and x.ops["STG"] == outer.ops["STG"]
+            and not products(x)
+        ]
+        for pipe, c in min(skipped, key=lambda x: x.last - x.first).cycles.items():
+            cycles[pipe] += (stores - 1) * c
     return {pipe: c / max(kernel.blocks_per_sm, 1) for pipe, c in cycles.items()}
 
 
 def difference(short: Run, long: Run, steps: int) -> dict[str, float]:
     """Counts per step, from two runs of which one has `steps` steps more."""
     one, other = roofline.counts(short), roofline.counts(long)
-    names = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
-    return {name: (other[name] - one[name]) / steps for name in names}
+    return {name: (other[name] - one[name]) / steps for name in COUNTS}
 
 
 def sign_project(gpu: str) -> list[Case]:
@@ -294,15 +309,17 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
         outputs = width if kind == "identity" else PROJECTED
         return plan_segments(bounds, piece_limit(width, outputs, PROJECTED, slots), slots)
 
-    def run(width: int) -> tuple[Run, int, float]:
-        outputs = width if kind == "identity" else PROJECTED
-        plan = plan_of(np.array([0, 64, 192, 448]), width)
+    def run(width: int, *ends: int) -> tuple[Run, int, float]:
+        outputs, tokens = width if kind == "identity" else PROJECTED, ends[-1]
+        plan = plan_of(np.array([0, *ends]), width)
         device = Device()
-        ones = [to_bf16(np.ones(shape, np.float32)) for shape in ((448, 128), (448, width), (128, width))]
+        ones = [
+            to_bf16(np.ones(shape, np.float32)) for shape in ((tokens, 128), (tokens, width), (128, width))
+        ]
         if kind == "signs":
             ones[2] = np.zeros((width, PROJECTED // 32), np.uint32)
         a, g, left = (device.put(x) for x in ones)
-        out = device.put(np.zeros((3, outputs, PROJECTED), np.float32))
+        out = device.put(np.zeros((len(ends), outputs, PROJECTED), np.float32))
         partial = device.put(np.zeros((int(plan.partials[-1]), outputs, PROJECTED), np.float32))
         tables = [device.put(x) for x in (plan.slots, plan.pieces, plan.tiles, plan.groups)]
         names = ("a", "g", "left", "out", "partial", "slots", "pieces", "tiles", "groups")
@@ -314,7 +331,7 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
             ("scale", np.float32, 1.0),
         )
         maps = [
-            TensorMap(g, 2, (width, 448), 2 * width, (64, 16)),
+            TensorMap(g, 2, (width, tokens), 2 * width, (64, 16)),
             TensorMap(left, 2, (width, PROJECTED), 2 * width, (64, 128)),
         ]
         parts = -(-outputs // PROJECTED)
@@ -326,19 +343,19 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
             dyn_smem=shared,
             metrics=True,
         )
-        formula = segment_traffic(kind, 3, 448, width, plan)
+        formula = segment_traffic(kind, len(ends), tokens, width, plan)
         return done, (len(plan.tiles) - 1) * parts, roofline.counts(done)["dram_bytes"] / formula
 
-    # Counts of a tile are those of its blocks of 64 columns and fixed ones; without L a tile has no such blocks.
-    if kind == "identity":
-        one, tiles, ratio = run(128)
-        names = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
-        fixed = {name: roofline.counts(one)[name] / tiles for name in names}
-        slope = dict.fromkeys(fixed, 0.0)
-    else:
-        (short, tiles, _), (long, _, ratio) = run(192), run(320)
-        slope = difference(short, long, 2 * tiles)
-        fixed = {name: roofline.counts(short)[name] / tiles - 3 * each for name, each in slope.items()}
+    # Counts of a tile are those of its blocks of 64 columns, which it lacks without L, of the results that it
+    # completes, and fixed ones. Full tiles of one document or of several differ in their results alone.
+    width = 128 if kind == "identity" else 192
+    (one, tiles, _), (several, _, _) = run(width, 512), run(width, 128, 256, 384, 512)
+    result, slope = difference(one, several, 3), dict.fromkeys(COUNTS, 0.0)
+    if kind != "identity":
+        slope = difference(one, run(width + 128, 512)[0], 2 * tiles)
+    counted = roofline.counts(one)
+    fixed = {x: (counted[x] - result[x]) / tiles - width // 64 * slope[x] for x in COUNTS}
+    ratio = run(width, 64, 192, 448)[2]
     cases = []
     tokens = 16 * 1024
     for name, width in LAYERS.items():
@@ -351,7 +368,9 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
         # The loop over columns leaves the last two blocks to the code after it; a tile's second product has 128 slots
         # in steps of 16; the copies of a tile are unrolled by four.
         trips = {4: blocks} if hopper else {64: blocks - 2, 32: 4, 0: 2}
-        cycles = loop_cycles(machine, max(loop_products(machine)), trips)
+        tiles = len(plan.tiles) - 1
+        results = int(plan.pieces[:, 3].sum()) / tiles  # that a tile completes
+        cycles = loop_cycles(machine, max(loop_products(machine)), trips, results)
         if hopper:  # 8 of the 12 warps multiply; that the others copy meanwhile is left out
             cycles = {pipe: c * 8 / 12 for pipe, c in cycles.items()}
         outer = 2.0 * tokens * PROJECTED
@@ -364,9 +383,9 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
                 segment_traffic(kind, len(lengths), tokens, width, plan),
                 outer * width if kind == "identity" else outer * (width + PROJECTED),
                 "bf16",
-                (len(plan.tiles) - 1) * parts,
+                tiles * parts,
                 cycles,
-                {key: fixed[key] + blocks * each for key, each in slope.items()},
+                {x: fixed[x] + results * result[x] + blocks * slope[x] for x in COUNTS},
                 machine.warps_per_sm,
                 ratio,
             )

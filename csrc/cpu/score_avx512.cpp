@@ -1,7 +1,11 @@
 // The kernels for AVX512-VNNI. Up to eight queries: two rows x 1, 2, 4 or 8 queries, 64 columns at a time, 4-bit codes
 // becoming bytes by vpshufb on the way. More queries: eight rows x 32 queries, four columns at a time, so that sums need
-// no adding up of lanes and 16 vpdpbusd come with 10 loads. On Zen 4 that is 0.99 of the peak of products in registers
-// with everything in the L2 cache, and 0.88 in a scan, whose prefetches share the way.
+// no adding up of lanes and 16 vpdpbusd come with 10 loads. On Zen 4 that is 0.98 of the peak of products in registers
+// with everything in the L2 cache, and 0.95 in a scan.
+//
+// How the next tile is prefetched was measured on Zen 4. For many queries into the L1 cache, whence it sinks into the
+// L2 cache: prefetched into the latter, rows in pages of 4 KiB cost the products a tenth of their speed (and none in
+// huge pages). For few queries into the L2 cache: 31 GB/s instead of 20.
 #include "cpu/score_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -73,52 +77,29 @@ JZ3_INLINE Codes codes_of(__m512i bytes) {
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
 
-// Where a row's bytes come from: as they are; 4-bit codes by vpshufb; the same by vpermb (AVX512-VBMI), which reads six
-// bits of an index, so that with the table four times in a row the other code's bits need no masking.
-enum class From { bytes, shuffled, permuted };
-
-// What a table has for the low and the high codes.
-template <From FROM>
-JZ3_INLINE Codes look_up(const Codes& codes, __m512i table) {
-  if constexpr (FROM == From::permuted) {
-    Codes out;  // as instructions, for which the functions around need no other target
-    __asm__("vpermb %2, %1, %0" : "=v"(out.low) : "v"(codes.low), "v"(table));
-    __asm__("vpermb %2, %1, %0" : "=v"(out.high) : "v"(codes.high), "v"(table));
-    return out;
-  } else {
-    return {_mm512_shuffle_epi8(table, codes.low), _mm512_shuffle_epi8(table, codes.high)};
-  }
-}
-
-template <From FROM>
-JZ3_INLINE Codes codes_in(__m512i bytes) {
-  return FROM == From::permuted ? Codes{bytes, _mm512_srli_epi16(bytes, 4)} : codes_of(bytes);
-}
-
 // In units of SQUARE.
-template <From FROM>
 JZ3_INLINE void add_code_squares(__m512i& total, const Codes& codes, __m512i squares) {
-  const Codes both = look_up<FROM>(codes, squares);
-  add_products(total, _mm512_add_epi8(both.low, both.high), _mm512_set1_epi8(1));
+  add_products(total,
+               _mm512_add_epi8(_mm512_shuffle_epi8(squares, codes.low), _mm512_shuffle_epi8(squares, codes.high)),
+               _mm512_set1_epi8(1));
 }
 
-template <From FROM, bool NORMS, int N>
+template <bool CODES, bool NORMS, int N>
 JZ3_INLINE void step(Sums<N>& sums, Sums<1>& norms, __m512i first, __m512i second, const int8_t* query, __m512i table,
                      __m512i squares) {
-  if constexpr (FROM == From::bytes) {
+  if constexpr (CODES) {
+    const Codes a = codes_of(first), b = codes_of(second);
+    multiply(sums, _mm512_shuffle_epi8(table, a.low), _mm512_shuffle_epi8(table, b.low), query);
+    multiply(sums, _mm512_shuffle_epi8(table, a.high), _mm512_shuffle_epi8(table, b.high), query + N * STEP);
+    if (NORMS) {
+      add_code_squares(norms.a, a, squares);
+      add_code_squares(norms.b, b, squares);
+    }
+  } else {
     multiply(sums, first, second, query);
     if (NORMS) {
       add_squares(norms.a, first);
       add_squares(norms.b, second);
-    }
-  } else {
-    const Codes one = codes_in<FROM>(first), other = codes_in<FROM>(second);
-    const Codes a = look_up<FROM>(one, table), b = look_up<FROM>(other, table);
-    multiply(sums, a.low, b.low, query);
-    multiply(sums, a.high, b.high, query + N * STEP);
-    if (NORMS) {
-      add_code_squares<FROM>(norms.a, one, squares);
-      add_code_squares<FROM>(norms.b, other, squares);
     }
   }
 }
@@ -163,10 +144,9 @@ JZ3_INLINE void add_sums(const Sums<N>& sums, double* first, double* second) {
   }
 }
 
-template <From FROM, bool NORMS, int N>
+template <bool CODES, bool NORMS, int N>
 JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const Levels& levels,
                               double* const sums[2], double* norms[2]) {
-  constexpr bool CODES = FROM != From::bytes;
   constexpr int64_t query_bytes = (CODES ? 2 : 1) * N;  // per byte of a row
   const __m512i table = table_of(levels.byte), squares = table_of(levels.square);
   Sums<N> total;
@@ -180,14 +160,14 @@ JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const 
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + rows.ahead_step / 2, _MM_HINT_T1);
     ahead += rows.ahead_step;
-    step<FROM, NORMS>(total, square, _mm512_loadu_si512(first + b), _mm512_loadu_si512(second + b),
-                      queries + b * query_bytes, table, squares);
+    step<CODES, NORMS>(total, square, _mm512_loadu_si512(first + b), _mm512_loadu_si512(second + b),
+                       queries + b * query_bytes, table, squares);
   }
   if (b < rows.width) {
     const __mmask64 rest = (uint64_t(1) << (rows.width - b)) - 1;
     const __m512i blank = _mm512_set1_epi8(CODES ? 0 : -128);  // bytes whose digits are 0, or that stand for level 0
-    step<FROM, NORMS>(total, square, _mm512_mask_loadu_epi8(blank, rest, first + b),
-                      _mm512_mask_loadu_epi8(blank, rest, second + b), queries + b * query_bytes, table, squares);
+    step<CODES, NORMS>(total, square, _mm512_mask_loadu_epi8(blank, rest, first + b),
+                       _mm512_mask_loadu_epi8(blank, rest, second + b), queries + b * query_bytes, table, squares);
   }
   add_sums(total, sums[0], sums[1]);
   if (NORMS) {
@@ -197,13 +177,13 @@ JZ3_AVX512 void multiply_pair(const RowPair& rows, const int8_t* queries, const 
   }
 }
 
-template <From FROM, int N>
+template <bool CODES, int N>
 void pair_avx512(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
                  double* norms[2]) {
   if (norms)
-    multiply_pair<FROM, true, N>(rows, queries, levels, sums, norms);
+    multiply_pair<CODES, true, N>(rows, queries, levels, sums, norms);
   else
-    multiply_pair<FROM, false, N>(rows, queries, levels, sums, norms);
+    multiply_pair<CODES, false, N>(rows, queries, levels, sums, norms);
 }
 
 JZ3_AVX512 double norm_avx512(const uint8_t* bytes, int64_t columns) {
@@ -234,7 +214,8 @@ JZ3_AVX512 int64_t choose_avx512(const Products& products, const Bounds& bounds,
     for (int64_t q = 0; q < products.queries; q += 8) {
       const int64_t more = products.queries - q;
       const __mmask8 known = more >= 8 ? 0xFF : __mmask8((1 << more) - 1);
-      const __m512d score = _mm512_fmadd_pd(some(sums + q, known), some(bounds.step + q, known), some(bounds.offset + q, known));
+      const __m512d score =
+          _mm512_fmadd_pd(some(sums + q, known), some(bounds.step + q, known), some(bounds.offset + q, known));
       const __m512d reach = _mm512_fmadd_pd(norm, some(bounds.rest + q, known), some(bounds.slack + q, known));
       const __m512d most = _mm512_fmadd_pd(scale, score, _mm512_mul_pd(size, reach));
       unsigned left = _mm512_mask_cmp_pd_mask(known, most, some(limit + q, known), _CMP_NLT_UQ);
@@ -363,9 +344,8 @@ void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* q
 template <int N>
 void choose_pair(Kernels& k, int bits) {
   k.block = N;
-  k.bytes = pair_avx512<From::bytes, N>;
-  if (bits == 4)
-    k.codes = __builtin_cpu_supports("avx512vbmi") ? pair_avx512<From::permuted, N> : pair_avx512<From::shuffled, N>;
+  k.bytes = pair_avx512<false, N>;
+  k.codes = bits == 4 ? pair_avx512<true, N> : nullptr;
 }
 
 Kernels avx512_kernels(int bits, int64_t queries) {

@@ -154,7 +154,8 @@ JZ3_AVX2 void unpack_4bit_avx2(const uint8_t* codes, const Levels& levels, int64
 
 Kernels choose_kernels(Isa isa, int bits, int64_t queries) {
   Kernels k{pair_scalar, nullptr, QUERIES, false, false, single_scalar, square_sum,
-            choose_plain, bits == 8   ? unpack_copy
+            choose_plain,
+            bits == 8   ? unpack_copy
             : bits == 4 ? unpack_4bit
             : bits == 2 ? unpack_table<2>
                         : unpack_table<1>};

@@ -33,6 +33,8 @@ REFERENCE_ROWS = 4096
 CUDA_ROWS = 1 << 20
 CUDA_MAX_DIM = 1 << 17
 """Coordinates whose integer sums fit 32 bits."""
+CACHED = 1 << 15
+"""Coordinates that are folded at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +50,33 @@ class Digits:
 
 
 def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", unit: float) -> Digits:
-    """Fold the codes' means and scales into the queries and put these on a grid of 7 PLANES + 1 bits."""
+    """Fold the codes' means and scales into the queries and put these on a grid of 7 PLANES + 1 bits.
+
+    By numpy, in one thread and with the same bits wherever the queries are: after each of its ops on a CPU, torch's
+    other threads spin for milliseconds, on the processors that the scan needs then.
+    """
     import torch
 
-    exact = queries.double()
-    bias = (exact * mean.double()).sum(1)
-    folded = exact * scale.double()
-    largest = folded.abs().amax(1) if folded.shape[1] else folded.new_zeros(len(folded))
-    step = torch.where(largest > 0, largest / (127 * 128 ** (PLANES - 1)), torch.ones_like(largest))
-    whole = folded.div_(step[:, None]).round_()
-    planes = []
-    for _ in range(PLANES - 1):
-        above = ((whole + 64) / 128).floor_()
-        planes.append(whole.sub_(above, alpha=128).to(torch.int8))
-        whole = above
-    planes.append(whole.to(torch.int8))
-    return Digits(torch.stack(planes[::-1]), step * unit, bias)
+    given, means, scales = (x.detach().cpu().numpy() for x in (queries, mean, scale))
+    count, dim = given.shape
+    planes = np.empty((PLANES, count, dim), np.int8)
+    step, bias = np.empty(count), np.empty(count)
+    block = max(1, CACHED // max(dim, 1))
+    for begin in range(0, count, block):
+        some = slice(begin, begin + block)
+        whole = given[some].astype(np.float64)
+        bias[some] = (whole * means).sum(1)
+        whole *= scales
+        largest = np.abs(whole).max(1, initial=0)
+        step[some] = np.where(largest > 0, largest / (127 * 128 ** (PLANES - 1)), 1)
+        whole /= step[some, None]
+        np.rint(whole, out=whole)
+        for plane in range(PLANES - 1, 0, -1):
+            above = np.floor((whole + 64) / 128)
+            planes[plane, some] = whole - 128 * above
+            whole = above
+        planes[0, some] = whole
+    return Digits(*(torch.from_numpy(x).to(queries.device) for x in (planes, step * unit, bias)))
 
 
 def score_codes_reference(
@@ -161,9 +174,9 @@ def score_topk(
             "score_topk", codes, mean, scale, kind, queries, row_scale, ids, groups, reduce, k
         )
         if row_scale is None:
-            row_scale = torch.ones(len(codes), device=codes.device)
+            row_scale = torch.from_numpy(np.ones(len(codes), np.float32)).to(codes.device)
         if ids is None:
-            ids = torch.arange(len(codes), device=codes.device)
+            ids = torch.from_numpy(np.arange(len(codes))).to(codes.device)
         digits = folded.digits
         return backend.call(
             "score_topk",
@@ -227,7 +240,7 @@ def check_and_fold(
     check_row_bytes(op, kind, sizes["K"], sizes["B"])
     check_scale(op, mean, scale)
     for name, value in (("queries", queries), ("row_scale", row_scale)):
-        if value is not None and not bool(torch.isfinite(value).all()):
+        if value is not None and not all_finite(value):
             raise ValueError(f"{op}: {name} must be finite")
     if reduce not in ("mean", "max"):
         raise ValueError(f"{op}: reduce must be mean or max, got {reduce!r}")
@@ -242,11 +255,18 @@ def check_and_fold(
         raise ValueError(
             f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
         )
-    exact = queries.double()
     if reduce == "mean" and count != sizes["Q"]:
+        exact = queries.double()
         sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
-        exact, groups = sums / members[:, None], torch.arange(count, device=codes.device)
-    return Folded(fold_queries(exact, mean, scale, book.unit), groups, count)
+        queries, groups = sums / members[:, None], torch.arange(count, device=codes.device)
+    return Folded(fold_queries(queries, mean, scale, book.unit), groups, count)
+
+
+def all_finite(x: "torch.Tensor") -> bool:
+    """Whether all numbers of a tensor are finite; on a CPU by one thread (see `fold_queries`)."""
+    import torch
+
+    return bool(np.isfinite(x.detach().numpy()).all() if x.device.type == "cpu" else torch.isfinite(x).all())
 
 
 def score_topk_cpu(

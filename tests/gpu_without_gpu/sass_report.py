@@ -49,7 +49,7 @@ RELATIVE_TENSOR_RATE = {"S8": 2, "U8": 2, "S4": 4, "TF32": 0.5, "E4M3": 2, "E5M2
 
 @dataclass
 class Loop:
-    """An inner loop: instructions `first` .. `last`."""
+    """An inner loop, or a part that a branch skips: instructions `first` .. `last`."""
 
     first: int
     last: int
@@ -82,6 +82,8 @@ class KernelReport:
     """The innermost ones."""
     nest: list[Loop]
     """All of them; an outer loop has the instructions of the inner ones once."""
+    branches: list[Loop]
+    """What forward branches skip: code that may run in some iterations only."""
 
     @property
     def spills(self) -> int:
@@ -129,6 +131,16 @@ def _loops(ins: list[tuple[str, str, str]], labels: dict[str, int]) -> list[tupl
         if target is not None and target <= k and k - target > 2:
             loops.add((target, k))
     return sorted(loops)
+
+
+def _branches(ins: list[tuple[str, str, str]], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """First and last instruction of what every forward branch skips."""
+    found = set()
+    for k, (op, _, rest) in enumerate(ins):
+        target = labels.get(next(iter(re.findall(r"\.L_\w+", rest)), "")) if op == "BRA" else None
+        if target is not None and target > k + 1:
+            found.add((k + 1, target - 1))
+    return sorted(found)
 
 
 def _inner(loops: list[tuple[int, int]], ins: list[tuple[str, str, str]]) -> list[tuple[int, int]]:
@@ -192,10 +204,11 @@ def report(cubin: Path | str, threads: int = 128, dyn_smem: int = 0) -> list[Ker
         found_loops = _loops(ins, labels)
         nest = {x: _loop(ins, *x, warps * max(blocks, 1), limits_of) for x in found_loops}
         inner = [nest[x] for x in _inner(found_loops, ins)]
+        skipped = [_loop(ins, *x, warps * max(blocks, 1), limits_of) for x in _branches(ins, labels)]
         out.append(
             KernelReport(
                 name, arch, len(ins), regs, stack, smem, ops["LDL"], ops["STL"], ops, blocks,
-                min(occ, key=lambda limit: occ[limit]), blocks * warps, inner, [*nest.values()],
+                min(occ, key=lambda limit: occ[limit]), blocks * warps, inner, [*nest.values()], skipped,
             )
         )  # fmt: skip
     return out
