@@ -135,7 +135,7 @@ def featurize(
     max_tokens: int = 512,
     batch_tokens: int = 4096,
     reduction: str = "mean",
-    products: str = "auto",
+    products: str = "exact",
 ) -> Features:
     """Compute gradient features of texts.
 

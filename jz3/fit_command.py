@@ -25,7 +25,7 @@ def fit(
     batch_tokens: int = 1024,
     reduction: str = "mean",
     dtype: str = "auto",
-    products: str = "auto",
+    products: str = "exact",
     seed: int = 0,
 ) -> None:
     """Fit `adapted` features to queries, documents, or both, once per model and corpus.

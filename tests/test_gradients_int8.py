@@ -167,8 +167,10 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_names_a_run_and_a_store_says_which_products() -> None:
-    recipe = settled(shipped_recipe("tiny"))
-    assert recipe.features.products == machine.best_products() != "auto"
+    recipe = shipped_recipe("tiny")
+    assert settled(recipe).features.products == "exact"
+    faster = replace(recipe, features=replace(recipe.features, products="auto"))
+    assert settled(faster).features.products == machine.best_products() != "auto"
     with pytest.raises(ValueError, match="features.products must be one of auto, exact, int8, got 'int4'"):
         FeaturesConfig(products="int4")
     store = StoreInfo(kind="adapted", k=8, bits=4, model_hash="m", projection_hash="p", reduction="mean")

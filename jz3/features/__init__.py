@@ -77,10 +77,11 @@ class FeaturesConfig:
     """A text's loss is the `mean` (default, as in LESS) or the `sum` over its scored tokens."""
     batch_tokens: int = 2048
     """Padded tokens per forward and backward pass."""
-    products: str = "auto"
+    products: str = "exact"
     """In what the passes multiply: `exact` (the model's dtype), `int8` (8 bits in most products of Llama-like models
-    on a CPU with AVX-512 VNNI), or `auto`: what is faster on the machine that begins the run. The comparison with
-    exact gradients is exact in any case, so that it shows what 8 bits cost."""
+    on a CPU with AVX-512 VNNI: passes a quarter to a third faster, but 0.982 Spearman became 0.964 on the
+    quickstart), or `auto`: what is faster on the machine that begins the run. The comparison with exact gradients
+    is exact in any case, so that it shows what 8 bits cost."""
     shard_documents: int = 2048
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512

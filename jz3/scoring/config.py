@@ -25,7 +25,7 @@ class ScoreSettings:
     learning rate); instead of --model. The first one's tokenizer is used."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: what the machine that makes the plan multiplies faster."""
-    products: str = "auto"
+    products: str = "exact"
     """In what the passes multiply: `exact` (the dtype), `int8` (8 bits in most products of Llama-like models on a
     CPU with AVX-512 VNNI), or `auto`: what is faster on the machine that makes the plan."""
     kind: str = "adapted"
