@@ -107,6 +107,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         features=FeaturesConfig(
             kind=arguments.features,
             k=arguments.k,
+            bits=arguments.bits,
             fit_documents=160,
             exact_documents=0,
             batch_tokens=1024,
@@ -164,7 +165,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=150, help="test problems of each target")
     parser.add_argument("--judged", type=int, default=0, help="of these, how many judge a training; 0: all")
     parser.add_argument("--features", choices=KINDS, default="adapted", help="kind; `sketch` needs no fit")
-    parser.add_argument("--k", type=int, default=2048, help="numbers of a feature; 8192 for a sketch")
+    defaults = FeaturesConfig()
+    parser.add_argument("--k", type=int, default=defaults.k, help="numbers of a feature; 65536 for a sketch")
+    parser.add_argument("--bits", type=int, default=defaults.bits, help="of a number; 1 for a sketch")
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what is trained")
     parser.add_argument(
         "--precision", choices=("float32", "mixed"), default="float32", help="of the training"

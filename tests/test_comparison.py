@@ -337,11 +337,34 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
         "better with 2 of 2 seeds; 3.90 x random -0.0100, intervals over problems apart, "
         "better with 2 of 2 seeds"
     ]
+    # A single lucky training is not compared with means of two.
+    lucky = {**row("dot", -0.09), "change_per_seed": [-0.09]}
+    assert verdicts({"table": [*table, lucky]}) == verdicts({"table": table})
     assert verdicts({"table": rows}) == []
     assert verdicts({"table": [row("random", 0.01), row("influence", 0.004)]}) == [
         "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals over problems overlap, "
         "better with 2 of 2 seeds"
     ]
+
+
+def test_seeds_are_paired_with_those_of_random() -> None:
+    from types import SimpleNamespace
+
+    from jz3.comparison.stage import Choice, _table
+
+    pool: Any = SimpleNamespace(scores={"id": ["a"], "source": ["s"], "tokens": [5]})
+    nll = {("random", 0): [2.0, 3.0], ("random", 1): [9.0, 9.0], ("bm25", 0): [1.5, 2.0]}
+    choices = [Choice(chooser, "sums", 100, seed, ("a",), 0.0) for chooser, seed in nll]
+    after = {
+        choice.run: {"nll": {"sums": values}, "tokens": 100, "seconds": 1.0}
+        for choice, values in zip(choices[:2], list(nll.values())[:2], strict=True)
+    }
+    # Equal ids share a run, so that the third is told apart by its text.
+    choices[2] = Choice("bm25", "sums", 100, 0, ("a", "a"), 0.0)
+    after[choices[2].run] = {"nll": {"sums": nll["bm25", 0]}, "tokens": 100, "seconds": 1.0}
+    random, bm25 = _table(pool, choices, {"sums": [2.0, 2.0]}, after)
+    assert bm25["against_random"]["mean"] == pytest.approx(-0.75)
+    assert random["change"]["mean"] == pytest.approx(3.75) and random["overlap_with_influence"] is None
 
 
 def test_bad_settings_are_named() -> None:

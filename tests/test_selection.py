@@ -38,6 +38,7 @@ def test_combinations() -> None:
         ({"chooser": "matching", "combine": "max"}, "mean or quota"),
         ({"combine": "median"}, "combine must be one of"),
         ({"candidates": 0}, "at least 1"),
+        ({"chooser": "coverage", "k": 30, "candidates": 20}, "raise selection.candidates"),
     ],
 )
 def test_wrong_settings_are_told(changes: dict[str, Any], told: str) -> None:

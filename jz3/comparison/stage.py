@@ -288,10 +288,11 @@ def _table(
     rows = []
     for key, members in groups.items():
         tokens, task, chooser = key
-        mine, random = changes[key], changes.get((tokens, task, "random"))
+        mine = changes[key]
+        paired = _paired(mine, members, changes, groups, (tokens, task, "random"))
         influence = groups.get((tokens, task, "influence"))
-        best = set(influence[0].ids) if influence else set()
         ids = members[0].ids
+        shared = len(set(influence[0].ids) & set(ids)) / max(len(ids), 1) if influence else None
         rows.append(
             {
                 "budget": tokens,
@@ -299,18 +300,33 @@ def _table(
                 "chooser": chooser,
                 "change": mean(_finite(mine.mean(0))),
                 "change_per_seed": [float(np.nanmean(row)) for row in mine],
-                "against_random": None if random is None else mean(_finite(mine.mean(0) - random.mean(0))),
+                "against_random": None if paired is None else mean(_finite(paired)),
                 "nll": float(np.nanmean(mine.mean(0) + _of_task(before, task))),
                 "texts": len(ids),
                 "trained_tokens": after[members[0].run]["tokens"],
                 "mean_tokens": float(np.mean([sizes[i] for i in ids])) if ids else 0.0,
-                "overlap_with_influence": len(best & set(ids)) / max(len(ids), 1),
+                "overlap_with_influence": shared,
                 "mix": dict(sorted(Counter(source[i] for i in ids).items())),
                 "choosing_seconds": members[0].seconds,
                 "training_seconds": float(np.mean([after[c.run]["seconds"] for c in members])),
             }
         )
     return rows
+
+
+def _paired(
+    mine: np.ndarray,
+    members: list[Choice],
+    changes: dict[tuple[int, str, str], np.ndarray],
+    groups: dict[tuple[int, str, str], list[Choice]],
+    other: tuple[int, str, str],
+) -> np.ndarray | None:
+    """Return the problems' changes less those of another chooser, over the seeds that both were trained with."""
+    rows = {
+        choice.seed: row for choice, row in zip(groups.get(other, []), changes.get(other, []), strict=True)
+    }
+    pairs = [row - rows[c.seed] for c, row in zip(members, mine, strict=True) if c.seed in rows]
+    return np.mean(pairs, 0) if pairs else None
 
 
 def _of_task(values: dict[str, list[float]], task: str) -> np.ndarray:

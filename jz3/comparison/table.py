@@ -18,11 +18,11 @@ def text_table(summary: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in _ranked(summary):
-        against = row["against_random"]
+        against, shared = row["against_random"], row["overlap_with_influence"]
         lines.append(
             f"| {row['task'] or 'all'} | {row['budget']:,} | {row['chooser']} | {_interval(row['change'])} "
             f"| {_interval(against) if against and row['chooser'] != 'random' else ''} | {row['texts']} "
-            f"| {row['overlap_with_influence']:.0%} | {len(row['change_per_seed'])} |"
+            f"| {'' if shared is None else f'{shared:.0%}'} | {len(row['change_per_seed'])} |"
         )
     base = ", ".join(f"{task} {value:.4f}" for task, value in summary.get("base", {}).items())
     lines.append(
@@ -35,7 +35,8 @@ def text_table(summary: dict[str, Any]) -> str:
 def verdicts(summary: dict[str, Any]) -> list[str]:
     """Return a line per target and budget: the best chooser with gradients against the best without.
 
-    The best of several looks better than it is, on both sides alike only if as many compete.
+    The best of several looks better than it is, on both sides alike only if as many compete. Choosers with fewer
+    trainings than others (so far) are left out: one training is no match for the mean of several.
 
     Args:
         summary: of the comparison stage.
@@ -45,7 +46,9 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in _ranked(summary):
         groups.setdefault((row["budget"], row["task"]), []).append(row)
-    for (budget, task), rows in groups.items():
+    for (budget, task), every in groups.items():
+        most = max(len(row["change_per_seed"]) for row in every)
+        rows = [row for row in every if len(row["change_per_seed"]) == most]
         mine = [row for row in rows if row["chooser"] in gradients]
         others = [row for row in rows if row["chooser"] not in (*gradients, "random", "control")]
         random = [row for row in rows if row["chooser"] == "random"]

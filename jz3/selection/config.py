@@ -44,3 +44,8 @@ class SelectionConfig:
             )
         if self.candidates < 1:
             raise ValueError(f"selection.candidates must be at least 1, got {self.candidates}")
+        if self.chooser in SETS and self.k > self.candidates:
+            raise ValueError(
+                f"selection: {self.chooser!r} chooses k ({self.k}) among candidates ({self.candidates}); raise "
+                "selection.candidates"
+            )
