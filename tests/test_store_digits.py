@@ -11,7 +11,7 @@ from test_store import CODING, INFO, check_best
 
 from jz3.ops.encode import decode
 from jz3.store import Coding, Store, open_store, scan, write_shard
-from jz3.store.digits import DISTORTIONS, WIDEST, widths_of
+from jz3.store.digits import DISTORTIONS, STEPS, WIDEST, digits_of, encode_digits, widths_of
 
 WIDTHS = torch.tensor([8, 6, 5, 4, 1, 1, 1, 1, 2, 2] + [1] * 18 + [7, 1, 1, 6])
 MIXED = Coding(CODING.mean, CODING.scale, 2, WIDTHS)
@@ -87,3 +87,11 @@ def test_widths_must_fill_the_row() -> None:
     assert int(WIDTHS.sum()) == 64 and WIDEST == 8
     with pytest.raises(ValueError, match="2 x 32 bits in all, got 32"):
         Coding(CODING.mean, CODING.scale, 2, torch.ones(32, dtype=torch.int64))
+
+
+def test_a_row_has_the_layout_that_stored_rows_have() -> None:
+    """Digits largest first, numbers in order, the first bit lowest in its byte."""
+    widths, zeros, ones = torch.tensor([3, 1, 2]), torch.zeros(3), torch.ones(3)
+    # Index 6 of 8 (110), 0 of 2 (0), 1 of 4 (01): the bits 1 1 0 0 0 1.
+    values = torch.tensor([[2.5 * STEPS[3], -1.0, -0.5 * STEPS[2]]])
+    assert encode_digits(values, zeros, digits_of(zeros, ones, widths)).tolist() == [[0b100011]]
