@@ -50,10 +50,12 @@ from jz3.gradients import (
     linear_layers,
     make_batches,
     run_pass,
+    set_products,
     tokenize_query,
     tokenize_text,
 )
 from jz3.influence import agreement
+from jz3.machine import PRODUCTS, best_products
 from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.ops.signs import signs
 from jz3.records import Reject
@@ -72,10 +74,13 @@ QUERIES = {
 }
 PIECE = 64
 """Texts between two writes to the folder of --keep."""
+FEW = 128
+"""Documents that are run in everything that passes can multiply in."""
 SHORTEST = 16
 """Tokens of a text or of a query's solution, at least."""
 ADAPTED = ((2048, 2), (4096, 2), (16384, 2), (1024, 4), (2048, 4), (8192, 4), (4096, 8))
 """Numbers and bits; two bits are an average."""
+DEFAULT = ADAPTED[1]
 LARGEST = max(k for k, _ in ADAPTED)
 SKETCH = FeaturesConfig(kind="sketch", k=65536, bits=1, sketch_left=1024)
 PEER = 16
@@ -328,6 +333,29 @@ def row(
     }
 
 
+def by_products(
+    bench: Bench,
+    documents: Sequence[Tokens],
+    fit: AdaptedFit,
+    completion: Completion,
+    asked: dict[str, torch.Tensor],
+    target: torch.Tensor,
+    tasks: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yield a line of the first documents for everything that passes can multiply in; queries stay exact."""
+    k, bits = DEFAULT
+    part = fit.top(k)
+    for products in PRODUCTS[1:]:
+        set_products(bench.model, products)
+        start = time.perf_counter()
+        values = extract(bench.model, bench.layers, documents, part, batch_tokens=bench.batch_tokens).values
+        seconds = time.perf_counter() - start
+        scores = coded(values, part, bits) @ completion.fold(asked["adapted"]).T
+        kind = f"{products}, {len(documents)} texts"
+        yield row(kind, k * bits // 8, "unseen", scores, target[: len(documents)], tasks, seconds)
+    set_products(bench.model, "exact")
+
+
 def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the lines of the table."""
     queries = [t for group in texts.queries.values() for t in group]
@@ -397,6 +425,16 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
             ("plain adapted", asked["adapted"][:, completion.positions]),
         ):
             yield row(f"{kind} {name}", size, "unseen", values @ psi.T, target, tasks, seconds)
+    if best_products() != "exact":
+        yield from by_products(
+            bench,
+            documents[:FEW],
+            fit,
+            Completion.of(fit, DEFAULT[0], sampled["values"]),
+            asked,
+            target,
+            tasks,
+        )
     scores = coded(found["sketch"], sketch, SKETCH.bits) @ asked["sketch"].T
     seconds = bench.seconds(sample, sinks["sketch"], many)
     yield row("sketch", sketch.k * SKETCH.bits // 8, "unseen", scores, target, tasks, seconds)

@@ -219,7 +219,9 @@ def main() -> None:
     fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
     weight = next(model.parameters())
     sink = open_sink(fit, weight.dtype, weight.device)
-    kinds = ["exact", *(["int8"] if set_products(model, "auto") == "int8" else [])]
+    kinds = ["exact"]
+    if set_products(model, "auto") != "exact":
+        kinds += ["int8-all", "int8"]
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
     wanted = [p for p in peers.PEERS if arguments.peers is None or p.name in arguments.peers]
     # Ours, the peer's and the machine's best take turns, so that a slower hour of the machine is everyone's.

@@ -194,11 +194,12 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
                             uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,
-                            int64_t words, int64_t width, int threads) {
+                            int64_t words, int64_t width, int64_t forward_group, int64_t backward_group,
+                            int threads) {
     py::gil_scoped_release release;
-    jz3::cross_entropy({at<const uint16_t>(h), at<const uint16_t>(w), at<const uint32_t>(forward),
-                        at<const uint32_t>(backward), at<const int64_t>(target), at<const float>(weight),
-                        at<float>(loss), at<float>(rest), at<uint16_t>(grad), rows, words, width},
+    jz3::cross_entropy({at<const uint16_t>(h), at<const uint16_t>(w), at<const void>(forward), at<const void>(backward),
+                        at<const int64_t>(target), at<const float>(weight), at<float>(loss), at<float>(rest),
+                        at<uint16_t>(grad), rows, words, width, forward_group, backward_group},
                        threads);
   });
   bind_block<float>(m, "float32");

@@ -135,7 +135,7 @@ def featurize(
     max_tokens: int = 512,
     batch_tokens: int = 4096,
     reduction: str = "mean",
-    products: str = "exact",
+    products: str = "auto",
 ) -> Features:
     """Compute gradient features of texts.
 
@@ -151,8 +151,9 @@ def featurize(
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
-        products: in what the passes multiply: `exact` (the model's dtype), `int8` (8 bits in most products of
-            Llama-like models on a CPU with AVX-512 VNNI) or `auto` (what is faster here).
+        products: in what the passes multiply: `exact` (the model's dtype), `int8` or `int8-all` (8 bits in many or
+            most products of Llama-like models on a CPU with AVX-512 VNNI), or `auto` (`int8` where it is faster
+            here, else `exact`).
 
     Returns:
         The features, in the texts' order.

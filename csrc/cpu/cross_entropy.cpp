@@ -3,10 +3,11 @@
 // Shifted by its target's logit, a row needs no maximum. With e_v = exp(z_v - z_target) and rest = sum of e_v over the
 // words but the target, loss = log(1 + rest) and grad = weight (sum of e_v W_v - rest W_target) / (1 + rest), again
 // without the target: nothing cancels where it is all but certain. A loss beyond 80 overflows, and rest says so.
+// In 8 bits (cpu/int8.h) are both products or none; the target's own logit and row of W never are.
 #include <cmath>
 #include <cstring>
-#include <vector>
 
+#include "cpu/int8.h"
 #include "cpu/ops.h"
 #include "cpu/pool.h"
 #include "cpu/tiles.h"
@@ -16,16 +17,76 @@ namespace jz3 {
 #ifdef JZ3_BF16
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,fma")
 
 namespace {
 
 constexpr int64_t ROWS = 144;   // at a time: their sums of width 576 stay in the second-level cache
-constexpr int64_t WORDS = 512;  // at a time
+constexpr int64_t WORDS = 512;  // at a time, a multiple of the groups of words in 8 bits
 
-struct Scratch {
-  std::vector<float> logits, sums;
-  std::vector<uint32_t> e;  // pairs of exp(z - z_target)
+// Both products of a block of rows in bfloat16.
+class Exact {
+ public:
+  using Number = bf16;  // of exp(z - z_target)
+
+  Exact(const CrossEntropyArguments& a, int64_t first, int64_t rows)
+      : a_(a), rows_(rows), h_(reinterpret_cast<const Pair*>(a.h + first * a.width)) {}
+
+  // logits[rows][WORDS] of `count` words.
+  void forward(int64_t word, int64_t count, float* logits) {
+    const int64_t pairs = a_.width / 2;
+    const auto* w = static_cast<const Pair*>(a_.forward);
+    multiply<bf16, true>(rows_, count, pairs, {h_, pairs, 1}, {w + word * pairs, pairs * PANEL, PANEL}, logits, WORDS,
+                         false);
+  }
+  // sums[rows][width] += e[rows][WORDS] W.
+  void backward(int64_t word, int64_t count, const Number* e, float* sums) {
+    const auto* w = static_cast<const Pair*>(a_.backward);
+    multiply<bf16, true>(rows_, a_.width, (count + 1) / 2, {reinterpret_cast<const Pair*>(e), WORDS / 2, 1},
+                         {w + word / 2 * PANEL, (a_.words + 1) / 2 * PANEL, PANEL}, sums, a_.width, true);
+  }
+
+ private:
+  const CrossEntropyArguments& a_;
+  int64_t rows_;
+  const Pair* h_;
+};
+
+// The same in 8 bits.
+class Int8 {
+ public:
+  using Number = float;
+
+  Int8(const CrossEntropyArguments& a, int64_t first, int64_t rows)
+      : a_(a),
+        rows_(rows),
+        hidden_(rows, a.width, a.forward_group),
+        e_(rows, WORDS, a.backward_group),
+        h_(hidden_.fill(a.h + first * a.width, rows, a.width, a.width)) {}
+
+  void forward(int64_t word, int64_t count, float* logits) {
+    product(a_.forward, a_.forward_group, h_.groups, word, count, 0, h_, logits, WORDS, false);
+  }
+  void backward(int64_t word, int64_t count, const Number* e, float* sums) {
+    const int64_t group = a_.backward_group, groups = (a_.words + group - 1) / group;
+    product(a_.backward, group, groups, 0, a_.width, word / group, e_.fill(e, rows_, count, WORDS), sums, a_.width,
+            true);
+  }
+
+ private:
+  // Columns first .. first + count of a packed matrix with `groups` groups a column, from group `own` on.
+  void product(const void* packed, int64_t group, int64_t groups, int64_t first, int64_t count, int64_t own,
+               const Int8Rows& x, float* sums, int64_t stride, bool add) {
+    const int64_t size = INT8_HEAD + PANEL * group;
+    for (int64_t n = 0; n < count; n += PANEL)
+      panel_int8(rows_, std::min(PANEL, count - n), group, x,
+                 static_cast<const uint8_t*>(packed) + ((first + n) / PANEL * groups + own) * size, sums + n, stride, add);
+  }
+
+  const CrossEntropyArguments& a_;
+  int64_t rows_;
+  Quantised hidden_, e_;
+  Int8Rows h_;
 };
 
 float dot(const bf16* x, const bf16* y, int64_t width) {
@@ -34,20 +95,21 @@ float dot(const bf16* x, const bf16* y, int64_t width) {
   return _mm512_reduce_add_ps(sum);
 }
 
-void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t rows, Scratch& scratch) {
-  const int64_t pairs = a.width / 2;
-  const auto* h = reinterpret_cast<const Pair*>(a.h + first * a.width);
+template <class Products>
+void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t rows) {
+  using Number = typename Products::Number;
+  Products products(a, first, rows);
+  Buffer<float> logit_buffer(rows * WORDS), sum_buffer(rows * round_up(a.width, PANEL));
+  Buffer<Number> e_buffer(rows * WORDS);  // exp(z - z_target)
+  float *logits = logit_buffer.get(), *sums = sum_buffer.get();
+  Number* e = e_buffer.get();
   float own[ROWS], rest[ROWS] = {};
   for (int64_t i = 0; i < rows; ++i)
     own[i] = dot(a.h + (first + i) * a.width, a.w + a.target[first + i] * a.width, a.width);
-  float* sums = scratch.sums.data();
   std::memset(sums, 0, size_t(rows * a.width) * sizeof(float));
   for (int64_t word = 0; word < a.words; word += WORDS) {
     const int64_t count = std::min(WORDS, a.words - word), padded = round_up(count, 16);
-    float* logits = scratch.logits.data();
-    multiply<bf16, true>(rows, count, pairs, {h, pairs, 1},
-                         {a.forward + word * pairs, pairs * PANEL, PANEL}, logits, WORDS, false);
-    auto* e = reinterpret_cast<bf16*>(scratch.e.data());
+    products.forward(word, count, logits);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t target = a.target[first + i] - word;
       if (0 <= target && target < count) logits[i * WORDS + target] = -INFINITY;
@@ -61,8 +123,7 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
       }
       rest[i] += _mm512_reduce_add_ps(sum);
     }
-    multiply<bf16, true>(rows, a.width, (count + 1) / 2, {scratch.e.data(), WORDS / 2, 1},
-                         {a.backward + word / 2 * PANEL, (a.words + 1) / 2 * PANEL, PANEL}, sums, a.width, true);
+    products.backward(word, count, e, sums);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = first + i;
@@ -83,9 +144,10 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
 
 void cross_entropy(const CrossEntropyArguments& a, int threads) {
   share_rows(a.rows, ROWS, threads, [&](int64_t begin, int64_t end) {
-    Scratch scratch{std::vector<float>(ROWS * WORDS), std::vector<float>(ROWS * round_up(a.width, PANEL)),
-                    std::vector<uint32_t>(ROWS * WORDS / 2)};
-    cross_entropy_block(a, begin, end - begin, scratch);
+    if (a.forward_group)
+      cross_entropy_block<Int8>(a, begin, end - begin);
+    else
+      cross_entropy_block<Exact>(a, begin, end - begin);
   });
 }
 

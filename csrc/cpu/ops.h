@@ -198,13 +198,14 @@ void known_and_rest(const KnownRestArguments& arguments);
 
 // Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
 struct CrossEntropyArguments {
-  const uint16_t *h, *w;               // [rows][width], [words][width]
-  const uint32_t *forward, *backward;  // w from pack_product, as [width][words] and as [words][width]
-  const int64_t* target;               // [rows]
-  const float* weight;                 // [rows]
-  float *loss, *rest;                  // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
-  uint16_t* grad;                      // [rows][width], not finite where rest isn't
+  const uint16_t *h, *w;           // [rows][width], [words][width]
+  const void *forward, *backward;  // w as [width][words] and as [words][width], from pack_product or pack_int8
+  const int64_t* target;           // [rows]
+  const float* weight;             // [rows]
+  float *loss, *rest;              // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
+  uint16_t* grad;                  // [rows][width], not finite where rest isn't
   int64_t rows, words, width;
+  int64_t forward_group, backward_group;  // of pack_int8, the latter a divisor of 512; 0 for pack_product
 };
 void cross_entropy(const CrossEntropyArguments& arguments, int threads);
 #endif

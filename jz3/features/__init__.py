@@ -77,11 +77,12 @@ class FeaturesConfig:
     """A text's loss is the `mean` (default, as in LESS) or the `sum` over its scored tokens."""
     batch_tokens: int = 2048
     """Padded tokens per forward and backward pass."""
-    products: str = "exact"
-    """In what the passes multiply: `exact` (the model's dtype), `int8` (8 bits in most products of Llama-like models
-    on a CPU with AVX-512 VNNI: passes a quarter to a third faster, but 0.982 Spearman became 0.964 on the
-    quickstart), or `auto`: what is faster on the machine that begins the run. The comparison with exact gradients
-    is exact in any case, so that it shows what 8 bits cost."""
+    products: str = "auto"
+    """In what the passes multiply: `exact` (the model's dtype); on a CPU with AVX-512 VNNI and a Llama-like model
+    also `int8` (8 bits in the products backward and in the output layer, for 0.001 of Spearman) or `int8-all` (in
+    most of those forward too, for 0.002 to 0.02); or `auto`: `int8` where the machine that begins the run is
+    faster with it, else `exact`. The comparison with exact gradients is exact in any case, so that it shows what
+    8 bits cost."""
     shard_documents: int = 2048
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512

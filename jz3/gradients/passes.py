@@ -88,7 +88,7 @@ class GradientPass:
                 wherever it can and agrees with the model's own code.
             packed: put a batch's texts behind one another in one row instead of padding them. By
                 default with FlashAttention 2, which then runs over the texts' own lengths.
-            products: `exact` or `int8` instead of what `set_products` chose for the model (`exact` if
+            products: `exact`, `int8` or `int8-all` instead of what `set_products` chose for the model (`exact` if
                 nobody did).
 
         Raises:
@@ -256,23 +256,23 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         products: one of PRODUCTS.
 
     Returns:
-        `exact` or `int8`: what its passes will use. A model that runs on its own code is always exact.
+        `exact`, `int8` or `int8-all`: what its passes will use. A model that runs on its own code is always exact.
 
     Raises:
         ValueError: `products` is unknown.
-        Jz3Error: `int8` is asked for where it can't be had.
+        Jz3Error: 8 bits are asked for where they can't be had.
     """
     from jz3.gradients import llama
 
     if products not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     wanted = best_products() if products == "auto" else products
-    if wanted == "int8" and int8_obstacle():
+    if wanted != "exact" and int8_obstacle():
         raise Jz3Error(
-            f"products 'int8' can't be had: {int8_obstacle()}; use 'exact', or 'auto' in a new run"
+            f"products {wanted!r} can't be had: {int8_obstacle()}; use 'exact', or 'auto' in a new run"
         )
     core = plain_model(model)
-    if wanted == "int8" and (reason := llama.obstacle(core, {})):
+    if wanted != "exact" and (reason := llama.obstacle(core, {})):
         llama.say(core, f"{reason}; its products are exact")
         wanted = "exact"
     core.__dict__["_jz3_products"] = wanted

@@ -84,6 +84,24 @@ class Product:
         return y if self._bias is None else y.add_(self._bias)
 
 
+class Int8Matrix:
+    """A matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a column, in the layout of jz3's own products."""
+
+    def __init__(self, matrix: torch.Tensor, group: int) -> None:
+        """Quantise and pack a matrix, bfloat16 or float32, of any strides; `group` is a multiple of 16."""
+        depth, columns = matrix.shape
+        size = backend.extension().INT8_HEAD + 64 * group
+        parts = -(-columns // 64) * -(-depth // group)
+        # 64 bytes more: packed matrices start at a multiple of 64.
+        self._bytes = torch.empty(parts * size + 64, dtype=torch.uint8)
+        run = getattr(backend.extension(), f"pack_int8_{str(matrix.dtype).removeprefix('torch.')}")
+        run(matrix.data_ptr(), self.data_ptr(), group, depth, columns, *matrix.stride(), backend.threads())
+
+    def data_ptr(self) -> int:
+        """Return the address of its first part."""
+        return -(-self._bytes.data_ptr() // 64) * 64
+
+
 class Int8Product:
     """y = x W for a fixed matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a row of x and of a column of W.
 
@@ -100,14 +118,7 @@ class Int8Product:
             bias: b [O] or None, added to the result.
         """
         self._depth, self._columns = matrix.shape
-        self._group, self._bias = group, bias
-        size = backend.extension().INT8_HEAD + 64 * group
-        parts = -(-self._columns // 64) * -(-self._depth // group)
-        # 64 bytes more: packed matrices start at a multiple of 64.
-        self._bytes = torch.empty(parts * size + 64, dtype=torch.uint8)
-        self._address = -(-self._bytes.data_ptr() // 64) * 64
-        pack = getattr(backend.extension(), f"pack_int8_{str(matrix.dtype).removeprefix('torch.')}")
-        pack(matrix.data_ptr(), self._address, group, *matrix.shape, *matrix.stride(), backend.threads())
+        self._group, self._bias, self._matrix = group, bias, Int8Matrix(matrix, group)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply.
@@ -126,7 +137,7 @@ class Int8Product:
         y = torch.empty(len(x), columns, dtype=x.dtype)
         run = getattr(backend.extension(), f"product_int8_{str(x.dtype).removeprefix('torch.')}")
         sizes = (self._group, len(x), columns, self._depth, x.stride(0), columns)
-        run(x.data_ptr(), self._address, y.data_ptr(), *sizes, backend.threads())
+        run(x.data_ptr(), self._matrix.data_ptr(), y.data_ptr(), *sizes, backend.threads())
         y = y[:, : self._columns]
         return y if self._bias is None else y.add_(self._bias)
 
@@ -185,11 +196,24 @@ class OutputLayer:
     LARGEST = 1e30
     """Sums of exp(logit - the target's) beyond this, of a loss over 69, are left to `ce_hidden_grad`."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        """Pack the layer's matrix [V, d] in both directions."""
-        self._weight = weight.contiguous()
+    def __init__(self, weight: torch.Tensor, groups: tuple[int, int] = (0, 0)) -> None:
+        """Pack the layer's matrix [V, d] in both directions.
+
+        Args:
+            weight: the matrix.
+            groups: numbers under one scale, of the products forward and backward in 8 bits (the latter a divisor
+                of 512); (0, 0) for products in bfloat16. Without jz3's own products the layer stays exact.
+        """
+        self._weight, self._groups = weight.contiguous(), groups
         native = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and native_products()
-        self._packed = (pack(weight.T), pack(weight)) if native and not weight.shape[1] % LANES else None
+        self._packed: Any = None
+        if native and not weight.shape[1] % LANES:
+            both = (weight.T, weight)
+            self._packed = (
+                [Int8Matrix(w, g) for w, g in zip(both, groups, strict=True)]
+                if any(groups)
+                else [*map(pack, both)]
+            )
 
     def __call__(
         self, h: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
@@ -206,9 +230,8 @@ class OutputLayer:
             )
         loss, rest, grad = torch.empty(len(h)), torch.empty(len(h)), torch.empty_like(h)
         tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
-        backend.extension().cross_entropy(
-            *(t.data_ptr() for t in tensors), len(h), *self._weight.shape, backend.threads()
-        )
+        sizes = (len(h), *self._weight.shape, *self._groups)
+        backend.extension().cross_entropy(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
         left = (~(rest < self.LARGEST)).nonzero()[:, 0]
         if len(left):
             loss[left], grad[left] = ce_hidden_grad(h[left], self._weight, y[left], weights[left])
