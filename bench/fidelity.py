@@ -19,12 +19,10 @@ bases span, 0.9816 as it is, 0.9800 and 0.9785 with 32 and 256 principal compone
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jz3 import backend
-from jz3.corpus.config import SourceConfig
-from jz3.corpus.sources import read_texts
 from jz3.features import FeaturesConfig
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import Completion
@@ -43,7 +39,7 @@ from jz3.features.extract import Projection, coding_of, extract, open_sink
 from jz3.features.known import Known, fit_known
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
-from jz3.files import atomic_path, hash_text, read_json, write_json
+from jz3.files import atomic_path, read_json, write_json
 from jz3.gradients import (
     Tokens,
     layer_shape,
@@ -51,33 +47,22 @@ from jz3.gradients import (
     make_batches,
     run_pass,
     set_products,
-    tokenize_query,
-    tokenize_text,
 )
 from jz3.influence import agreement
 from jz3.machine import PRODUCTS, best_products
 from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.ops.signs import signs
-from jz3.records import Reject
-from jz3.seeding import rng
 from jz3.stage import progress_bar
 from jz3.store.format import decode_rows, encode_rows
-from jz3.targets import clean_solution
-from jz3.templates import prompt_for
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SAMPLES = ("cot_pretrain_sampled", "tool_pretrain_sampled", "finetune_sampled")
-PACKAGES = ("sympy", "scipy", "networkx", "mpmath")
-QUERIES = {
-    "gsm8k": ("targets/gsm8k_train.jsonl", "question", "answer"),
-    "math": ("eval/math-oai.jsonl", "problem", "solution"),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fidelity_texts import DATA, Texts, load_texts  # noqa: E402
+
 PIECE = 64
 """Texts between two writes to the folder of --keep."""
 FEW = 128
 """Documents that are run in everything that passes can multiply in."""
-SHORTEST = 16
-"""Tokens of a text or of a query's solution, at least."""
 ADAPTED = ((2048, 2), (4096, 2), (16384, 2), (1024, 4), (2048, 4), (8192, 4), (4096, 8))
 """Numbers and bits; two bits are an average."""
 DEFAULT = ADAPTED[1]
@@ -85,82 +70,6 @@ LARGEST = max(k for k, _ in ADAPTED)
 SKETCH = FeaturesConfig(kind="sketch", k=65536, bits=1, sketch_left=1024)
 PEER = 16
 """Directions per layer and side of the random projection that peers store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The four parts; queries per task."""
-
-    fit_documents: list[Tokens]
-    documents: list[Tokens]
-    fit_queries: dict[str, list[Tokens]]
-    queries: dict[str, list[Tokens]]
-
-
-def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (source, text) of the samples and of the packages' docstrings."""
-    for name in SAMPLES:
-        for line in (folder / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            yield name, row["input"] + row["output"]
-    for package in PACKAGES:
-        for record in read_texts(SourceConfig(name=package, kind="docstrings")):
-            if not isinstance(record, Reject):
-                yield "docstrings", record.text
-
-
-def take(rows: Sequence[tuple[str, Any]], count: int, seen: bool, label: str, tokenize: Any) -> list[Tokens]:
-    """Draw `count` usable rows of the half that the fit may see, or of the other one."""
-    half = [(key, row) for key, row in rows if (int(key, 16) % 2 == 0) == seen]
-    found: list[Tokens] = []
-    for i in rng(0, "fidelity", label, seen).permutation(len(half)):
-        if len(found) == count:
-            break
-        try:
-            tokens = tokenize(*half[i])
-        except ValueError:
-            # Too short, or a prompt that leaves no room: the next one takes its place.
-            continue
-        if len(tokens.ids) - tokens.start >= SHORTEST:
-            found.append(tokens)
-    if len(found) < count:
-        raise SystemExit(f"{label}: only {len(found)} of {count} texts are to be had")
-    return found
-
-
-def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> Texts:
-    """Read, split and tokenise documents and queries."""
-    limit = arguments.tokens
-    sources: dict[str, list[tuple[str, str]]] = {}
-    for source, text in read_documents(folder):
-        sources.setdefault(source, []).append((hash_text(text), text))
-    problems: dict[str, list[tuple[str, Any]]] = {}
-    for task, (file, problem, solution) in QUERIES.items():
-        rows = [json.loads(x) for x in (folder / file).read_text(encoding="utf-8").splitlines()]
-        problems[task] = [(hash_text(r[problem]), (r[problem], r[solution])) for r in rows]
-
-    def document(key: str, text: str) -> Tokens:
-        return tokenize_text(tokenizer, key, text, limit)
-
-    def query(key: str, row: tuple[str, str]) -> Tokens:
-        return tokenize_query(tokenizer, key, prompt_for(row[0], "cot"), clean_solution(row[1])[0], limit)
-
-    def documents(count: int, seen: bool) -> list[Tokens]:
-        each = -(-count // len(sources))
-        parts = [take(rows, each, seen, source, document) for source, rows in sources.items()]
-        # Alternating, so that the first pieces of a long run are a sample of all.
-        return [t for group in zip(*parts, strict=True) for t in group][:count]
-
-    def queries(count: int, seen: bool) -> dict[str, list[Tokens]]:
-        each = -(-count // len(problems))
-        return {task: take(rows, each, seen, task, query) for task, rows in problems.items()}
-
-    return Texts(
-        documents(arguments.fit_documents, True),
-        documents(arguments.documents, False),
-        queries(arguments.fit_queries, True),
-        queries(arguments.queries, False),
-    )
 
 
 class Peer:
@@ -451,7 +360,6 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
     seconds = bench.seconds(sample, sinks["random"], many)
     yield row(f"random {PEER}x{PEER}", size, "unseen", scores, target, tasks, seconds)
     if arguments.peers:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
         from peers import peer_features
 
         texts_of_both = [*documents, *queries]
