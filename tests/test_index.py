@@ -1,5 +1,6 @@
 """The index finds what the exact scan finds, in parts, resumed, grown; texts are looked up by offset."""
 
+import dataclasses
 import io
 import json
 import re
@@ -13,9 +14,12 @@ import torch
 from jz3.cli import main
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
+from jz3.gradients import Tokens
 from jz3.index import IndexConfig, build
 from jz3.index.build import build_index, recall
+from jz3.index.collection import open_collection
 from jz3.index.docs import DocFile
+from jz3.index.query import Encoder
 from jz3.index.search import SearchIndex
 from jz3.index.vectors import Member, Vectors
 from jz3.records import Doc
@@ -339,6 +343,18 @@ def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "needs one of problem, question, text" in told.out and "it has input" in told.out
     assert "holds no problem that could be answered" in told.err
     assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
+
+
+def test_stores_made_in_8_bits_are_queried_where_there_are_none(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("jz3.index.query", "jz3.gradients.passes"):
+        monkeypatch.setattr(f"{module}.int8_obstacle", lambda: "this CPU has none")
+    collection = open_collection(small_run)
+    encoding = dataclasses.replace(collection.encoding(), products="int8")
+    encoder = Encoder(encoding, collection.projection())
+    assert encoder.model.__dict__["_jz3_products"] == "exact"
+    assert torch.isfinite(encoder.features([Tokens("", [5, 6, 7, 8], 1)])).all()
 
 
 def test_query_asks(
