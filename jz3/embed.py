@@ -87,7 +87,7 @@ class Features:
     completion: Completion | None = field(default=None, repr=False)
     """What completes queries, of Adapted."""
     products: str = "exact"
-    """In what the passes multiplied, and do for queries: `exact` or `int8`."""
+    """In what the passes multiplied, and do for queries: `exact`, `int8` or `int8-all`."""
 
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries.
