@@ -34,7 +34,7 @@ from jz3 import backend
 from jz3.features import FeaturesConfig
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.completion import Completion
-from jz3.features.exact import ExactSink
+from jz3.features.exact import ExactSink, exact_cosines
 from jz3.features.extract import Projection, coding_of, extract, open_sink
 from jz3.features.known import Known, fit_known
 from jz3.features.readout import Readout
@@ -61,8 +61,8 @@ from fidelity_texts import DATA, Texts, load_texts  # noqa: E402
 
 PIECE = 64
 """Texts between two writes to the folder of --keep."""
-FEW = 128
-"""Documents that are run in everything that passes can multiply in."""
+FEW, FEW_QUERIES = 128, 16
+"""Documents and queries that are run in float32 and in everything that passes can multiply in."""
 ADAPTED = ((2048, 2), (4096, 2), (16384, 2), (1024, 4), (2048, 4), (8192, 4), (4096, 8))
 """Numbers and bits; two bits are an average."""
 DEFAULT = ADAPTED[1]
@@ -244,24 +244,43 @@ def row(
 
 def by_products(
     bench: Bench,
-    documents: Sequence[Tokens],
+    texts: Texts,
     fit: AdaptedFit,
     completion: Completion,
     asked: dict[str, torch.Tensor],
     target: torch.Tensor,
-    tasks: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line of the first documents for everything that passes can multiply in; queries stay exact."""
+    """Yield lines of some documents and queries against exact gradients in float32.
+
+    What `target` has of them, which are the model's own dtype's, and the default features by what the documents'
+    passes multiply in; queries' passes stay exact.
+    """
+    per = min(FEW_QUERIES // len(texts.queries), *map(len, texts.queries.values()))
+    documents, chosen, parts, first = texts.documents[:FEW], [], [], 0
+    model = load_model(bench.folder, "float32").to(bench.weight.device)
+    for group in texts.queries.values():
+        # A task at a time: the gradients of its queries are held.
+        parts.append(
+            exact_cosines(
+                model, linear_layers(model), documents, group[:per], batch_tokens=bench.batch_tokens
+            )
+        )
+        chosen += range(first, first + per)
+        first += len(group)
+    del model
+    exact = torch.cat(parts, 1)
+    tasks = {t: slice(i * per, (i + 1) * per) for i, t in enumerate(texts.queries)}
+    label = f"{len(documents)} x {len(chosen)} in float32"
+    yield row(f"uncompressed {label}", 0, "unseen", target[: len(documents), chosen], exact, tasks, 0)
     k, bits = DEFAULT
-    part = fit.top(k)
+    part, psi = fit.top(k), completion.fold(asked["adapted"])[chosen]
     for products in PRODUCTS[1:]:
         set_products(bench.model, products)
         start = time.perf_counter()
         values = extract(bench.model, bench.layers, documents, part, batch_tokens=bench.batch_tokens).values
         seconds = time.perf_counter() - start
-        scores = coded(values, part, bits) @ completion.fold(asked["adapted"]).T
-        kind = f"{products}, {len(documents)} texts"
-        yield row(kind, k * bits // 8, "unseen", scores, target[: len(documents)], tasks, seconds)
+        scores = coded(values, part, bits) @ psi.T
+        yield row(f"{products} {label}", k * bits // 8, "unseen", scores, exact, tasks, seconds)
     set_products(bench.model, "exact")
 
 
@@ -335,15 +354,8 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
         ):
             yield row(f"{kind} {name}", size, "unseen", values @ psi.T, target, tasks, seconds)
     if best_products() != "exact":
-        yield from by_products(
-            bench,
-            documents[:FEW],
-            fit,
-            Completion.of(fit, DEFAULT[0], sampled["values"]),
-            asked,
-            target,
-            tasks,
-        )
+        completion = Completion.of(fit, DEFAULT[0], sampled["values"])
+        yield from by_products(bench, texts, fit, completion, asked, target)
     scores = coded(found["sketch"], sketch, SKETCH.bits) @ asked["sketch"].T
     seconds = bench.seconds(sample, sinks["sketch"], many)
     yield row("sketch", sketch.k * SKETCH.bits // 8, "unseen", scores, target, tasks, seconds)
@@ -411,13 +423,13 @@ def main() -> None:
     texts = load_texts(arguments.data, bench.tokenizer, arguments)
     counts = {name: len(getattr(texts, name)) for name in ("documents", "fit_documents")}
     print(f"{counts}, {arguments.queries} measured queries, {arguments.fit_queries} in the fit")
-    print(f"{'kind':20}{'bytes':>8}{'queries':>9}{'Spearman':>10}{'task Spearman':>26}{'recall':>8}{'s':>8}")
+    print(f"{'kind':28}{'bytes':>8}{'queries':>9}{'Spearman':>10}{'task Spearman':>26}{'recall':>8}{'s':>8}")
     rows = []
     for line in measure(bench, texts, arguments):
         rows.append(line)
         per_task = ", ".join(f"{t} {x:.3f}" for t, x in line["task_spearman"].items())
         print(
-            f"{line['kind']:20}{line['bytes']:>8}{line['queries']:>9}{line['spearman']:>10.3f}{per_task:>26}"
+            f"{line['kind']:28}{line['bytes']:>8}{line['queries']:>9}{line['spearman']:>10.3f}{per_task:>26}"
             f"{line['recall']:>8.2f}{line['seconds']:>8.0f}",
             flush=True,
         )

@@ -221,7 +221,7 @@ def main() -> None:
     sink = open_sink(fit, weight.dtype, weight.device)
     kinds = ["exact"]
     if set_products(model, "auto") != "exact":
-        kinds += ["int8-all", "int8"]
+        kinds.append("int8")
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
     wanted = [p for p in peers.PEERS if arguments.peers is None or p.name in arguments.peers]
     # Ours, the peer's and the machine's best take turns, so that a slower hour of the machine is everyone's.

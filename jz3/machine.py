@@ -3,10 +3,9 @@
 import functools
 from pathlib import Path
 
-PRODUCTS = ("auto", "exact", "int8", "int8-all")
-"""In what a gradient pass multiplies: `exact`, the model's number format; `int8`, of Llama-like models
-(jz3/gradients/llama.py), 8 bits in the products backward and in the output layer; `int8-all`, in most of those forward
-too; `auto`, `int8` where it is faster on this machine, else `exact`."""
+PRODUCTS = ("auto", "exact", "int8")
+"""In what a gradient pass multiplies: `exact`, the model's number format; `int8`, 8 bits in the products of Llama-like
+models (jz3/gradients/llama.py); `auto`, `int8` where it is faster on this machine, else `exact`."""
 
 
 @functools.cache

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from test_gradients import random_model, random_texts
+from test_gradients_llama import small_model, small_texts
 
-from jz3.features import adapted
-from jz3.features.adapted import AdaptedFit, AdaptedSink, fit_adapted
+from jz3.features import adapted, adapted_sink
+from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.exact import exact_cosines
-from jz3.features.extract import extract
-from jz3.gradients import Tokens, linear_layers, make_batches, run_pass
+from jz3.features.extract import Extracted, extract
+from jz3.gradients import Tokens, linear_layers, llama, make_batches, run_pass
 
 TOKENS = Path(__file__).parent
 
@@ -27,7 +29,7 @@ def test_sketched_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pyte
     layers = linear_layers(model)
     fit = fitted(model, texts, k=200, rank=16)
     exact = extract(model, layers, texts, fit)
-    monkeypatch.setattr(adapted, "GRAM_TOKENS", 10)
+    monkeypatch.setattr(adapted_sink, "GRAM_TOKENS", 10)
     long = torch.tensor([len(t.ids) > 10 for t in texts])
     assert 2 < int(long.sum()) < 10
     found, alone = (extract(model, layers, texts, fit, batch_tokens=n) for n in (10_000, 1))
@@ -36,15 +38,48 @@ def test_sketched_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pyte
     ratio = found.norm[long] / exact.norm[long]
     assert bool((ratio != 1).all()) and float((ratio - 1).abs().max()) < 0.05
     # Without the part that the fit knows, the sketch alone is worse.
-    monkeypatch.setattr(adapted, "NORM_SKETCH", 4)
+    monkeypatch.setattr(adapted_sink, "NORM_SKETCH", 4)
     with_fit = extract(model, layers, texts, fit).norm[long] / exact.norm[long]
     bare = extract(model, layers, texts, fitted(model, texts, k=1, rank=1)).norm[long] / exact.norm[long]
     assert float((with_fit - 1).square().mean()) < float((bare - 1).square().mean())
 
 
+@pytest.mark.parametrize("longest", [128, 10])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_shared_inputs_are_multiplied_once(
+    dtype: torch.dtype, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "fast_bfloat16_cpu", lambda: dtype == torch.bfloat16)
+    monkeypatch.setattr(adapted_sink, "GRAM_TOKENS", longest)
+    model, texts = small_model("llama", dtype), small_texts()
+    layers, fit = linear_layers(model), fitted(model, texts, k=200, rank=8)
+    counts = []
+
+    def run() -> Extracted:
+        calls: list[tuple[str, ...]] = []
+        project = AdaptedSink._project
+
+        def counted(sink: Any, side: str, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+            calls.append(names)
+            return project(sink, side, names, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AdaptedSink, "_project", counted)
+            found = extract(model, layers, texts, fit)
+        counts.append(len(calls))
+        return found
+
+    shared = run()
+    monkeypatch.setattr(AdaptedSink, "share", lambda sink, groups: None)
+    alone = run()
+    assert counts[0] < counts[1]
+    torch.testing.assert_close(shared.norm, alone.norm, atol=0, rtol=1e-5)
+    torch.testing.assert_close(shared.values, alone.values, atol=1e-6, rtol=1e-4)
+
+
 def test_norms_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = random_model("llama"), random_texts(9, 30)
-    monkeypatch.setattr(adapted, "GRAM_TOKENS", 10)
+    monkeypatch.setattr(adapted_sink, "GRAM_TOKENS", 10)
     sink = AdaptedSink(fitted(model, texts, k=8, rank=2), torch.float64, torch.device("cpu"))
     for _ in run_pass(model, linear_layers(model), sink, make_batches(texts, 60)):
         sink.take()
@@ -112,6 +147,7 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from test_gradients import random_model, random_texts
+from test_gradients_llama import small_model, small_texts
 from jz3.features.adapted import fit_adapted
 from jz3.features.extract import extract
 from jz3.gradients import linear_layers

@@ -29,20 +29,24 @@ def int8() -> None:
         pytest.skip(f"no products in 8 bits here: {reason}")
 
 
-def largest(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Of every row's groups, [T, groups]."""
-    padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % group))
-    return padded.view(len(x), -1, group).amax(2)
+def turned(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Rows filled up with zeros to whole groups, every 64 numbers times H (x) I (x) H / 4, H Hadamard's of size 4."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    four = torch.kron(two, two)
+    matrix = torch.kron(torch.kron(four, torch.eye(4, dtype=torch.float64)), four) / 4
+    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % group))
+    return (padded.view(len(x), -1, 64) @ matrix).view(len(x), -1)
 
 
 def bound(x: torch.Tensor, w: torch.Tensor, group: int) -> torch.Tensor:
     """|x W - its 8-bit product| at most, [T, O]: |dx| |W| + |x| |dW| + |dx| |dW| with every |d| half a step."""
-    dx, dw = (STEP * largest(m, group).repeat_interleave(group, 1)[:, : len(w)] for m in (x, w.T))
-    ax, aw = x.double().abs(), w.double().abs()
-    return dx @ aw + (ax + dx) @ dw.T
+    parts = [turned(m, group).abs() for m in (x, w.T)]
+    dx, dw = (STEP * m.view(len(m), -1, group).amax(2).repeat_interleave(group, 1) for m in parts)
+    ax, aw = parts
+    return dx @ aw.T + (ax + dx) @ dw.T
 
 
-@pytest.mark.parametrize("group", [16, 64, 128])
+@pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (7, 130, 67), (203, 38, 16), (150, 576, 130), (73, 1000, 48)], ids=str
@@ -67,12 +71,24 @@ def test_error_is_within_the_steps(sizes: tuple[int, int, int], dtype: torch.dty
 
 
 def test_levels_are_exact() -> None:
-    """Whole numbers up to 127 with 127 in every group are levels themselves."""
+    """Rows that turn into whole numbers up to 127, with 127 in every group, are levels themselves."""
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randint(-127, 128, s, generator=generator).float() for s in ((31, 100), (100, 80)))
-    for start in range(0, 100, 64):
-        x[:, start], w[start] = 127, -127
-    assert torch.equal(Int8Product(w, 64)(x).double(), x.double() @ w.double())
+    x, w = (torch.randint(-127, 128, s, generator=generator).float() for s in ((31, 128), (80, 128)))
+    x[:, ::64], w[:, ::64] = 127, -127
+    # The turn is its own inverse, and numbers by 4 are exact.
+    x, w = (turned(m, 64).float() for m in (x, w))
+    assert torch.equal(Int8Product(w.T, 64)(x).double(), x.double() @ w.double().T)
+
+
+def test_outliers_spoil_less_than_their_neighbours() -> None:
+    """One number of 64 that is 60 times as large as the others leaves these 16 times as many levels as by itself."""
+    x = normal(1, 200, 64)
+    x[:, 5] = 60
+    w = normal(2, 64, 48)
+    exact = x.double() @ w.double()
+    step = 60 / 127 / 12**0.5  # the error of a number that is rounded to the outlier's levels
+    error = (Int8Product(w, 64)(x).double() - exact).square().mean().sqrt()
+    assert float(error) < 0.5 * step * 8
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -89,8 +105,10 @@ def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, bad: float) -> 
 def test_tiny_and_huge_numbers() -> None:
     product = Int8Product(torch.eye(64), 64)
     assert torch.equal(product(torch.full((1, 64), 1e-38)), torch.zeros(1, 64))
-    x = torch.full((1, 64), 3e38)
+    x = torch.full((1, 64), 1e37)
     torch.testing.assert_close(product(x), x)
+    # The sum of 16 is beyond float32.
+    assert torch.isnan(product(torch.full((1, 64), 3e38))).all()
 
 
 def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,20 +125,18 @@ def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
         product(x[:, :100])
 
 
-@pytest.mark.parametrize("products", ["int8", "int8-all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_gradients(name: str, dtype: torch.dtype, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "fast_bfloat16_cpu", lambda: dtype == torch.bfloat16)
     model, texts = small_model(name, dtype), small_texts()
     exact, exact_loss = gradients(model, texts, fast=True)
-    assert set_products(model, products) == products
+    assert set_products(model, "int8") == "int8"
     found, loss = gradients(model, texts, fast=True)
     error = (found - exact).norm(dim=1) / exact.norm(dim=1)
     assert 1e-3 < float(error.min()) and float(error.max()) < 0.05
     torch.testing.assert_close(loss, exact_loss, atol=0.02, rtol=0)
-    # Only with all of them are the blocks' products forward in 8 bits; in float32 the output layer isn't either.
-    assert torch.equal(loss, exact_loss) == (products == "int8" and dtype == torch.float32)
+    assert not torch.equal(loss, exact_loss)
     for row, text in enumerate(texts):
         [alone] = gradients(model, [text], fast=True)[0]
         assert float((alone - found[row]).norm() / found[row].norm()) < (
@@ -203,10 +219,10 @@ def test_what_names_a_run_and_a_store_says_which_products() -> None:
     assert settled(recipe).features.products == machine.best_products() != "auto"
     stated = replace(recipe, features=replace(recipe.features, products="exact"))
     assert settled(stated).features.products == "exact"
-    with pytest.raises(ValueError, match="must be one of auto, exact, int8, int8-all, got 'int4'"):
+    with pytest.raises(ValueError, match="must be one of auto, exact, int8, got 'int4'"):
         FeaturesConfig(products="int4")
     store = StoreInfo(kind="adapted", k=8, bits=4, model_hash="m", projection_hash="p", reduction="mean")
-    assert len({replace(store, products=p).identity() for p in ("exact", "int8", "int8-all")}) == 3
+    assert len({replace(store, products=p).identity() for p in ("exact", "int8")}) == 2
     # Stores from before the field was there are found again.
     older = {k: v for k, v in asdict(store).items() if k != "products"}
     assert store.identity() == hash_text(canonical_json(older))

@@ -51,15 +51,19 @@ def test_segment_outer() -> None:
     for block, (begin, end) in zip(found, ((0, 40), (40, 40), (40, 41), (41, 90)), strict=True):
         exact = g[begin:end].double().T @ a[begin:end].double()
         torch.testing.assert_close(block.double(), exact, atol=1e-3, rtol=1e-5)
+    parts = segment_outer(g[:, 4:], a[:, 3:9], torch.tensor([0, 40, 40, 41, 90]))
+    torch.testing.assert_close(parts, found[:, 4:, 3:9], atol=1e-4, rtol=1e-5)
+    # A whole vector from the last columns on would end in the next row.
+    parts = segment_outer(g, a[:, 19:], torch.tensor([0, 40, 40, 41, 90]))
+    torch.testing.assert_close(parts, found[:, :, 19:], atol=1e-4, rtol=1e-5)
 
 
 def test_known_and_rest() -> None:
-    blocks, left, right = normal(1, 3, 5 + 8, 32), normal(2, 5, 8), normal(3, 7, 8)
-    whole = blocks[:, :, :15]
-    known, sketch = whole[:, :5, :7].double(), whole[:, 5:, 7:].double()
-    rest = sketch - left.double().T @ known @ right.double()
-    exact = known.square().sum((1, 2)) + rest.square().sum((1, 2))
-    torch.testing.assert_close(known_and_rest(whole, left, right).double(), exact, atol=0, rtol=1e-5)
+    known, sketch = normal(1, 3, 5, 16)[:, :, :7], normal(4, 3, 9, 32)[:, :8, :11]
+    left, right = normal(2, 5, 8), normal(3, 7, 11)
+    rest = sketch.double() - left.double().T @ known.double() @ right.double()
+    exact = known.double().square().sum((1, 2)) + rest.square().sum((1, 2))
+    torch.testing.assert_close(known_and_rest(known, sketch, left, right).double(), exact, atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("words", [16, 211, 1200])

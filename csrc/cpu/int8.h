@@ -1,6 +1,9 @@
 // Rows and packed matrices in 8 bits and their products: rows are rounded to 255 levels per row and group of numbers,
 // matrices per column and group. Include after the standard headers, as bf16.h; may run only where has_int8_products().
 //
+// Before they are rounded, every 16 numbers (64 in four turns) are multiplied with a Hadamard matrix, which leaves
+// products as they are and spreads what is larger than its neighbours, by which their common scale would be set.
+//
 // vpdpbusd takes unsigned numbers on its left: rows are stored plus 128, and sums start at -128 times the column's sum.
 #pragma once
 
@@ -21,7 +24,7 @@
 namespace jz3 {
 namespace {
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = 16, TURNED = 64;
 constexpr float SMALLEST = 1e-36f;  // groups whose largest number is below count as zero: 127 / it must be finite
 
 // A group's part of a panel, as it lies in memory, in fours of the group's numbers.
@@ -62,22 +65,44 @@ inline __m512 load_first(const uint16_t* p, __mmask16 part) {
 }
 inline __m512 load_first(const float* p, __mmask16 part) { return _mm512_maskz_loadu_ps(part, p); }
 
-// One row's group of `count` numbers, filled up with zeros.
+// x H in every group of four lanes, H = [1 1; 1 -1] (x) [1 1; 1 -1].
+inline __m512 turn_lanes(__m512 x) {
+  const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi64(int64_t(0xBF8000003F800000)));  // 1, -1
+  const __m512 second = _mm512_castpd_ps(_mm512_castsi512_pd(
+      _mm512_set4_epi32(int(0xBF800000), int(0xBF800000), 0x3F800000, 0x3F800000)));  // 1, 1, -1, -1
+  x = _mm512_fmadd_ps(x, odd, _mm512_permute_ps(x, 0xB1));
+  return _mm512_fmadd_ps(x, second, _mm512_permute_ps(x, 0x4E));
+}
+
+// 64 numbers times a Hadamard matrix on every 16 of them: four lanes of each of the four registers. Its square is 16.
+inline void turn(float* x) {
+  const __m512 a = _mm512_load_ps(x), b = _mm512_load_ps(x + 16), c = _mm512_load_ps(x + 32), d = _mm512_load_ps(x + 48);
+  const __m512 e = _mm512_add_ps(a, b), f = _mm512_sub_ps(a, b), g = _mm512_add_ps(c, d), h = _mm512_sub_ps(c, d);
+  _mm512_store_ps(x, turn_lanes(_mm512_add_ps(e, g)));
+  _mm512_store_ps(x + 16, turn_lanes(_mm512_add_ps(f, h)));
+  _mm512_store_ps(x + 32, turn_lanes(_mm512_sub_ps(e, g)));
+  _mm512_store_ps(x + 48, turn_lanes(_mm512_sub_ps(f, h)));
+}
+
+// One row's group of `count` numbers, filled up with zeros and turned; `turned` has room for a group.
 template <class T>
-inline float quantise(const T* x, int64_t group, int64_t count, uint8_t* q) {
-  const auto numbers = [&](int64_t c) {
-    const int64_t left = std::clamp<int64_t>(count - c, 0, LANES);
-    return left == LANES ? load(x + c) : load_first(x + c, __mmask16((1u << left) - 1));
-  };
+inline float quantise(const T* x, int64_t group, int64_t count, float* turned, uint8_t* q) {
   __m512i top = _mm512_setzero_si512();
-  for (int64_t c = 0; c < group; c += LANES)
-    top = _mm512_max_epu32(top, _mm512_castps_si512(magnitude(numbers(c))));
+  for (int64_t c = 0; c < group; c += TURNED) {
+    for (int64_t i = c; i < c + TURNED; i += LANES) {
+      const int64_t left = std::clamp<int64_t>(count - i, 0, LANES);
+      _mm512_store_ps(turned + i, left == LANES ? load(x + i) : load_first(x + i, __mmask16((1u << left) - 1)));
+    }
+    turn(turned + c);
+    for (int64_t i = c; i < c + TURNED; i += LANES)
+      top = _mm512_max_epu32(top, _mm512_castps_si512(magnitude(_mm512_load_ps(turned + i))));
+  }
   const int32_t bits = int32_t(_mm512_reduce_max_epu32(top));
   float largest;
   std::memcpy(&largest, &bits, 4);
   const __m512 inverse = _mm512_set1_ps(inverse_of(largest));
   for (int64_t c = 0; c < group; c += LANES) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(numbers(c), inverse));
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(turned + c), inverse));
     const __m128i byte = _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), _mm_set1_epi8(char(0x80)));
     _mm_store_si128(reinterpret_cast<__m128i*>(q + c), byte);
   }
@@ -196,7 +221,11 @@ inline void panel_int8(int64_t rows, int64_t columns, int64_t group, Int8Rows x,
 class Quantised {
  public:
   Quantised(int64_t rows, int64_t depth, int64_t group)
-      : group_(group), groups_((depth + group - 1) / group), numbers_(rows * groups_ * group), scales_(rows * groups_) {}
+      : group_(group),
+        groups_((depth + group - 1) / group),
+        numbers_(rows * groups_ * group),
+        scales_(rows * groups_),
+        turned_(group) {}
 
   // The first `depth` numbers of every row.
   template <class T>
@@ -205,7 +234,7 @@ class Quantised {
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t g = 0; g < groups; ++g)
         scales_.get()[m * groups + g] =
-            quantise(x + m * stride + g * group_, group_, std::min(group_, depth - g * group_),
+            quantise(x + m * stride + g * group_, group_, std::min(group_, depth - g * group_), turned_.get(),
                      numbers_.get() + m * bytes + g * group_);
     return {numbers_.get(), scales_.get(), bytes, groups};
   }
@@ -213,7 +242,7 @@ class Quantised {
  private:
   int64_t group_, groups_;
   Buffer<uint8_t> numbers_;
-  Buffer<float> scales_;
+  Buffer<float> scales_, turned_;
 };
 
 }  // namespace

@@ -160,7 +160,7 @@ void product(const ProductArguments<Out>& arguments, int threads);
 bool has_int8_products();
 constexpr int64_t INT8_HEAD = 64 * 8;  // bytes before the numbers of a group of 64 columns
 
-// W as pack_product has it, `group` numbers of a column (a multiple of 16) under one scale:
+// W as pack_product has it, `group` numbers of a column (a multiple of 64) under one scale, turned as in cpu/int8.h:
 // out[ceil(columns / 64)][ceil(depth / group)][INT8_HEAD + 64 * group], at a multiple of 64 bytes.
 template <class T>
 void pack_int8(const T* w, uint8_t* out, int64_t group, int64_t depth, int64_t columns, int64_t row_stride,
@@ -186,13 +186,13 @@ struct SegmentOuterArguments {
 };
 void segment_outer(const SegmentOuterArguments& arguments, int threads);
 
-// Of blocks [K * ; * S], K [rows][columns] known and S [left][right] a sketch of the whole: square += the squares of K
-// and of S - turn_left^T K turn_right.
+// Of K known and S a sketch of the whole: square += the squares of K and of S - turn_left^T K turn_right.
 struct KnownRestArguments {
-  const float* blocks;                   // [segments][rows + left][stride]
+  const float *known, *sketch;           // [segments][rows][columns], [segments][left][right]
   const float *turn_left, *turn_right;   // [rows][left], [columns][right]
   float* square;                         // [segments]
-  int64_t segments, stride, rows, columns, left, right;
+  int64_t segments, rows, columns, left, right;
+  int64_t known_segment, known_row, sketch_segment, sketch_row;  // strides
 };
 void known_and_rest(const KnownRestArguments& arguments);
 

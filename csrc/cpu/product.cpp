@@ -63,17 +63,17 @@ void product(const ProductArguments<Out>& a, int threads) {
 void known_and_rest(const KnownRestArguments& a) {
   std::vector<float> half(a.rows * a.right), rest(a.right);
   for (int64_t segment = 0; segment < a.segments; ++segment) {
-    const float* block = a.blocks + segment * a.stride * (a.rows + a.left);
+    const float *block = a.known + segment * a.known_segment, *sketch = a.sketch + segment * a.sketch_segment;
     float known = 0, left_out = 0;
     std::fill(half.begin(), half.end(), 0.0f);
     for (int64_t r = 0; r < a.rows; ++r)
       for (int64_t c = 0; c < a.columns; ++c) {
-        const float value = block[r * a.stride + c];
+        const float value = block[r * a.known_row + c];
         known += value * value;
         for (int64_t n = 0; n < a.right; ++n) half[r * a.right + n] += value * a.turn_right[c * a.right + n];
       }
     for (int64_t m = 0; m < a.left; ++m) {
-      std::copy_n(block + (a.rows + m) * a.stride + a.columns, a.right, rest.begin());
+      std::copy_n(sketch + m * a.sketch_row, a.right, rest.begin());
       for (int64_t r = 0; r < a.rows; ++r)
         for (int64_t n = 0; n < a.right; ++n) rest[n] -= a.turn_left[r * a.left + m] * half[r * a.right + n];
       for (int64_t n = 0; n < a.right; ++n) left_out += rest[n] * rest[n];

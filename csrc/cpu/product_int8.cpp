@@ -28,19 +28,21 @@ constexpr int64_t BLOCK = 72;  // rows at a time
 
 template <class T>
 void pack_part(const T* w, int64_t group, int64_t depth, int64_t columns, int64_t row_stride, int64_t column_stride,
-               Part& part) {
+               float* turned, Part& part) {
   for (int64_t n = 0; n < PANEL; ++n) {
+    for (int64_t k = 0; k < group; ++k)
+      turned[k] = k < depth && n < columns ? value(w[k * row_stride + n * column_stride]) : 0;
     float largest = 0;
-    for (int64_t k = 0; k < depth && n < columns; ++k) {
-      const float x = std::fabs(value(w[k * row_stride + n * column_stride]));
+    for (int64_t k = 0; k < group; ++k) {
+      if (k % TURNED == 0) turn(turned + k);
+      const float x = std::fabs(turned[k]);
       if (!(x <= largest)) largest = x;
     }
-    part.scale[n] = scale_of(largest);
+    part.scale[n] = scale_of(largest) / 16;  // of both turns
     const float inverse = inverse_of(largest);
     int32_t sum = 0;
     for (int64_t k = 0; k < group; ++k) {
-      const bool inside = k < depth && n < columns && inverse > 0;
-      const int q = inside ? int(std::nearbyint(value(w[k * row_stride + n * column_stride]) * inverse)) : 0;
+      const int q = inverse > 0 ? int(std::nearbyint(turned[k] * inverse)) : 0;
       part.number[k / 4][n][k % 4] = int8_t(q), sum += q;
     }
     part.start[n] = -128 * sum;
@@ -71,10 +73,11 @@ void pack_int8(const T* w, uint8_t* out, int64_t group, int64_t depth, int64_t c
                int64_t column_stride, int threads) {
   const int64_t groups = (depth + group - 1) / group;
   parallel((columns + PANEL - 1) / PANEL, depth * PANEL, threads, [&](int64_t, int64_t begin, int64_t end) {
+    Buffer<float> turned(group);
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t g = 0; g < groups; ++g)
         pack_part(w + g * group * row_stride + panel * PANEL * column_stride, group, std::min(group, depth - g * group),
-                  columns - panel * PANEL, row_stride, column_stride, *part_at<Part>(out, panel * groups + g, group));
+                  columns - panel * PANEL, row_stride, column_stride, turned.get(), *part_at<Part>(out, panel * groups + g, group));
   });
 }
 

@@ -24,12 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "jz3-adapted-2"
-GRAM_TOKENS = 128
-"""Longest text whose norm is taken by the Gram identity."""
 TOKEN_TEXTS = 96
 """Texts of a sample that the covariance of single tokens counts as much as; see fit_adapted."""
-NORM_SKETCH = 32
-"""Sign projections per side and layer of longer texts' norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,142 +120,6 @@ class AdaptedFit:
         }
         vectors = {key: tensors[key] for key in ("mean", "scale", "energy")}
         return cls(model_hash, layers, **parts, **vectors)
-
-
-class AdaptedSink:
-    """Projects each text's gradient on a fit's coordinates and measures its norm.
-
-    ||G||^2 is summed over layers by the Gram identity, exactly, for texts of up to GRAM_TOKENS tokens.
-    For longer ones it is ||L^T G R||^2, exactly, plus a two-sided sign sketch of what the fit's bases
-    leave: its error is theirs, and its cost doesn't grow with the text. The choice depends on the
-    text's own length alone; `norms` counts both.
-    """
-
-    wide = True
-
-    def __init__(self, fit: AdaptedFit, dtype: "torch.dtype", device: "torch.device") -> None:
-        self._fit, self._device = fit, device
-        self._coordinates = {n: t.to(device) for n, t in fit.coordinates.items()}
-        self._offset = dict(
-            zip(fit.layers, np.cumsum([0] + [len(fit.coordinates[n]) for n in fit.layers]), strict=False)
-        )
-        self._grams = InputGrams()
-        self._matrices: dict[tuple[str, str, bool, Any], Any] = {}
-        self._products: dict[tuple[str, str, bool, Any], Any] = {}
-        self._long = 0
-        self._values: Any = None
-        self._square: Any = None
-        self.norms = {"gram": 0, "sketch": 0}
-
-    def begin(self, lengths: "torch.Tensor") -> None:
-        """Take the lengths of the next batch's texts, the longest first (else all norms are by Gram)."""
-        # A pass that broke off may have left its sums.
-        self._values = self._square = None
-        ordered = bool((lengths[1:] <= lengths[:-1]).all())
-        self._long = int((lengths > GRAM_TOKENS).sum()) if ordered else 0
-        self.norms["sketch"] += self._long
-        self.norms["gram"] += len(lengths) - self._long
-
-    def _matrix(self, side: str, name: str, size: int, dtype: "torch.dtype") -> "torch.Tensor":
-        """Return what a layer's factors of one side are multiplied with: basis, signs, or both beside each other."""
-        import torch
-
-        from jz3.ops.signs import signs
-
-        key = (side, name, bool(self._long), dtype)
-        if key not in self._matrices:
-            parts = [getattr(self._fit, side)[name]] if name in self._coordinates else []
-            if self._long:
-                parts.append(signs(0, f"norm {name} {side}", NORM_SKETCH, size).T / NORM_SKETCH**0.5)
-            self._matrices[key] = torch.cat([p.to(self._device, dtype) for p in parts], 1).contiguous()
-        return self._matrices[key]
-
-    def _project(self, side: str, name: str, x: "torch.Tensor") -> "torch.Tensor":
-        """Multiply factors [B, S, D] with a layer's matrix of one side; a CPU keeps the result in float32."""
-        import torch
-
-        from jz3.gradients.products import Product
-
-        if x.device.type != "cpu":
-            return x @ self._matrix(side, name, x.shape[2], x.dtype)
-        key = (side, name, bool(self._long), x.dtype)
-        if key not in self._products:
-            self._products[key] = Product(self._matrix(side, name, x.shape[2], x.dtype))
-        return self._products[key](x.flatten(0, 1), torch.float32).view(len(x), x.shape[1], -1)
-
-    def forward(self, name: str, a: "torch.Tensor") -> Any:
-        """Keep a R with the sketch of a, and for short texts the Gram matrix of a; a itself is dropped."""
-        projected = None
-        if name in self._coordinates:
-            projected = self._project("right", name, a)
-        elif self._long:
-            projected = self._project("right", name, a[: self._long])
-        grams = None
-        if self._long < len(a):
-            grams = self._grams.of(a if not self._long else a[self._long :])
-        return projected, grams
-
-    def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
-        """Add the layer's part of ||G||^2 and, for a kept layer, its coordinates."""
-        import torch
-
-        from jz3.gradients.products import known_and_rest
-
-        projected, grams = kept
-        if self._square is None:
-            self._square = torch.zeros(len(g), device=g.device)
-            self._values = torch.zeros(len(g), self._fit.k, device=g.device)
-        if grams is not None:
-            self._square[self._long :] += (grams * gram(g[self._long :])).sum((1, 2))
-        if projected is None:
-            return
-        blocks = self._blocks(name, projected, g[: len(projected)])
-        long = blocks[: self._long]
-        if name not in self._coordinates:
-            self._square[: self._long] += long.square().sum((1, 2))
-            return
-        rows, columns = self._fit.left[name].shape[1], self._fit.right[name].shape[1]
-        chosen = self._coordinates[name]
-        start = self._offset[name]
-        self._values[:, start : start + len(chosen)] = blocks[:, :rows, :columns].flatten(1)[:, chosen]
-        if self._long:
-            turns = (self._turn(side, name) for side in ("left", "right"))
-            self._square[: self._long] += known_and_rest(long, *turns)
-
-    def _blocks(self, name: str, projected: "torch.Tensor", g: "torch.Tensor") -> "torch.Tensor":
-        """Return left^T G of every text for inputs that are projected already, [B, p_o, p_i] float32."""
-        import torch
-
-        from jz3.gradients.products import segment_outer
-        from jz3.ops.segment_project import segment_project
-
-        count, width, size = g.shape
-        bounds = torch.arange(0, count * width + 1, width, device=g.device)
-        if g.device.type == "cpu":
-            return segment_outer(
-                self._project("left", name, g).flatten(0, 1), projected.flatten(0, 1), bounds
-            )
-        left = self._matrix("left", name, size, g.dtype)
-        # Pads have no gradient, so that a row of the batch is its text's segment.
-        return segment_project(projected.flatten(0, 1), g.flatten(0, 1), left, bounds).float()
-
-    def _turn(self, side: str, name: str) -> "torch.Tensor":
-        """Return L^T S or R^T S: how the sketch sees a layer's basis."""
-        import torch
-
-        key = (f"{side} turned", name, True, torch.float32)
-        if key not in self._matrices:
-            basis = getattr(self._fit, side)[name].to(self._device)
-            both = self._matrix(side, name, len(basis), torch.float32)
-            self._matrices[key] = basis.T @ both[:, basis.shape[1] :]
-        return self._matrices[key]
-
-    def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Return (unit-norm values [B, K], norms [B]) of the batch just run and forget it."""
-        norm = self._square.clamp(min=0).sqrt()
-        values = self._values / norm[:, None]
-        self._values = self._square = None
-        return values.cpu(), norm.cpu()
 
 
 class _FactorSink:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from jz3.features.adapted import AdaptedFit, AdaptedSink
+from jz3.features.adapted import AdaptedFit
+from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.known import Known, KnownSink
 from jz3.features.less import SIDES, Less, less_batches
 from jz3.features.readout import Readout, readout_batches

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.features.adapted import AdaptedFit, AdaptedSink, fit_adapted
+from jz3.features.adapted import AdaptedFit, fit_adapted
+from jz3.features.adapted_sink import AdaptedSink
 from jz3.files import atomic_path, canonical_json, hash_file
 from jz3.gradients import Tokens, make_batches, run_pass
 
@@ -90,6 +91,7 @@ class KnownSink:
         self._queries = known.queries
         self.wide: bool = self._inner.wide
         self.begin: Callable[[torch.Tensor], None] = self._inner.begin
+        self.share: Callable[[Any], None] = self._inner.share
         self.forward: Callable[[str, Any], Any] = self._inner.forward
         self.backward: Callable[[str, Any, Any], None] = self._inner.backward
 

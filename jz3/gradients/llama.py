@@ -39,6 +39,12 @@ INT8_TOLERANCE = 0.05
 FORWARD_GROUP, BACKWARD_GROUP = 64, 128
 """Numbers under one scale. Gradients bear more of them than activations, whose outliers spoil their neighbours."""
 
+
+def backward_group(depth: int) -> int:
+    """Return how many numbers of `depth` have one scale in a product backward: 192 where that leaves none over."""
+    return BACKWARD_GROUP if depth % 192 else 192
+
+
 SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""
 
@@ -201,9 +207,7 @@ class _Block:
 class _Linear:
     """Layers that share their input, as one product in either direction."""
 
-    def __init__(self, layers: list[Any], dtype: torch.dtype, int8: tuple[bool, bool]) -> None:
-        """`int8`: whether the product forward and the one backward are in 8 bits."""
-
+    def __init__(self, layers: list[Any], dtype: torch.dtype, int8: bool) -> None:
         def together(field: str) -> Any:
             parts = [getattr(layer, field) for layer in layers]
             if parts[0] is None:
@@ -212,17 +216,17 @@ class _Linear:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         weight, bias = together("weight"), together("bias")
-        forward, backward = int8
-        self.forward = Int8Product(weight.T, FORWARD_GROUP, bias) if forward else Product(weight.T, bias)
-        self.backward = Int8Product(weight, BACKWARD_GROUP) if backward else Product(weight)
+        self.forward: Any
+        self.backward: Any
+        if int8:
+            self.forward = Int8Product(weight.T, FORWARD_GROUP, bias)
+            self.backward = Int8Product(weight, backward_group(len(weight)))
+        else:
+            self.forward, self.backward = Product(weight.T, bias), Product(weight)
 
 
 class Blocks:
-    """All blocks of a model.
-
-    With `int8` all products backward and the output layer are in 8 bits, with `int8-all` those forward too, but of
-    queries, keys and values.
-    """
+    """All blocks of a model and its output layer, with products as `set_products` has them."""
 
     def __init__(self, model: Any, products: str = "exact") -> None:
         config = model.config.get_text_config()
@@ -243,8 +247,7 @@ class Blocks:
 
     def _block(self, block: Any, products: str) -> _Block:
         def linear(*names: str) -> _Linear:
-            int8 = products == "int8-all" and PARTS[0] not in names, products != "exact"
-            return _Linear([block.get_submodule(n) for n in names], self.dtype, int8)
+            return _Linear([block.get_submodule(n) for n in names], self.dtype, products == "int8")
 
         q, k, v, o, gate, up, down = PARTS
         norm = block.input_layernorm.weight.detach().to(self.dtype)
@@ -257,6 +260,15 @@ class Blocks:
         self.names = [
             {p: names[i] for p in PARTS if (i := id(block.get_submodule(p))) in names}
             for block in model.model.layers
+        ]
+
+    def shared(self) -> list[tuple[str, ...]]:
+        """Return the names of the layers that share an input."""
+        q, k, v, _, gate, up, _ = PARTS
+        return [
+            tuple(name[p] for p in parts if p in name)
+            for name in self.names
+            for parts in ((q, k, v), (gate, up))
         ]
 
     def forward(self, ids: torch.Tensor, sink: Any, texts: int) -> "Run":

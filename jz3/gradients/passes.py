@@ -19,8 +19,10 @@ class Sink(Protocol):
     """Consumes the factors of every hooked layer.
 
     A sink may also have `begin(lengths)`, which is called before a batch with the number of tokens of
-    every text [B] int64, and an attribute `wide`: true if it takes factors in float32 of a bfloat16
-    model too, which is where some CPUs compute faster (other sinks get them rounded to bfloat16).
+    every text [B] int64; `share(groups)`, which is called before any pass with tuples of names of the layers
+    that will be given one tensor, one layer after the other; and an attribute `wide`: true if it takes
+    factors in float32 of a bfloat16 model too, which is where some CPUs compute faster (other sinks get
+    them rounded to bfloat16).
     """
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
@@ -88,7 +90,7 @@ class GradientPass:
                 wherever it can and agrees with the model's own code.
             packed: put a batch's texts behind one another in one row instead of padding them. By
                 default with FlashAttention 2, which then runs over the texts' own lengths.
-            products: `exact`, `int8` or `int8-all` instead of what `set_products` chose for the model (`exact` if
+            products: `exact` or `int8` instead of what `set_products` chose for the model (`exact` if
                 nobody did).
 
         Raises:
@@ -128,6 +130,8 @@ class GradientPass:
                 core, layers, bool(fast), products or core.__dict__.get("_jz3_products", "exact")
             )
         )
+        if share := getattr(sink, "share", None):
+            share(self._fast.shared() if self._fast else [])
         if self._fast is None:
             self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
 
@@ -256,7 +260,7 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         products: one of PRODUCTS.
 
     Returns:
-        `exact`, `int8` or `int8-all`: what its passes will use. A model that runs on its own code is always exact.
+        `exact` or `int8`: what its passes will use. A model that runs on its own code is always exact.
 
     Raises:
         ValueError: `products` is unknown.

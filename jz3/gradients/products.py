@@ -154,7 +154,8 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
         float32 [S, Q, P].
     """
     columns = -(-a.shape[1] // LANES) * LANES
-    if not native_products() or a.stride(0) < columns or (a.stride(1), g.stride(1)) != (1, 1):
+    inside = a.stride(0) and a.storage_offset() % a.stride(0) + columns <= a.stride(0)
+    if not native_products() or not inside or (a.stride(1), g.stride(1)) != (1, 1):
         edges = bounds.tolist()
         return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
     out = torch.empty(len(bounds) - 1, g.shape[1], columns)
@@ -164,28 +165,30 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
     return out[:, :, : a.shape[1]]
 
 
-def known_and_rest(blocks: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Square a gradient that is known in part and sketched as a whole.
-
-    ||K||^2 + ||S - left^T K right||^2 for every block [K *; * S].
+def known_and_rest(
+    known: torch.Tensor, sketch: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """Square gradients that are known in part and sketched as a whole: ||K||^2 + ||S - left^T K right||^2.
 
     Args:
-        blocks: [B, Q + s, P + s] float32; a row's numbers lie behind one another.
+        known: K [B, Q, P] float32.
+        sketch: S [B, s, t] float32.
         left: [Q, s] float32, how the sketch sees the left basis.
-        right: [P, s] float32.
+        right: [P, t] float32.
 
     Returns:
         [B] float32.
     """
-    rows, columns = len(left), len(right)
-    known, sketch = blocks[:, :rows, :columns], blocks[:, rows:, columns:]
-    square = torch.zeros(len(blocks), device=blocks.device)
-    dense = blocks.stride(0) == blocks.shape[1] * blocks.stride(1) and blocks.stride(2) == 1
-    if blocks.device.type != "cpu" or backend.extension_missing() or not dense:
+    square = torch.zeros(len(known), device=known.device)
+    if (
+        known.device.type != "cpu"
+        or backend.extension_missing()
+        or (known.stride(2), sketch.stride(2)) != (1, 1)
+    ):
         rest = sketch - left.T @ known @ right
         return square + known.square().sum((1, 2)) + rest.square().sum((1, 2))
-    tensors = (blocks, left.contiguous(), right.contiguous(), square)
-    sizes = (len(blocks), blocks.stride(1), rows, columns, sketch.shape[1], sketch.shape[2])
+    tensors = (known, sketch, left.contiguous(), right.contiguous(), square)
+    sizes = (*known.shape, *sketch.shape[1:], *known.stride()[:2], *sketch.stride()[:2])
     backend.extension().known_and_rest(*(t.data_ptr() for t in tensors), *sizes)
     return square
 
