@@ -14,8 +14,9 @@ from jz3.features import FeaturesConfig, LessConfig, stage
 from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
 from jz3.files import hash_text, read_json, read_jsonl, write_jsonl
 from jz3.influence import feature_blocks
+from jz3.models import load_tokenizer
 from jz3.pipeline import run_pipeline
-from jz3.records import Doc, Query
+from jz3.records import Doc, Query, Reject
 from jz3.stage import StageContext
 
 
@@ -102,6 +103,25 @@ def test_long_documents_and_norms_are_counted(tmp_path: Path, tiny_model: Path) 
     assert truncated["cut"] == split["split"] == 10 and split["cut"] == truncated["split"] == 0
     assert truncated["tokens"] + truncated["cut_tokens"] == split["tokens"]
     assert truncated["norms"] == {"gram": 20, "sketch": 0} and sum(split["norms"].values()) == 20
+
+
+def test_prompts_are_not_scored(tmp_path: Path, tiny_model: Path) -> None:
+    asks = [f"What is {n} and {n + 1}?" for n in range(3)]
+    texts = [f"{asks[0]}\n\nIt is 1.", f"{asks[1]}\n\nIt is 3.", asks[2]]
+    docs = [
+        Doc(id=hash_text(t), text=t, source="sums", tokens=0, meta={"ask": a} if a != asks[1] else {})
+        for t, a in zip(texts, asks, strict=True)
+    ]
+    write_jsonl(tmp_path / "corpus" / "docs.jsonl", (d.to_json() for d in docs))
+    recipe = shipped_recipe("tiny")
+    features = dataclasses.replace(recipe.features, prompt_field="ask")
+    ctx = StageContext(
+        recipe=dataclasses.replace(recipe, features=features), run_dir=tmp_path, name="features"
+    )
+    tokenizer, rejects = load_tokenizer(tiny_model), list[Reject]()
+    found = stage.tokenize_documents(ctx, tokenizer, rejects)
+    assert tokenizer.decode(found[0].ids[: found[0].start]) == asks[0] and found[1].start == 1
+    assert [(r.id, r.reason) for r in rejects] == [(docs[2].id, "too_short")]
 
 
 def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:

@@ -39,6 +39,23 @@ def test_completion_is_scored(tiny_model: Path) -> None:
         tokenize_text(tokenizer, "t", "", 10)
 
 
+def test_a_prompt_is_not_scored(tiny_model: Path) -> None:
+    tokenizer, marked = load_tokenizer(tiny_model), with_start(tiny_model)
+    text = "What is 2+2?\n\nIt is 4."
+    found = tokenize_text(tokenizer, "t", text, 100, prompt="  What is 2+2?\n")
+    assert tokenizer.decode(found.ids[: found.start]) == "What is 2+2?"
+    assert tokenizer.decode(found.ids) == text
+    start = tokenize_text(marked, "t", text, 100, prompt="What is 2+2?")
+    assert (start.ids[1:], start.start) == (found.ids, found.start + 1)
+    # Another beginning is no prompt, nor is none.
+    for prompt in ("It is", ""):
+        assert tokenize_text(tokenizer, "t", text, 100, prompt=prompt).start == 1
+    with pytest.raises(ValueError, match="at least"):
+        tokenize_text(tokenizer, "t", text, 100, prompt=text)
+    with pytest.raises(ValueError, match="nothing is left to score"):
+        tokenize_text(tokenizer, "t", text, found.start, prompt="What is 2+2?")
+
+
 def test_start_token_is_added_and_never_scored(tiny_model: Path) -> None:
     plain, marked = load_tokenizer(tiny_model), with_start(tiny_model)
     assert start_tokens(plain) == () and start_tokens(marked) == (marked.eos_token_id,)

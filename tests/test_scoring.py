@@ -114,6 +114,29 @@ def test_scores_do_not_depend_on_shards_and_windows(
         np.testing.assert_allclose(one[column].to_numpy(), other[column].to_numpy(), rtol=1e-4, atol=2e-6)
 
 
+def test_prompts_are_not_scored(
+    tmp_path: Path, data: tuple[list[str], dict[str, Path]], tiny_model: Path
+) -> None:
+    rows = [{"id": f"doc-{i}", "ask": f"What is {i}?", "text": t} for i, t in enumerate(runs.texts(8))]
+    rows += [{"id": "no-field", "text": rows[0]["text"]}]
+    joined = [{**r, "text": f"{r['ask']}\n\n{r['text']}"} if "ask" in r else r for r in rows]
+    joined += [{"id": "alone", "ask": "What?", "text": "What?"}]
+    corpus = [str(runs.write_lines(tmp_path / "corpus.jsonl", joined))]
+    for name, field in (("whole", ""), ("answers", "ask")):
+        runs.run(tmp_path / name, corpus, data[1], prompt_field=field, baselines=("loss",))
+    whole, answers = runs.scores(tmp_path / "whole"), runs.scores(tmp_path / "answers")
+    assert whole["id"].to_pylist() == [*answers["id"].to_pylist(), "alone"]
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    for row, loss in zip(joined, answers["loss"].to_pylist(), strict=False):
+        tokens = tokenize_text(tokenizer, "", row["text"], 512, prompt=row.get("ask", ""))
+        labels = torch.tensor([tokens.ids])
+        ids, labels = labels.clone(), labels.masked_fill(torch.arange(len(tokens.ids)) < tokens.start, -100)
+        with torch.no_grad():
+            assert loss == pytest.approx(float(model(ids, labels=labels).loss), rel=2e-3)
+    [lost] = [r for p in (tmp_path / "answers" / "rejects").iterdir() for r in runs.rows_of(p)]
+    assert lost["reason"] == "too_short"
+
+
 def test_features_are_kept(finished: tuple[Path, dict[str, Any]], tiny_model: Path) -> None:
     out, _ = finished
     store = Store(out / "store", verify=True)

@@ -86,6 +86,9 @@ class FeaturesConfig:
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512
     """Queries are cut at this length."""
+    prompt_field: str = ""
+    """A field of the texts' `meta` (one of their source's `keep_fields`): where a text begins with what it holds, only
+    the rest is scored, as where instructions are trained on. A text without more is rejected. Empty: all is scored."""
     long: str = "truncate"
     """What becomes of a document that the model's tokenizer finds longer than `corpus.max_tokens`: `truncate` (cut at
     its end) or `split` (run in windows of that length, whose gradients are summed)."""

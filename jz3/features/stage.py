@@ -173,11 +173,12 @@ def tokenize_documents(
 ) -> list[Tokens]:
     """Tokenise the corpus; a text with nothing to predict becomes a reject."""
     documents = []
+    limit, config = ctx.recipe.corpus.max_tokens, ctx.recipe.features
     for row in ctx.rows("corpus", "docs.jsonl"):
         doc = Doc.from_json(row)
         try:
-            limit, long = ctx.recipe.corpus.max_tokens, ctx.recipe.features.long
-            documents.append(tokenize_text(tokenizer, doc.id, doc.text, limit, long))
+            prompt = doc.meta.get(config.prompt_field, "")
+            documents.append(tokenize_text(tokenizer, doc.id, doc.text, limit, config.long, prompt))
         except ValueError as error:
             rejects.append(Reject(id=doc.id, stage="features", reason="too_short", detail=str(error)))
     if not documents:

@@ -55,9 +55,14 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 
 
 def tokenize_text(
-    tokenizer: "PreTrainedTokenizerBase", key: str, text: str, max_tokens: int, long: str = "truncate"
+    tokenizer: "PreTrainedTokenizerBase",
+    key: str,
+    text: str,
+    max_tokens: int,
+    long: str = "truncate",
+    prompt: str = "",
 ) -> Tokens:
-    """Tokenise a corpus text: every token is scored, but for start tokens and a first one without any.
+    """Tokenise a corpus text: every token is scored, but for start tokens, a first one without any, and a prompt.
 
     Args:
         tokenizer: the model's.
@@ -66,6 +71,7 @@ def tokenize_text(
         max_tokens: the longest sequence that the model is given, start tokens included.
         long: what becomes of a longer text: `truncate` (cut at its end, counted in `Tokens.cut`) or
             `split` (run in windows, see `Tokens.window`; every token is scored once).
+        prompt: if the text begins with it, white space around it apart, only what follows is scored.
 
     Returns:
         The tokens.
@@ -75,9 +81,13 @@ def tokenize_text(
     """
     if long not in ("truncate", "split"):
         raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
-    head = start_tokens(tokenizer)
-    ids = [*head, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
-    start = max(len(head), 1)
+    prompt = prompt.strip()
+    size = len(prompt) if text.startswith(prompt) else 0
+    head, tail = (
+        tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in (text[:size], text[size:])
+    )
+    ids = [*start_tokens(tokenizer), *head, *tail]
+    start = max(len(ids) - len(tail), 1)
     if len(ids) <= start:
         raise ValueError(f"text {key} has {len(ids)} token(s); at least {start + 1} are needed")
     if long == "split":

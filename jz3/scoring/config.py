@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import UseAppendAction
 
+from jz3.corpus.readers import SourceText
+from jz3.gradients.tokens import Tokens, tokenize_text
 from jz3.machine import PRODUCTS
 from jz3.models import EMBEDDED
 from jz3.store import CODES
@@ -65,6 +68,9 @@ class ScoreSettings:
     """The corpus's field with the id; a text without one is named by its hash."""
     source_field: str = "source"
     """The corpus's field with the source; a text without one is named by its file."""
+    prompt_field: str = ""
+    """A field of the corpus: where a text begins with what it holds, only the rest is scored (a text without more is
+    rejected). Empty: all of every text is."""
     max_line_bytes: int = 16 << 20
     """A longer line is rejected."""
     problem_field: str = ""
@@ -112,6 +118,15 @@ class ScoreSettings:
             raise ValueError("--shard-documents and --max-line-bytes must be positive")
         if self.fit and len(self.checkpoint) > 1:
             raise ValueError("--fit belongs to one model; with several checkpoints every one is fitted anew")
+
+    def tokens_of(self, tokenizer: Any, text: SourceText) -> Tokens:
+        """Tokenise a text of the corpus.
+
+        Raises:
+            ValueError: there is nothing to score.
+        """
+        prompt = text.meta.get(self.prompt_field, "")
+        return tokenize_text(tokenizer, text.where, text.text, self.max_tokens, prompt=prompt)
 
     def checkpoints(self) -> list[tuple[str, float]]:
         """Return (model, weight) of every checkpoint, the weights summing to 1."""

@@ -127,7 +127,6 @@ def print_measured(
     """
     import torch
 
-    from jz3.gradients import tokenize_text
     from jz3.scoring.job import cpu_threads, no_usable_text, prepare
     from jz3.scoring.plan import make_plan
     from jz3.scoring.reading import Reader
@@ -155,7 +154,7 @@ def print_measured(
         lengths, usable = [], []
         for text in sample:
             try:
-                lengths.append(len(tokenize_text(scorer.tokenizer, "", text.text, settings.max_tokens).ids))
+                lengths.append(len(settings.tokens_of(scorer.tokenizer, text).ids))
                 usable.append(text)
             except ValueError:
                 continue

@@ -32,7 +32,6 @@ from jz3.gradients import (
     linear_layers,
     set_products,
     tokenize_query,
-    tokenize_text,
 )
 from jz3.influence import agreement
 from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
@@ -282,7 +281,7 @@ def _fidelity(
     for text in reader.sample(settings.exact_documents + len(seen), "exact"):
         if text.where not in seen and len(documents) < settings.exact_documents:
             with contextlib.suppress(ValueError):
-                documents.append(tokenize_text(tokenizer, text.where, text.text, settings.max_tokens))
+                documents.append(settings.tokens_of(tokenizer, text))
     queries = [
         t for task, group in tokens.items() if task != "control" for t in group[: settings.exact_queries]
     ]
@@ -359,7 +358,7 @@ def _projection(
         documents = []
         for text in reader.sample(settings.fit_documents, "fit"):
             try:
-                documents.append(tokenize_text(tokenizer, text.where, text.text, settings.max_tokens))
+                documents.append(settings.tokens_of(tokenizer, text))
             except ValueError:
                 continue  # the text's shard rejects it with the reason
         if settings.fit_documents and not documents:

@@ -111,7 +111,7 @@ class Plan:
             kind="jsonl",
             paths=tuple(f.path for f in self.files),
             text_field=s.text_field,
-            keep_fields=tuple(f for f in (s.id_field, s.source_field) if f),
+            keep_fields=tuple(f for f in (s.id_field, s.source_field, s.prompt_field) if f),
             max_line_bytes=s.max_line_bytes,
         )
 

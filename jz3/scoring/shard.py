@@ -16,7 +16,7 @@ from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
 from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
-from jz3.gradients import Tokens, linear_layers, set_products, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Reject
 from jz3.scoring.job import PROJECTIONS, Job
@@ -125,9 +125,7 @@ class Scorer:
                 rows.rejects.append(_staged(record))
                 continue
             try:
-                tokens = tokenize_text(
-                    self.tokenizer, record.where, record.text, self.plan.settings.max_tokens
-                )
+                tokens = self.plan.settings.tokens_of(self.tokenizer, record)
             except ValueError as error:
                 rows.rejects.append(_staged(reject("too_short", record.where, str(error), record.text)))
                 continue
