@@ -15,6 +15,7 @@ from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.files import read_json, read_jsonl, write_jsonl
 from jz3.pipeline import run_pipeline
+from jz3.records import Reject
 from jz3.selection.sets import coverage, diverse, matching, preconditioned
 from jz3.stage import StageContext
 
@@ -187,6 +188,30 @@ def test_a_comparison_is_extended_and_trains_only_what_is_new(
         run_pipeline(dataclasses.replace(tiny, targets=targets), folder, last="comparison")
     with pytest.raises(Jz3Error, match="has no scores"):
         run(methods=("theirs",), runs=(("theirs", str(tmp_path)),))
+
+
+def test_what_another_run_rejected_comes_last(run_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    from jz3.selection.pool import load_pool
+
+    other = tmp_path / "other"
+    shutil.copytree(run_folder / "influence", other / "influence")
+    path = other / "influence" / "scores.parquet"
+    table = pq.read_table(path)
+    lost = table["id"][0].as_py()
+    pq.write_table(table.slice(1), path)
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
+    with pytest.raises(Jz3Error, match=f"1 of {len(table)} texts, e.g. {lost}"):
+        load_pool(ctx, runs=[("theirs", str(other))])
+    reject = Reject(id=lost, stage="features", reason="too_short")
+    write_jsonl(other / "features" / "rejects.jsonl", [reject.to_json()])
+    pool = load_pool(ctx, runs=[("theirs", str(other))])
+    order = list(pool.ordered(ctx, "theirs", pool.tasks[:1]))
+    own = [row for row in pool.ordered(ctx, "influence", pool.tasks[:1]) if pool.scores["id"][row] != lost]
+    assert order == [*own, pool.scores["id"].index(lost)]
 
 
 @pytest.mark.parametrize(

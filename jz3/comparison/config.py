@@ -22,7 +22,8 @@ class ComparisonConfig:
     between text and target; all four among `selection.candidates`), and the names of `runs`."""
     runs: tuple[tuple[str, str], ...] = ()
     """Further choosers: pairs of a name and the folder of another run over the same texts and tasks, whose
-    influence scores (of another kind of features, of several checkpoints) choose under that name."""
+    influence scores (of another kind of features, of several checkpoints) choose under that name. Texts that
+    it rejected (say, without a completion) come last."""
     without_sources: tuple[str, ...] = ()
     """Sources whose texts nobody may choose: a second pool from the same scores."""
     per_task: bool = False

@@ -11,6 +11,7 @@ import numpy as np
 from jz3.errors import Jz3Error
 from jz3.features.extract import coding_of, model_hash
 from jz3.features.stage import load_projection, read_extracted
+from jz3.files import read_jsonl
 from jz3.influence import ranks, read_scores
 from jz3.models import resolve_model
 from jz3.records import Query
@@ -143,21 +144,28 @@ def load_pool(ctx: StageContext, refused: Collection[str] = (), runs: Sequence[t
 
 
 def _foreign(scores: dict[str, Any], name: str, folder: Path) -> dict[str, np.ndarray]:
-    """Read another run's influence scores of this run's texts, as columns of the chooser `name`."""
+    """Read another run's influence scores of this run's texts, as columns of the chooser `name`.
+
+    A text that its features stage rejected comes last.
+    """
     if not (folder / "scores.parquet").exists():
         raise Jz3Error(f"comparison.runs: {folder} has no scores; run its influence stage first")
     theirs = read_scores(folder)
     place = {i: row for row, i in enumerate(theirs["id"])}
-    if lacking := [i for i in scores["id"] if i not in place]:
+    rejects = folder.parent / "features" / "rejects.jsonl"
+    rejected = {row["id"] for row in read_jsonl(rejects)} if rejects.exists() else set()
+    if lacking := [i for i in scores["id"] if i not in place and i not in rejected]:
         raise Jz3Error(
             f"comparison.runs: {folder} has no scores of {len(lacking)} of {len(scores['id'])} texts, e.g. "
             f"{lacking[0]}; it must be a run over the same texts"
         )
-    rows = [place[i] for i in scores["id"]]
+    rows = np.array([place.get(i, -1) for i in scores["id"]])
     tasks = [c.split(":", 1)[1] for c in scores if c.startswith("influence:") and c != "influence:control"]
     if lacking := [task for task in tasks if f"influence:{task}" not in theirs]:
         raise Jz3Error(f"comparison.runs: {folder} has no scores for the task {lacking[0]!r}")
-    return {f"{name}:{task}": theirs[f"influence:{task}"][rows] for task in tasks}
+    return {
+        f"{name}:{task}": np.where(rows < 0, -np.inf, theirs[f"influence:{task}"][rows]) for task in tasks
+    }
 
 
 def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
