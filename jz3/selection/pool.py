@@ -163,9 +163,8 @@ def _foreign(scores: dict[str, Any], name: str, folder: Path) -> dict[str, np.nd
     tasks = [c.split(":", 1)[1] for c in scores if c.startswith("influence:") and c != "influence:control"]
     if lacking := [task for task in tasks if f"influence:{task}" not in theirs]:
         raise Jz3Error(f"comparison.runs: {folder} has no scores for the task {lacking[0]!r}")
-    return {
-        f"{name}:{task}": np.where(rows < 0, -np.inf, theirs[f"influence:{task}"][rows]) for task in tasks
-    }
+    columns = {f"{name}:{task}": theirs[f"influence:{task}"] for task in tasks}
+    return {n: np.where(rows < 0, values.min() - 1, values[rows]) for n, values in columns.items()}
 
 
 def features_of(ctx: StageContext, ids: Sequence[str], tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
