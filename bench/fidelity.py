@@ -403,6 +403,7 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tokens", type=int, default=128, help="of a text or query")
+    parser.add_argument("--fit-tokens", type=int, default=0, help="of the fit's texts; 0: as many")
     parser.add_argument("--documents", type=int, default=1000, help="measured ones")
     parser.add_argument("--queries", type=int, default=40, help="measured ones, 0.2 GB each for SmolLM2-135M")
     parser.add_argument("--fit-documents", type=int, default=defaults.fit_documents)

@@ -70,7 +70,7 @@ def take(rows: Sequence[tuple[str, Any]], count: int, seen: bool, label: str, to
 
 def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> Texts:
     """Read, split and tokenise documents and queries."""
-    limit = arguments.tokens
+    limits = {True: arguments.fit_tokens or arguments.tokens, False: arguments.tokens}
     sources: dict[str, list[tuple[str, str]]] = {}
     for source, text in read_documents(folder):
         sources.setdefault(source, []).append((hash_text(text), text))
@@ -79,19 +79,20 @@ def load_texts(folder: Path, tokenizer: Any, arguments: argparse.Namespace) -> T
         rows = [json.loads(x) for x in (folder / file).read_text(encoding="utf-8").splitlines()]
         problems[task] = [(hash_text(r[problem]), (r[problem], r[solution])) for r in rows]
 
-    def document(key: str, text: str) -> Tokens:
-        return tokenize_text(tokenizer, key, text, limit)
-
-    def query(key: str, row: tuple[str, str]) -> Tokens:
-        return tokenize_query(tokenizer, key, prompt_for(row[0], "cot"), clean_solution(row[1])[0], limit)
-
     def documents(count: int, seen: bool) -> list[Tokens]:
+        def document(key: str, text: str) -> Tokens:
+            return tokenize_text(tokenizer, key, text, limits[seen])
+
         each = -(-count // len(sources))
         parts = [take(rows, each, seen, source, document) for source, rows in sources.items()]
         # Alternating, so that the first pieces of a long run are a sample of all.
         return [t for group in zip(*parts, strict=True) for t in group][:count]
 
     def queries(count: int, seen: bool) -> dict[str, list[Tokens]]:
+        def query(key: str, row: tuple[str, str]) -> Tokens:
+            prompt, solution = prompt_for(row[0], "cot"), clean_solution(row[1])[0]
+            return tokenize_query(tokenizer, key, prompt, solution, limits[seen])
+
         each = -(-count // len(problems))
         return {task: take(rows, each, seen, task, query) for task, rows in problems.items()}
 

@@ -50,8 +50,9 @@ def test_a_prompt_is_not_scored(tiny_model: Path) -> None:
     # Another beginning is no prompt, nor is none.
     for prompt in ("It is", ""):
         assert tokenize_text(tokenizer, "t", text, 100, prompt=prompt).start == 1
-    with pytest.raises(ValueError, match="at least"):
-        tokenize_text(tokenizer, "t", text, 100, prompt=text)
+    for prompt in (text, f"{text} And 3+3?"):
+        with pytest.raises(ValueError, match="at least"):
+            tokenize_text(tokenizer, "t", text, 100, prompt=prompt)
     with pytest.raises(ValueError, match="nothing is left to score"):
         tokenize_text(tokenizer, "t", text, found.start, prompt="What is 2+2?")
 

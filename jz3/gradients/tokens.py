@@ -82,7 +82,8 @@ def tokenize_text(
     if long not in ("truncate", "split"):
         raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
     prompt = prompt.strip()
-    size = len(prompt) if text.startswith(prompt) else 0
+    # A piece of a longer text may hold a part of the prompt alone.
+    size = len(prompt) if text.startswith(prompt) else len(text) * prompt.startswith(text)
     head, tail = (
         tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in (text[:size], text[size:])
     )

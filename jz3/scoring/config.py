@@ -14,6 +14,8 @@ from jz3.store import CODES
 
 KINDS = ("adapted", "known", "sketch", "readout")
 BASELINES = ("hidden", "bm25", "loss", "random")
+SET_CHOOSERS = ("matching", "diverse", "preconditioned")
+"""Of jz3.selection.sets those that know a target by the mean of its queries, which is what a run keeps."""
 DEFAULT_SHARE, DEFAULT_MOST = 0.1, 10_000
 
 
@@ -153,6 +155,11 @@ class ChooseSettings:
     grows with it, by about 6 KB a text, and not with the corpus."""
     combine: str = "mean"
     """`mean` or `max` of the tasks' scores, or `quota`: the tasks choose in turn."""
+    chooser: str = "influence"
+    """`influence`, the texts with the best scores, or a set among the `candidates` best: `matching`, `diverse` or
+    `preconditioned` (jz3.selection.sets; wants --keep-features and --combine mean)."""
+    candidates: int = 20_000
+    """Texts with the best scores among which a set is chosen; each takes 4 bytes of memory per number."""
     source_quota: float = 1.0
     """At most this share of the chosen from one source."""
     near_duplicates: bool = True
@@ -165,6 +172,13 @@ class ChooseSettings:
             raise ValueError(f"--k must be 0 or more, --share in 0..1; got {self.k} and {self.share}")
         if self.combine not in ("mean", "max", "quota"):
             raise ValueError(f"--combine must be mean, max or quota, got {self.combine!r}")
+        if self.chooser not in ("influence", *SET_CHOOSERS):
+            known = ", ".join(("influence", *SET_CHOOSERS))
+            raise ValueError(f"--chooser must be one of {known}, got {self.chooser!r}")
+        if self.chooser in SET_CHOOSERS and self.combine != "mean":
+            raise ValueError(f"--chooser {self.chooser} wants --combine mean, got {self.combine!r}")
+        if self.candidates < max(1, self.k):
+            raise ValueError(f"--candidates must be at least 1 and --k ({self.k}), got {self.candidates}")
         if not 0 < self.source_quota <= 1:
             raise ValueError(f"--source-quota must be above 0 and at most 1, got {self.source_quota}")
 

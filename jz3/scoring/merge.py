@@ -18,10 +18,11 @@ from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, write_json, write_jsonl
 from jz3.influence import negative_control
-from jz3.scoring.config import ChooseSettings, ScoreSettings
+from jz3.scoring.config import SET_CHOOSERS, ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
 from jz3.scoring.plan import Plan
 from jz3.scoring.reading import Reader
+from jz3.scoring.sets import choose_among
 from jz3.scoring.shard import read_about, scores_path
 from jz3.scoring.workers import missing_shards
 from jz3.selection import Choice, Place, StreamingSelection
@@ -68,12 +69,21 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
         )
     k = choose.count(kept)
     tasks = [t for t in job.tasks if t != "control"]
+    many = k
+    if choose.chooser in SET_CHOOSERS:
+        many = min(choose.candidates, kept)
+        if many < k:
+            raise Jz3Error(
+                f"{choose.chooser} chooses {k:,} texts among {many:,} candidates; raise --candidates to {k} or more"
+            )
     codes = {source: number for number, source in enumerate(counts["sources"])}
     limit = max(1, int(choose.source_quota * k)) if choose.source_quota < 1 else None
     slack = SLACK[0]
     with tempfile.TemporaryFile(dir=out) as spill:
         while True:
-            selection = StreamingSelection(k, choose.combine, limit, slack)
+            selection = StreamingSelection(
+                many, choose.combine, None if choose.chooser in SET_CHOOSERS else limit, slack
+            )
             for _, table in _tables(out, plan, ["hash", "line", "source", *_columns("influence", tasks)]):
                 selection.add(_matrix(table, "influence", tasks), _places(table), _codes(table, codes))
             texts = _Spill(spill, plan, selection.candidates())
@@ -83,6 +93,18 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
                 break
             slack *= SLACK[1]
         details = _details(out, plan, job, [c.place for c in choices], [*refused])
+        if choose.chooser in SET_CHOOSERS:
+            choices, kept_out = choose_among(
+                out,
+                plan.settings,
+                job,
+                choices,
+                choose.chooser,
+                k,
+                lambda place: details[place[1:]]["source"],
+                limit,
+            )
+            refused |= kept_out
         passed = np.sort([_combined(details[place[1:]], tasks, choose) for place in refused])
         rows = (
             _row(rank, choice, texts[choice.place], details[choice.place[1:]], tasks, choose, kept, passed)
@@ -113,12 +135,14 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
         "selection": {
             "wanted": k,
             "chosen": len(choices),
+            "chooser": choose.chooser,
+            "candidates": many if choose.chooser in SET_CHOOSERS else None,
             "combine": choose.combine,
             "source_limit": limit,
             "near_duplicates": choose.near_duplicates,
             "similarity": choose.similarity,
             "passed_over": dict(sorted(Counter(refused.values()).items())),
-            "lowest_score": choices[-1].score if choices else None,
+            "lowest_score": min((c.score for c in choices), default=None),
             "repeated_ids": sum(n - 1 for n in ids.values()),
             "rule": _rule(choose, k, limit),
         },
@@ -215,6 +239,8 @@ def check_choice(choose: ChooseSettings, settings: ScoreSettings) -> None:
         Jz3Error: a package is missing; the message says how to get it, or do without.
     """
     deduplicator(choose)
+    if choose.chooser in SET_CHOOSERS and not settings.keep_features:
+        raise Jz3Error(f"--chooser {choose.chooser} looks at the texts' features; add --keep-features")
     if "bm25" in settings.baselines:
         tokenize([])
 
@@ -284,7 +310,9 @@ def _row(
 ) -> dict[str, Any]:
     """Return a chosen text with what decided; `passed` are the sorted scores of what was passed over."""
     scores = {task: details[f"influence:{task}"] for task in tasks}
-    if choice.task >= 0:
+    if choose.chooser in SET_CHOOSERS:
+        why = f"number {rank + 1:,} of the set by {choose.chooser}"
+    elif choice.task >= 0:
         why = f"next best of {kept:,} for {tasks[choice.task]}, whose turn it was"
     else:
         highest = f"highest of its scores, for {max(scores, key=lambda t: scores[t])},"
@@ -316,6 +344,8 @@ def _rule(choose: ChooseSettings, k: int, limit: int | None) -> str:
         "max": f"the {k:,} texts with the highest of the tasks' scores",
         "quota": f"the tasks choose their best text in turn until there are {k:,}",
     }[choose.combine]
+    if choose.chooser in SET_CHOOSERS:
+        how = f"{k:,} texts by {choose.chooser} among the {choose.candidates:,} with {how.partition('with ')[2]}"
     parts = [how, "equal scores by the text's hash", "a text that repeats a better one is passed over"]
     if choose.near_duplicates:
         parts.append(f"also a near repeat (Jaccard similarity of 5-word shingles from {choose.similarity})")
