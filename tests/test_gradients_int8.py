@@ -123,6 +123,8 @@ def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(product(x), expected)
     with pytest.raises(ValueError, match="192 columns, got 100"):
         product(x[:, :100])
+    with pytest.raises(ValueError, match="group must be a multiple of 64, got 16"):
+        Int8Product(torch.eye(64), 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -39,12 +39,6 @@ INT8_TOLERANCE = 0.05
 FORWARD_GROUP, BACKWARD_GROUP = 64, 128
 """Numbers under one scale. Gradients bear more of them than activations, whose outliers spoil their neighbours."""
 
-
-def backward_group(depth: int) -> int:
-    """Return how many numbers of `depth` have one scale in a product backward: 192 where that leaves none over."""
-    return BACKWARD_GROUP if depth % 192 else 192
-
-
 SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""
 
@@ -202,6 +196,11 @@ class _Block:
     o: "_Linear"
     gate_up: "_Linear"
     down: "_Linear"
+
+
+def backward_group(depth: int) -> int:
+    """Return how many numbers of `depth` have one scale in a product backward: 192 where that leaves none over."""
+    return BACKWARD_GROUP if depth % 192 else 192
 
 
 class _Linear:

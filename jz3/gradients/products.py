@@ -88,7 +88,9 @@ class Int8Matrix:
     """A matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a column, in the layout of jz3's own products."""
 
     def __init__(self, matrix: torch.Tensor, group: int) -> None:
-        """Quantise and pack a matrix, bfloat16 or float32, of any strides; `group` is a multiple of 16."""
+        """Quantise and pack a matrix, bfloat16 or float32, of any strides; `group` is a multiple of 64."""
+        if group < 64 or group % 64:
+            raise ValueError(f"group must be a multiple of 64, got {group}")
         depth, columns = matrix.shape
         size = backend.extension().INT8_HEAD + 64 * group
         parts = -(-columns // 64) * -(-depth // group)
@@ -105,6 +107,8 @@ class Int8Matrix:
 class Int8Product:
     """y = x W for a fixed matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a row of x and of a column of W.
 
+    Every 16 numbers of either are multiplied with a Hadamard matrix before, which spreads outliers (csrc/cpu/int8.h).
+
     Sums are of whole numbers within these groups and float32 beyond, rounded once to the dtype of y. A row with
     a number that isn't finite gives NaN.
     """
@@ -114,7 +118,7 @@ class Int8Product:
 
         Args:
             matrix: W [I, O], bfloat16 or float32, any strides.
-            group: a multiple of 16.
+            group: a multiple of 64.
             bias: b [O] or None, added to the result.
         """
         self._depth, self._columns = matrix.shape
