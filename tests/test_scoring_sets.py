@@ -74,7 +74,8 @@ def test_what_a_set_needs(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="wants --combine mean, got 'quota'"):
         ChooseSettings(chooser="matching", combine="quota")
     with pytest.raises(ValueError, match=r"--candidates must be at least 1 and --k \(50\), got 20"):
-        ChooseSettings(k=50, candidates=20)
+        ChooseSettings(k=50, candidates=20, chooser="matching")
+    assert ChooseSettings(k=50_000).count(10**6) == 50_000
     wanted = ChooseSettings(chooser="matching", share=0.9, candidates=20)
     with pytest.raises(Jz3Error, match="add --keep-features"):
         check_choice(wanted, ScoreSettings(model=str(tiny_model)))

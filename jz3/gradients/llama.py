@@ -37,7 +37,7 @@ TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 INT8_TOLERANCE = 0.05
 """What products in 8 bits may add to it; they reach 0.03 in all products of a block."""
 FORWARD_GROUP, BACKWARD_GROUP = 64, 128
-"""Numbers under one scale. Gradients bear more of them than activations, whose outliers spoil their neighbours."""
+"""Numbers under one scale: the more, the faster and the coarser, which gradients bear better than activations."""
 
 SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""

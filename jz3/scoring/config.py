@@ -159,7 +159,8 @@ class ChooseSettings:
     """`influence`, the texts with the best scores, or a set among the `candidates` best: `matching`, `diverse` or
     `preconditioned` (jz3.selection.sets; wants --keep-features and --combine mean)."""
     candidates: int = 20_000
-    """Texts with the best scores among which a set is chosen; each takes 4 bytes of memory per number."""
+    """Texts with the best scores among which a set is chosen; each takes 4 bytes of memory per number. With
+    --source-quota they may leave fewer than --k."""
     source_quota: float = 1.0
     """At most this share of the chosen from one source."""
     near_duplicates: bool = True
@@ -175,12 +176,17 @@ class ChooseSettings:
         if self.chooser not in ("influence", *SET_CHOOSERS):
             known = ", ".join(("influence", *SET_CHOOSERS))
             raise ValueError(f"--chooser must be one of {known}, got {self.chooser!r}")
-        if self.chooser in SET_CHOOSERS and self.combine != "mean":
+        if self.of_set and self.combine != "mean":
             raise ValueError(f"--chooser {self.chooser} wants --combine mean, got {self.combine!r}")
-        if self.candidates < max(1, self.k):
+        if self.candidates < 1 or (self.of_set and self.candidates < self.k):
             raise ValueError(f"--candidates must be at least 1 and --k ({self.k}), got {self.candidates}")
         if not 0 < self.source_quota <= 1:
             raise ValueError(f"--source-quota must be above 0 and at most 1, got {self.source_quota}")
+
+    @property
+    def of_set(self) -> bool:
+        """Whether a set is chosen instead of the best single texts."""
+        return self.chooser in SET_CHOOSERS
 
     def count(self, documents: int) -> int:
         """Return how many of so many documents are chosen."""

@@ -18,7 +18,7 @@ from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, write_json, write_jsonl
 from jz3.influence import negative_control
-from jz3.scoring.config import SET_CHOOSERS, ChooseSettings, ScoreSettings
+from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
 from jz3.scoring.plan import Plan
 from jz3.scoring.reading import Reader
@@ -70,7 +70,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
     k = choose.count(kept)
     tasks = [t for t in job.tasks if t != "control"]
     many = k
-    if choose.chooser in SET_CHOOSERS:
+    if choose.of_set:
         many = min(choose.candidates, kept)
         if many < k:
             raise Jz3Error(
@@ -81,9 +81,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
     slack = SLACK[0]
     with tempfile.TemporaryFile(dir=out) as spill:
         while True:
-            selection = StreamingSelection(
-                many, choose.combine, None if choose.chooser in SET_CHOOSERS else limit, slack
-            )
+            selection = StreamingSelection(many, choose.combine, None if choose.of_set else limit, slack)
             for _, table in _tables(out, plan, ["hash", "line", "source", *_columns("influence", tasks)]):
                 selection.add(_matrix(table, "influence", tasks), _places(table), _codes(table, codes))
             texts = _Spill(spill, plan, selection.candidates())
@@ -93,7 +91,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
                 break
             slack *= SLACK[1]
         details = _details(out, plan, job, [c.place for c in choices], [*refused])
-        if choose.chooser in SET_CHOOSERS:
+        if choose.of_set:
             choices, kept_out = choose_among(
                 out,
                 plan.settings,
@@ -136,7 +134,7 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
             "wanted": k,
             "chosen": len(choices),
             "chooser": choose.chooser,
-            "candidates": many if choose.chooser in SET_CHOOSERS else None,
+            "candidates": many if choose.of_set else None,
             "combine": choose.combine,
             "source_limit": limit,
             "near_duplicates": choose.near_duplicates,
@@ -239,7 +237,7 @@ def check_choice(choose: ChooseSettings, settings: ScoreSettings) -> None:
         Jz3Error: a package is missing; the message says how to get it, or do without.
     """
     deduplicator(choose)
-    if choose.chooser in SET_CHOOSERS and not settings.keep_features:
+    if choose.of_set and not settings.keep_features:
         raise Jz3Error(f"--chooser {choose.chooser} looks at the texts' features; add --keep-features")
     if "bm25" in settings.baselines:
         tokenize([])
@@ -310,7 +308,7 @@ def _row(
 ) -> dict[str, Any]:
     """Return a chosen text with what decided; `passed` are the sorted scores of what was passed over."""
     scores = {task: details[f"influence:{task}"] for task in tasks}
-    if choose.chooser in SET_CHOOSERS:
+    if choose.of_set:
         why = f"number {rank + 1:,} of the set by {choose.chooser}"
     elif choice.task >= 0:
         why = f"next best of {kept:,} for {tasks[choice.task]}, whose turn it was"
@@ -344,8 +342,9 @@ def _rule(choose: ChooseSettings, k: int, limit: int | None) -> str:
         "max": f"the {k:,} texts with the highest of the tasks' scores",
         "quota": f"the tasks choose their best text in turn until there are {k:,}",
     }[choose.combine]
-    if choose.chooser in SET_CHOOSERS:
-        how = f"{k:,} texts by {choose.chooser} among the {choose.candidates:,} with {how.partition('with ')[2]}"
+    if choose.of_set:
+        best = f"the {choose.candidates:,} with the highest mean of the tasks' scores"
+        how = f"{k:,} texts by {choose.chooser} among {best}"
     parts = [how, "equal scores by the text's hash", "a text that repeats a better one is passed over"]
     if choose.near_duplicates:
         parts.append(f"also a near repeat (Jaccard similarity of 5-word shingles from {choose.similarity})")
