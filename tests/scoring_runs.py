@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from jz3.models import load_model, load_tokenizer
 from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job, prepare
 from jz3.scoring.merge import merge
@@ -76,6 +78,18 @@ def make_targets(folder: Path) -> dict[str, Path]:
         "apples": write_lines(folder / "apples.jsonl", words),
         "control": write_lines(folder / "control.jsonl", control),
     }
+
+
+def other_model(tiny_model: Path, folder: Path) -> Path:
+    """Write the tiny model with its weights moved a little."""
+    model: Any = load_model(tiny_model, "float32")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    load_tokenizer(tiny_model).save_pretrained(folder)
+    return folder
 
 
 def start(out: Path, corpus: list[str], targets: dict[str, Path], **settings: Any) -> tuple[Plan, Job]:

@@ -167,15 +167,7 @@ def test_fidelity_is_measured_on_unseen_texts(
 def test_checkpoints_are_weighed(
     tmp_path: Path, data: tuple[list[str], dict[str, Path]], tiny_model: Path
 ) -> None:
-    model: Any = load_model(tiny_model, "float32")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    other = tmp_path / "other"
-    model.save_pretrained(other)
-    load_tokenizer(tiny_model).save_pretrained(other)
-    names = (str(tiny_model), str(other))
+    names = (str(tiny_model), str(runs.other_model(tiny_model, tmp_path / "other")))
     parts = []
     for number, name in enumerate(names):
         runs.run(tmp_path / f"single-{number}", *data, model=name, kind="sketch", baselines=("loss",))

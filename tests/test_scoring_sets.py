@@ -21,12 +21,12 @@ from jz3.selection.two_stage import CHOOSERS, gather
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A run with two checkpoints, one of another weight."""
+    """A run with two checkpoints, of other models and weights."""
     folder = tmp_path_factory.mktemp("sets")
     options: dict[str, Any] = {"keep_features": True, "bits": 16, "exact_documents": 0}
-    checkpoints = (f"{tiny_model}=3", f"{tiny_model}=1")
+    checkpoints = (f"{tiny_model}=3", f"{runs.other_model(tiny_model, folder / 'other')}=1")
     corpus, targets = runs.make_corpus(folder), runs.make_targets(folder)
-    runs.run(folder / "out", corpus, targets, checkpoint=checkpoints, seed=1, **options)
+    runs.run(folder / "out", corpus, targets, checkpoint=checkpoints, **options)
     return folder / "out"
 
 
