@@ -45,6 +45,20 @@ def test_sketched_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("longest", [128, 10])
+def test_the_fused_op_gives_the_same(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on other devices, with the op's CPU code."""
+    monkeypatch.setattr(adapted_sink, "GRAM_TOKENS", longest)
+    model, texts = random_model("llama"), random_texts(12, 30)
+    layers, fit = linear_layers(model), fitted(model, texts, k=200, rank=16)
+    parts = extract(model, layers, texts, fit)
+    sink = AdaptedSink(fit, torch.float64, torch.device("cpu"))
+    sink._fused = True
+    fused = extract(model, layers, texts, fit, sink=sink)
+    torch.testing.assert_close(fused.norm, parts.norm, atol=0, rtol=1e-6)
+    torch.testing.assert_close(fused.values, parts.values, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [128, 10])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_shared_inputs_are_multiplied_once(
     dtype: torch.dtype, longest: int, monkeypatch: pytest.MonkeyPatch
