@@ -63,11 +63,13 @@ void bind_block(py::module_& module, const std::string& type) {
     jz3::softmax_residual<T>(
         {at<T>(logits), at<const int64_t>(target), at<float>(loss), at<float>(total), rows, width, stride}, threads);
   });
-  module.def(m("product").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t rows, int64_t columns,
-                                      int64_t depth, int64_t x_stride, int64_t y_stride, int threads) {
+  module.def(m("product").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t signs, uintptr_t y, int64_t rows,
+                                      int64_t columns, int64_t depth, int64_t x_stride, int64_t y_stride,
+                                      int64_t first, int threads) {
     py::gil_scoped_release release;
-    jz3::product<T>(
-        {at<const uint16_t>(x), at<const uint32_t>(w), at<T>(y), rows, columns, depth, x_stride, y_stride}, threads);
+    jz3::product<T>({at<const uint16_t>(x), at<const uint32_t>(w), at<const uint16_t>(signs), at<T>(y), rows, columns,
+                     depth, x_stride, y_stride, first},
+                    threads);
   });
   module.def(m("pack_int8").c_str(), [](uintptr_t w, uintptr_t out, int64_t group, int64_t depth, int64_t columns,
                                         int64_t row_stride, int64_t column_stride, int threads) {

@@ -15,7 +15,7 @@ from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Extracted, extract
-from jz3.gradients import Tokens, linear_layers, llama, make_batches, run_pass
+from jz3.gradients import Tokens, linear_layers, llama, make_batches, products, run_pass
 
 TOKENS = Path(__file__).parent
 
@@ -38,7 +38,7 @@ def test_sketched_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pyte
     ratio = found.norm[long] / exact.norm[long]
     assert bool((ratio != 1).all()) and float((ratio - 1).abs().max()) < 0.05
     # Without the part that the fit knows, the sketch alone is worse.
-    monkeypatch.setattr(adapted_sink, "NORM_SKETCH", 4)
+    monkeypatch.setattr(products, "BUCKETS", 4)
     with_fit = extract(model, layers, texts, fit).norm[long] / exact.norm[long]
     bare = extract(model, layers, texts, fitted(model, texts, k=1, rank=1)).norm[long] / exact.norm[long]
     assert float((with_fit - 1).square().mean()) < float((bare - 1).square().mean())

@@ -10,7 +10,14 @@ import torch
 from accuracy import assert_as_accurate, normal
 
 from jz3.gradients import products
-from jz3.gradients.products import OutputLayer, Product, known_and_rest, segment_outer
+from jz3.gradients.products import (
+    BUCKETS,
+    OutputLayer,
+    Product,
+    fold_matrix,
+    known_and_rest,
+    segment_outer,
+)
 from jz3.ops.ce_hidden_grad import ce_hidden_grad_reference
 
 
@@ -35,6 +42,23 @@ def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -
     plain = x @ w if b is None else torch.addmm(b, x, w)
     exact = x.double() @ w.double() + (0 if b is None else b.double())
     assert_as_accurate(got, plain, exact)
+
+
+@pytest.mark.parametrize("result", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 48, 0), (7, 64, 48), (50, 576, 29), (20, 38, 5)], ids=str)
+def test_folded_rows_stand_beside_the_product(sizes: tuple[int, int, int], result: torch.dtype) -> None:
+    rows, depth, columns = sizes
+    x = normal(1, rows, depth + 6, dtype=torch.bfloat16)[:, 2 : depth + 2]
+    w, signs = normal(2, depth, columns, dtype=torch.bfloat16), normal(3, depth).sign()
+    got = Product(w, signs=signs)(x, result)
+    assert got.shape == (rows, columns + BUCKETS)
+    exact = torch.zeros(rows, BUCKETS).double()
+    for k in range(depth):
+        exact[:, k % 32 // 2 + 16 * (k % 2)] += signs[k] * x[:, k].double()
+    plain = x @ fold_matrix(signs).to(x)
+    assert_as_accurate(got[:, columns:], plain, exact)
+    if columns:
+        assert_as_accurate(got[:, :columns], x @ w, x.double() @ w.double())
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

@@ -144,14 +144,17 @@ void softmax_residual(const SoftmaxArguments<T>& arguments, int threads);
 void pack_product(const uint16_t* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads);
 
+constexpr int64_t BUCKETS = 32;  // a multiple of the lanes of a vector, twice
+
 // y = x W of bfloat16, y in bfloat16 or float32. Strides are in numbers; depth and x_stride are even, columns is a
-// multiple of 16.
+// multiple of 16. With signs, then y[m][first + b] = sum of +-x[m][k] over k % BUCKETS = 2 (b % 16) + b / 16.
 template <class Out>
 struct ProductArguments {
-  const uint16_t* x;  // [rows][x_stride]
-  const uint32_t* w;  // from pack_product
-  Out* y;             // [rows][y_stride]
-  int64_t rows, columns, depth, x_stride, y_stride;
+  const uint16_t* x;      // [rows][x_stride]
+  const uint32_t* w;      // from pack_product
+  const uint16_t* signs;  // [depth], 0 or the sign bit of bfloat16; may be null
+  Out* y;                 // [rows][y_stride]
+  int64_t rows, columns, depth, x_stride, y_stride, first;
 };
 template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);

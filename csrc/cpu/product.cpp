@@ -35,12 +35,35 @@ namespace {
 
 constexpr int64_t CACHED = 192 * 1024;  // numbers of x that a block of rows may have
 
+// The sums of one row's signed numbers, two neighbours' in the same lane of two vectors.
+template <class Out>
+void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  __m512 even = _mm512_setzero_ps(), odd = even;
+  const auto add = [&](__m512i numbers, __m512i sign) {
+    const __m512i both = _mm512_xor_si512(numbers, sign);
+    even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+    odd = _mm512_add_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(both, upper)));
+  };
+  int64_t k = 0;
+  for (; k + BUCKETS <= depth; k += BUCKETS) add(_mm512_loadu_si512(x + k), _mm512_loadu_si512(signs + k));
+  if (k < depth) {
+    const auto rest = __mmask32((1u << (depth - k)) - 1);
+    add(_mm512_maskz_loadu_epi16(rest, x + k), _mm512_maskz_loadu_epi16(rest, signs + k));
+  }
+  store(y, even);
+  store(y + BUCKETS / 2, odd);
+}
+
 template <class Out>
 void product_rows(const ProductArguments<Out>& a, int64_t begin, int64_t end) {
   const int64_t pairs = a.depth / 2;
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   multiply<bf16, true>(end - begin, a.columns, pairs, {x, a.x_stride / 2, 1}, {a.w, pairs * PANEL, PANEL},
                        a.y + begin * a.y_stride, a.y_stride, false);
+  if (a.signs)
+    for (int64_t m = begin; m < end; ++m)
+      fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);
 }
 
 void outer(const SegmentOuterArguments& a, int64_t segment) {

@@ -15,24 +15,13 @@ if TYPE_CHECKING:
 
 GRAM_TOKENS = 128
 """Longest text whose norm is taken by the Gram identity."""
-NORM_SKETCH = 32
-"""Sign projections per side and layer of longer texts' norms; of output gradients 8 more or less."""
-LANES = 16
-"""Columns of the products that a CPU computes together."""
-
-
-def sketch_size(side: str, basis: int) -> int:
-    """Return how many sign projections stand beside a basis: with output gradients they fill the lanes."""
-    if side == "right":
-        return NORM_SKETCH
-    return LANES * max(1, round((basis + NORM_SKETCH) / LANES)) - basis
 
 
 class AdaptedSink:
     """Projects each text's gradient on a fit's coordinates and measures its norm.
 
     ||G||^2 is summed over layers by the Gram identity, exactly, for texts of up to GRAM_TOKENS tokens.
-    For longer ones it is ||L^T G R||^2, exactly, plus a two-sided sign sketch of what the fit's bases
+    For longer ones it is ||L^T G R||^2, exactly, plus a two-sided count sketch of what the fit's bases
     leave: its error is theirs, and its cost doesn't grow with the text. The choice depends on the
     text's own length alone; `norms` counts both. Layers of one input size within a part of the model have the
     signs of their inputs in common, so that a shared input is multiplied once.
@@ -72,29 +61,40 @@ class AdaptedSink:
         self.norms["gram"] += len(lengths) - self._long
 
     def _signs(self, side: str, name: str, size: int) -> "torch.Tensor":
+        """Return the signs of a count sketch."""
         from jz3.ops.signs import signs
 
-        count = sketch_size(side, self._width(side, name))
         key = name if side == "left" else f"{name.rpartition('.')[0]} {size}"
-        return signs(0, f"norm {key} {side}", count, size).T / count**0.5
+        return signs(0, f"norm {key} {side}", 1, size)[0]
 
     def _width(self, side: str, name: str) -> int:
         """Return the number of basis vectors of a layer."""
         return getattr(self._fit, side)[name].shape[1] if name in self._coordinates else 0
 
-    def _matrix(self, side: str, names: tuple[str, ...], size: int, dtype: "torch.dtype") -> "torch.Tensor":
-        """Return what factors of one side are multiplied with: bases, signs, or both beside each other."""
+    def _bases(self, side: str, names: tuple[str, ...], size: int, dtype: "torch.dtype") -> "torch.Tensor":
+        """Return the bases that factors of one side are multiplied with, beside each other."""
         import torch
+
+        from jz3.gradients.products import LANES
+
+        parts = [getattr(self._fit, side)[n] for n in names if n in self._coordinates]
+        if len(parts) > 1 and not self._long:
+            # The last basis is read in whole lanes.
+            parts.append(torch.zeros(size, LANES))
+        return torch.cat([torch.zeros(size, 0), *parts], 1).to(self._device, dtype)
+
+    def _matrix(self, side: str, names: tuple[str, ...], size: int, dtype: "torch.dtype") -> "torch.Tensor":
+        """Return bases with the count sketch of long texts beside them."""
+        import torch
+
+        from jz3.gradients.products import fold_matrix
 
         key = (side, names, bool(self._long), dtype)
         if key not in self._matrices:
-            parts = [getattr(self._fit, side)[n] for n in names if n in self._coordinates]
+            matrix = self._bases(side, names, size, dtype)
             if self._long:
-                parts.append(self._signs(side, names[0], size))
-            elif len(parts) > 1:
-                # The last basis is read in whole lanes.
-                parts.append(torch.zeros(size, LANES))
-            self._matrices[key] = torch.cat([p.to(self._device, dtype) for p in parts], 1).contiguous()
+                matrix = torch.cat([matrix, fold_matrix(self._signs(side, names[0], size)).to(matrix)], 1)
+            self._matrices[key] = matrix
         return self._matrices[key]
 
     def _project(self, side: str, names: tuple[str, ...], x: "torch.Tensor") -> "torch.Tensor":
@@ -104,11 +104,13 @@ class AdaptedSink:
         from jz3.gradients.products import Product
 
         x = x.flatten(0, 1)
+        size = x.shape[1]
         if self._fused:
-            return x @ self._matrix(side, names, x.shape[1], x.dtype)
+            return x @ self._matrix(side, names, size, x.dtype)
         key = (side, names, bool(self._long), x.dtype)
         if key not in self._products:
-            self._products[key] = Product(self._matrix(side, names, x.shape[1], x.dtype))
+            signs = self._signs(side, names[0], size) if self._long else None
+            self._products[key] = Product(self._bases(side, names, size, x.dtype), signs=signs)
         return self._products[key](x, torch.float32)
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
@@ -156,7 +158,7 @@ class AdaptedSink:
         """
         import torch
 
-        from jz3.gradients.products import segment_outer
+        from jz3.gradients.products import BUCKETS, segment_outer
         from jz3.ops.segment_project import segment_project
 
         rows, columns = self._width("left", name), self._width("right", name)
@@ -175,15 +177,18 @@ class AdaptedSink:
             known = segment_outer(left[:, :rows], projected[:, begin : begin + columns], bounds)
         if self._long:
             few = bounds[: self._long + 1]
-            sketch = segment_outer(left[:, rows:], projected[:, -NORM_SKETCH:], few)
+            sketch = segment_outer(left[:, rows:], projected[:, -BUCKETS:], few)
         return known, sketch
 
     def _turn(self, side: str, name: str) -> "torch.Tensor":
         """Return L^T S or R^T S: how the sketch sees a layer's basis."""
         key = f"{side} turned", name
         if key not in self._matrices:
+            from jz3.gradients.products import fold_matrix
+
             basis = getattr(self._fit, side)[name]
-            self._matrices[key] = (basis.T @ self._signs(side, name, len(basis))).to(self._device)
+            sketch = fold_matrix(self._signs(side, name, len(basis)))
+            self._matrices[key] = (basis.T @ sketch).to(self._device)
         return self._matrices[key]
 
     def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:

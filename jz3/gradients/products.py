@@ -10,6 +10,8 @@ from jz3.machine import fast_bfloat16_cpu
 
 LANES = 16
 """The native code computes so many columns at least."""
+BUCKETS = 32
+"""Sums that `fold_matrix` takes of a row."""
 
 
 @functools.cache
@@ -32,21 +34,38 @@ def pack(matrix: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def fold_matrix(signs: torch.Tensor) -> torch.Tensor:
+    """Return the count sketch [I, BUCKETS] of signs [I]: every number is added to or taken from one sum.
+
+    Of random signs, E <x S, y S> = <x, y>, as with a matrix full of signs, and the error is no larger.
+    Source: Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams (2002).
+    """
+    place = torch.arange(len(signs)) % BUCKETS
+    matrix = torch.zeros(len(signs), BUCKETS)
+    # Neighbours lie in one lane of two vectors: the halves of 32 bits.
+    matrix[torch.arange(len(signs)), place // 2 + place % 2 * (BUCKETS // 2)] = signs.float()
+    return matrix
+
+
 class Product:
     """y = x W (+ b) for a fixed matrix W [I, O], packed once where jz3's own code computes it.
 
-    Sums are float32 and rounded once to the dtype of y.
+    With signs, y = x [W S] for the S of `fold_matrix`, which costs little. Sums are float32 and rounded once to the
+    dtype of y.
     """
 
-    def __init__(self, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, matrix: torch.Tensor, bias: torch.Tensor | None = None, signs: torch.Tensor | None = None
+    ) -> None:
         """Pack a matrix.
 
         Args:
             matrix: W [I, O], any strides.
             bias: b [O] or None.
+            signs: +1 and -1 [I], or None; not with a bias.
         """
         depth, self._columns = matrix.shape
-        self._bias = bias
+        self._bias, self._signs = bias, None
         self._matrix = self._packed = None
         if (
             matrix.dtype == torch.bfloat16
@@ -55,8 +74,13 @@ class Product:
             and native_products()
         ):
             self._packed = pack(matrix)
-        else:
+            if signs is not None:
+                # As bits of bfloat16.
+                self._signs = torch.where(signs < 0, -0.0, 0.0).bfloat16()
+        elif signs is None:
             self._matrix = matrix
+        else:
+            self._matrix = torch.cat([matrix, fold_matrix(signs).to(matrix)], 1)
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Multiply.
@@ -66,22 +90,29 @@ class Product:
             dtype: of the result, float32 or that of x; that of x by default.
 
         Returns:
-            [T, O].
+            [T, O], or [T, O + BUCKETS] with signs.
         """
         dtype = dtype or x.dtype
         if self._packed is None:
             matrix: Any = self._matrix
             y = x @ matrix if self._bias is None else torch.addmm(self._bias, x, matrix)
             return y.to(dtype)
-        depth, columns = 2 * self._packed.shape[1], -(-self._columns // LANES) * LANES
+        depth, columns, signs, width = 2 * self._packed.shape[1], _lanes(self._columns), 0, self._columns
+        if self._signs is not None:
+            signs, width = self._signs.data_ptr(), width + BUCKETS
         if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
             x = x.contiguous()
-        y = torch.empty(len(x), columns, dtype=dtype)
+        y = torch.empty(len(x), _lanes(width), dtype=dtype)
         run = getattr(backend.extension(), f"product_{str(dtype).removeprefix('torch.')}")
-        pointers = (x.data_ptr(), self._packed.data_ptr(), y.data_ptr())
-        run(*pointers, len(x), columns, depth, x.stride(0), columns, backend.threads())
-        y = y[:, : self._columns]
+        pointers = (x.data_ptr(), self._packed.data_ptr(), signs, y.data_ptr())
+        sizes = (len(x), columns, depth, x.stride(0), y.stride(0), self._columns)
+        run(*pointers, *sizes, backend.threads())
+        y = y[:, :width]
         return y if self._bias is None else y.add_(self._bias)
+
+
+def _lanes(columns: int) -> int:
+    return -(-columns // LANES) * LANES
 
 
 class Int8Matrix:
@@ -137,7 +168,7 @@ class Int8Product:
             raise ValueError(f"x must have {self._depth} columns, got {x.shape[1]}")
         if x.stride(1) != 1:
             x = x.contiguous()
-        columns = -(-self._columns // LANES) * LANES
+        columns = _lanes(self._columns)
         y = torch.empty(len(x), columns, dtype=x.dtype)
         run = getattr(backend.extension(), f"product_int8_{str(x.dtype).removeprefix('torch.')}")
         sizes = (self._group, len(x), columns, self._depth, x.stride(0), columns)
@@ -157,7 +188,7 @@ def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> tor
     Returns:
         float32 [S, Q, P].
     """
-    columns = -(-a.shape[1] // LANES) * LANES
+    columns = _lanes(a.shape[1])
     inside = a.stride(0) and a.storage_offset() % a.stride(0) + columns <= a.stride(0)
     if not native_products() or not inside or (a.stride(1), g.stride(1)) != (1, 1):
         edges = bounds.tolist()
