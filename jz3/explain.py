@@ -25,6 +25,7 @@ from jz3.gradients import (
     tokenize_query,
     tokenize_text,
 )
+from jz3.gradients.tokens import split_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +142,7 @@ def explain(
     max_tokens: int = 512,
     batch_tokens: int = 2048,
     reduction: str = "mean",
+    prompt: str = "",
 ) -> Values:
     """Say what each token of a text is worth for a target.
 
@@ -149,11 +151,12 @@ def explain(
     Args:
         model: a Hugging Face causal language model; it is frozen and put into evaluation mode.
         tokenizer: its tokenizer.
-        text: the text; every token after the first is scored.
+        text: the text; every token after the first, or after `prompt`, is scored.
         queries: (prompt, completion) pairs; a pair with an empty prompt is a text scored whole.
         max_tokens: longer texts and queries are cut at the end.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
+        prompt: what the text begins with and is not scored.
 
     Returns:
         (the token's characters, its value) in order; the characters join to the text (its part within
@@ -164,7 +167,7 @@ def explain(
             experts, or a gradient is zero or not finite.
     """
     model.eval()
-    tokens = tokenize_text(tokenizer, "0", text, max_tokens)
+    tokens = tokenize_text(tokenizer, "0", text, max_tokens, prompt=prompt)
     asked = [
         tokenize_query(tokenizer, str(i), prompt, completion, max_tokens)
         if prompt
@@ -173,10 +176,17 @@ def explain(
     ]
     layers = linear_layers(model)
     values = token_values(model, layers, tokens, asked, batch_tokens=batch_tokens, reduction=reduction)
-    # Start tokens stand for no characters.
-    head = len(start_tokens(tokenizer))
-    pieces = [""] * head + token_strings(tokenizer, text, tokens.ids[head:])
+    pieces = pieces_of(tokenizer, text, prompt, len(tokens.ids))
     return list(zip(pieces, values.mean(0).tolist(), strict=True))
+
+
+def pieces_of(tokenizer: "PreTrainedTokenizerBase", text: str, prompt: str, count: int) -> list[str]:
+    """Return the characters of the first `count` tokens of `tokenize_text`; start tokens stand for none."""
+    pieces = [""] * len(start_tokens(tokenizer))
+    for part in split_prompt(text, prompt):
+        ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+        pieces += token_strings(tokenizer, part, ids[: count - len(pieces)])
+    return pieces
 
 
 def token_strings(tokenizer: "PreTrainedTokenizerBase", text: str, ids: Sequence[int]) -> list[str]:

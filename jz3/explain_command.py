@@ -41,17 +41,20 @@ def explain(
     from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
     from jz3.templates import prompt_for
 
-    config, reduction = ModelConfig(name=str(where), dtype=dtype), "mean"
+    config, reduction, prompt_field = ModelConfig(name=str(where), dtype=dtype), "mean", ""
     is_run = (where / "recipe.json").is_file()
     if is_run:
         from jz3.cli import stored_recipe
 
         recipe = stored_recipe(where)
         config, reduction = recipe.model, recipe.features.reduction
+        prompt_field = recipe.features.prompt_field
     if bool(text) == bool(doc):
         raise ValueError("jz3 explain needs either --text or --doc")
+    prompt = ""
     if doc:
-        text = _document(where, doc)
+        row = _document(where, doc)
+        text, prompt = row["text"], row.get("meta", {}).get(prompt_field, "")
     if problem:
         pairs = [(prompt_for(problem, "cot"), solution) if solution else ("", problem)]
         about = problem
@@ -63,7 +66,8 @@ def explain(
     folder = resolve_model(config)
     model: Any = load_model(folder, config.dtype)
     model = model.to(best_device())
-    values = values_of(model, load_tokenizer(folder), text, pairs, max_tokens=max_tokens, reduction=reduction)
+    tokenizer, options = load_tokenizer(folder), {"max_tokens": max_tokens, "reduction": reduction}
+    values = values_of(model, tokenizer, text, pairs, prompt=prompt, **options)
     console = Console(highlight=False)
     console.print(render(values), soft_wrap=True)
     total = sum(value for _, value in values)
@@ -78,12 +82,12 @@ def explain(
         console.print(f"{html} written", markup=False)
 
 
-def _document(run: Path, key: str) -> str:
+def _document(run: Path, key: str) -> dict[str, Any]:
     from jz3.files import read_jsonl
 
     for row in read_jsonl(run / "corpus" / "docs.jsonl"):
         if row["id"] == key:
-            return row["text"]
+            return row
     raise Jz3Error(f"the corpus of {run} has no text {key!r}")
 
 

@@ -22,6 +22,7 @@ def fit(
     max_queries: int = 200,
     max_documents: int = 400,
     max_tokens: int = 512,
+    prompt_field: str = "",
     batch_tokens: int = 1024,
     reduction: str = "mean",
     dtype: str = "auto",
@@ -41,6 +42,7 @@ def fit(
         max_queries: of a longer file so many are drawn at random.
         max_documents: likewise for documents.
         max_tokens: longer texts are cut at the end.
+        prompt_field: of the documents; what it holds is not scored where the text begins with it.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
         dtype: `bfloat16`, `float32` or `auto`, of the model.
@@ -69,7 +71,9 @@ def fit(
         ("text",),
         max_documents,
         seed,
-        lambda key, row: tokenize_text(tokenizer, key, row["text"], max_tokens),
+        lambda key, row: tokenize_text(
+            tokenizer, key, row["text"], max_tokens, prompt=str(row.get(prompt_field) or "")
+        ),
     )
     loaded: Any = load_model(folder, dtype)
     loaded = loaded.to(best_device())

@@ -71,6 +71,20 @@ def test_explain_a_text(tiny_model: Path) -> None:
     assert len(short) == 9 and TEXT.startswith("".join(piece for piece, _ in short))
 
 
+@pytest.mark.parametrize("size", [28, 6])
+def test_a_prompt_is_not_scored(tiny_model: Path, size: int) -> None:
+    """Also one that ends within what would be a token of the whole text."""
+    model, tokenizer = load_model(tiny_model, "float64"), load_tokenizer(tiny_model)
+    values = explain(model, tokenizer, TEXT, [QUERY], prompt=TEXT[:size])
+    assert "".join(piece for piece, _ in values) == TEXT
+    text = tokenize_text(tokenizer, "t", TEXT, 512, prompt=TEXT[:size])
+    asked = tokenize_query(tokenizer, "q", *QUERY, 512)
+    assert text.start > 1 and len(values) == len(text.ids)
+    assert sum(value for _, value in values) == pytest.approx(cosine(model, text, asked), abs=1e-6)
+    short = explain(model, tokenizer, TEXT, [("", TEXT)], prompt=TEXT[:size], max_tokens=text.start + 2)
+    assert len(short) == text.start + 2
+
+
 def test_strings_of_tokens(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     ids = tokenizer(TEXT).input_ids

@@ -47,6 +47,19 @@ def test_sample_is_drawn(tiny_model: Path, tmp_path: Path, capsys: pytest.Captur
     assert "fitted to 0 queries and 4 documents" in capsys.readouterr().out
 
 
+def test_prompts_are_not_scored(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"ask": f"Is {i} odd?", "text": f"Is {i} odd? The number {i} is even or odd."} for i in range(6)]
+    documents = write(tmp_path / "d.jsonl", [*rows, {"ask": "What?", "text": "What?"}])
+    means = []
+    for field in ("", "ask"):
+        out = tmp_path / f"f{field}.safetensors"
+        options = ["--documents", documents, "--prompt-field", field, "--out", str(out)]
+        assert main(["fit", "tiny", *options, *SMALL]) == 0
+        assert ("1 rows are unusable" in capsys.readouterr().out) == bool(field)
+        means.append(AdaptedFit.load(out, model_hash(tiny_model)).mean)
+    assert not means[0].equal(means[1])
+
+
 def test_errors(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "tiny"]) == 2
     assert "needs --queries, --documents, or both" in capsys.readouterr().err

@@ -14,8 +14,10 @@ import torch
 
 from jz3.cli import main
 from jz3.errors import Jz3Error
+from jz3.explain import token_values
+from jz3.explore import render
 from jz3.explore.view import View
-from jz3.gradients import tokenize_query, tokenize_text
+from jz3.gradients import linear_layers, tokenize_query, tokenize_text
 from jz3.index.collection import open_collection
 from jz3.index.query import Searcher
 from jz3.models import load_model, load_tokenizer
@@ -109,6 +111,26 @@ def test_view_of_a_scored_run(scored: Path) -> None:
     assert "doc-25" in [match.doc.id for match in answer.matches[:3]]
     assert "rgba(" in view.found(answer, 0, 2, True)
     check_ranked(view, scored)
+
+
+def test_prompts_are_not_explained(
+    data: Data, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": f"doc-{i}", "ask": f"What is {i}?", "text": t} for i, t in enumerate(runs.texts(8))]
+    corpus = runs.write_lines(
+        tmp_path / "corpus.jsonl", [{**r, "text": f"{r['ask']} {r['text']}"} for r in rows]
+    )
+    runs.run(tmp_path / "out", [str(corpus)], data[1], prompt_field="ask", keep_features=True)
+    view = View(open_collection(tmp_path / "out"))
+    monkeypatch.setattr(render, "highlighted", lambda text, pieces, values: (text, pieces, values))
+    tokenizer, model = view.searcher.tokenizer, load_model(tiny_model, "float32")
+    query = tokenize_query(tokenizer, "q", "What is the sum?", "It is the sum of apples.", 512)
+    for match in view.searcher.ask("What is the sum?", "It is the sum of apples.", 3).matches:
+        text, pieces, values = view._explained(match.doc, query)
+        own = tokenize_text(tokenizer, "", text, 512, prompt=rows[int(match.doc.id[4:])]["ask"])
+        assert "".join(pieces) == text and own.start > 1
+        expected = token_values(model, linear_layers(model), own, [query])[0]
+        torch.testing.assert_close(torch.tensor(values), expected, atol=1e-5, rtol=1e-2)
 
 
 def check_ranked(view: View, out: Path) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jz3.errors import Jz3Error
-from jz3.explain import token_strings
+from jz3.explain import pieces_of
 from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.files import read_json
-from jz3.gradients import Tokens, start_tokens, tokenize_text
+from jz3.gradients import Tokens, tokenize_text
 from jz3.index.collection import Collection
 from jz3.index.query import Match, Searcher, index_command
 from jz3.records import Doc
@@ -114,12 +114,11 @@ class View:
 
     def _explained(self, doc: Doc, query: Tokens) -> str:
         searcher = self.searcher
-        text = tokenize_text(searcher.tokenizer, doc.id, doc.text, searcher.document_tokens)
+        tokenizer, prompt = searcher.tokenizer, doc.meta.get(self.collection.prompt_field, "")
+        text = tokenize_text(tokenizer, doc.id, doc.text, searcher.document_tokens, prompt=prompt)
         with self._lock:
             values = searcher.token_values(text, query)
-        # Start tokens stand for no characters.
-        head = len(start_tokens(searcher.tokenizer))
-        pieces = [""] * head + token_strings(searcher.tokenizer, doc.text, text.ids[head:])
+        pieces = pieces_of(tokenizer, doc.text, prompt, len(text.ids))
         return render.highlighted(doc.text, pieces, values.tolist())
 
     def table(self) -> ScoreTable:

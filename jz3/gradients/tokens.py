@@ -81,11 +81,8 @@ def tokenize_text(
     """
     if long not in ("truncate", "split"):
         raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
-    prompt = prompt.strip()
-    # A piece of a longer text may hold a part of the prompt alone.
-    size = len(prompt) if text.startswith(prompt) else len(text) * prompt.startswith(text)
     head, tail = (
-        tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in (text[:size], text[size:])
+        tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in split_prompt(text, prompt)
     )
     ids = [*start_tokens(tokenizer), *head, *tail]
     start = max(len(ids) - len(tail), 1)
@@ -96,6 +93,14 @@ def tokenize_text(
     if max_tokens <= start:
         raise ValueError(f"text {key}: nothing is left to score within {max_tokens} token(s)")
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
+
+
+def split_prompt(text: str, prompt: str) -> tuple[str, str]:
+    """Return what of a text is a prompt and what follows it."""
+    prompt = prompt.strip()
+    # A piece of a longer text may hold a part of the prompt alone.
+    size = len(prompt) if text.startswith(prompt) else len(text) * prompt.startswith(text)
+    return text[:size], text[size:]
 
 
 def tokenize_query(

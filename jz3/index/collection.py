@@ -51,6 +51,8 @@ class Collection(abc.ABC):
     """Folder of the index, there or not."""
     probes: int | None = None
     """Cells visited per query by IVF indexes; None: as many as the index was built for."""
+    prompt_field: str = ""
+    """Field of a text's `meta` whose content is not scored, where the text begins with it."""
     weights: tuple[float, ...] = (1.0,)
     """Of the checkpoints whose features are searched together, see `Vectors`."""
 
@@ -149,7 +151,7 @@ class LoopCollection(Collection):
         self._ctx = ctx
         self.folder, self.index = ctx.run_dir, ctx.run_dir / "index"
         self.name, self.models = ctx.recipe.name, (ctx.recipe.model.name,)
-        self.probes = ctx.recipe.index.probes
+        self.probes, self.prompt_field = ctx.recipe.index.probes, ctx.recipe.features.prompt_field
         self._docs: DocFile | None = None
 
     @property

@@ -73,6 +73,7 @@ class ScoredCollection(Collection):
         if checkpoint is not None and not 0 <= checkpoint < count:
             raise ValueError(f"--checkpoint must be from 0 to {count - 1}, got {checkpoint}")
         self.folder, self.index, self.name = out, out / "index", out.name
+        self.prompt_field = self._plan.settings.prompt_field
         self._numbers = tuple(range(count)) if checkpoint is None else (checkpoint,)
         if checkpoint is None:
             self.weights = tuple(c.weight for c in self._job.checkpoints)
@@ -190,7 +191,8 @@ class ScoredCollection(Collection):
                 path = self._plan.files[self._plan.shards[place[0]].file].path
                 raise Jz3Error(f"{path}:{place[1]} holds no text that was scored; restore the corpus")
             row = rows[place]
-            docs.append(Doc(id=row["id"], text=found[place].text, source=row["source"], tokens=row["tokens"]))
+            text, known = found[place], {name: row[name] for name in ("id", "source", "tokens")}
+            docs.append(Doc(text=text.text, meta=text.meta, **known))
         return docs
 
     def _place(self, key: int | str) -> tuple[int, int]:
