@@ -105,10 +105,10 @@ class Several:
     def __init__(self, sinks: dict[str, Any]) -> None:
         self.sinks = sinks
 
-    def begin(self, lengths: torch.Tensor) -> None:
+    def begin(self) -> None:
         for sink in self.sinks.values():
             if begin := getattr(sink, "begin", None):
-                begin(lengths)
+                begin()
 
     def forward(self, name: str, a: torch.Tensor) -> Any:
         return [sink.forward(name, a) for sink in self.sinks.values()]

@@ -267,7 +267,6 @@ def main() -> None:
         "products": kinds[-1],
         **by_products[kinds[-1]],
         "by_products": by_products,
-        "norms": getattr(sink, "norms", {}),
         "peers": {name: other.cell for name, other in others.items()},
         "peer_features": {name: other.shape for name, other in others.items() if other.shape},
         "peak_memory_mb": memory,

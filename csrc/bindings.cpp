@@ -190,11 +190,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("known_and_rest", [](uintptr_t known, uintptr_t sketch, uintptr_t turn_left, uintptr_t turn_right,
                              uintptr_t square, int64_t segments, int64_t rows, int64_t columns, int64_t left,
                              int64_t right, int64_t known_segment, int64_t known_row, int64_t sketch_segment,
-                             int64_t sketch_row) {
+                             int64_t sketch_row, int threads) {
     py::gil_scoped_release release;
     jz3::known_and_rest({at<const float>(known), at<const float>(sketch), at<const float>(turn_left),
                          at<const float>(turn_right), at<float>(square), segments, rows, columns, left, right,
-                         known_segment, known_row, sketch_segment, sketch_row});
+                         known_segment, known_row, sketch_segment, sketch_row},
+                        threads);
   });
   m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
                             uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,

@@ -28,6 +28,10 @@ def test_three_calls(tiny_model: Path) -> None:
     assert again.shape == (1, 256)
 
 
+def unit(values: np.ndarray) -> np.ndarray:
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
 def test_queries_are_completed_from_the_sample(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
     plain, completed = (
@@ -35,14 +39,15 @@ def test_queries_are_completed_from_the_sample(tiny_model: Path) -> None:
         for more in (0, 512)
     )
     assert plain.completion is None and completed.completion is not None
-    assert np.allclose(plain.values, completed.values, atol=1e-5)
+    assert np.allclose(unit(plain.values), unit(completed.values), atol=1e-5)
     fit = completed.completion.fit
     asked = [tokenize_query(tokenizer, "", *QUERY, 512)]
     wide = extract(model, linear_layers(model), asked, fit, side="query").values
     assert wide.shape == (1, 528)
     assert np.allclose(completed.encode([QUERY]), completed.completion.fold(wide).numpy(), atol=1e-5)
     # What a document's own coordinates are stays; what they stand for is added.
-    assert np.allclose(plain.encode([QUERY]), wide[:, completed.completion.positions].numpy(), atol=1e-5)
+    own = wide[:, completed.completion.positions].numpy()
+    assert np.allclose(unit(plain.encode([QUERY])), unit(own), atol=1e-5)
     assert not np.allclose(plain.encode([QUERY]), completed.encode([QUERY]), atol=1e-4)
 
 

@@ -100,9 +100,11 @@ def test_vectors_end_within_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(parts, whole[:, :, 19:], atol=1e-4, rtol=1e-5)
 
 
-def test_known_and_rest() -> None:
-    known, sketch = normal(1, 3, 5, 16)[:, :, :7], normal(4, 3, 9, 32)[:, :8, :11]
-    left, right = normal(2, 5, 8), normal(3, 7, 11)
+@pytest.mark.parametrize("sizes", [(5, 7, 8, 11), (29, 5, 32, 32), (3, 20, 32, 48), (0, 0, 32, 32)], ids=str)
+def test_known_and_rest(sizes: tuple[int, int, int, int]) -> None:
+    q, p, s, t = sizes
+    known, sketch = normal(1, 3, q, p + 9)[:, :, :p], normal(4, 3, s + 1, t + 16)[:, :s, :t]
+    left, right = normal(2, q, s), normal(3, p, t)
     rest = sketch.double() - left.double().T @ known.double() @ right.double()
     exact = known.double().square().sum((1, 2)) + rest.square().sum((1, 2))
     torch.testing.assert_close(known_and_rest(known, sketch, left, right).double(), exact, atol=0, rtol=1e-5)

@@ -189,7 +189,8 @@ struct SegmentOuterArguments {
 };
 void segment_outer(const SegmentOuterArguments& arguments, int threads);
 
-// Of K known and S a sketch of the whole: square += the squares of K and of S - turn_left^T K turn_right.
+// Of K known and S a sketch of the whole: square += the squares of K and of S - turn_left^T K turn_right; right is a
+// multiple of 16 up to 64.
 struct KnownRestArguments {
   const float *known, *sketch;           // [segments][rows][columns], [segments][left][right]
   const float *turn_left, *turn_right;   // [rows][left], [columns][right]
@@ -197,7 +198,7 @@ struct KnownRestArguments {
   int64_t segments, rows, columns, left, right;
   int64_t known_segment, known_row, sketch_segment, sketch_row;  // strides
 };
-void known_and_rest(const KnownRestArguments& arguments);
+void known_and_rest(const KnownRestArguments& arguments, int threads);
 
 // Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
 struct CrossEntropyArguments {

@@ -1,7 +1,6 @@
 // Products with a fixed matrix of bfloat16, packed once into the pairs that vdpbf16ps multiplies: y = x W with sums in
 // float32, rounded once. A block of rows stays in a core's second-level cache while W comes by in panels of 64 columns.
 #include <algorithm>
-#include <vector>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -73,6 +72,25 @@ void outer(const SegmentOuterArguments& a, int64_t segment) {
                          a.columns, false);
 }
 
+void square_segment(const KnownRestArguments& a, int64_t segment) {
+  const float *block = a.known + segment * a.known_segment, *sketch = a.sketch + segment * a.sketch_segment;
+  Buffer<float> half(a.rows * a.right), seen(a.left * a.right);
+  multiply<float, false>(a.rows, a.right, a.columns, {block, a.known_row, 1}, {a.turn_right, PANEL, a.right}, half.get(),
+                         a.right, false);
+  multiply<float, false>(a.left, a.right, a.rows, {a.turn_left, 1, a.left}, {half.get(), PANEL, a.right}, seen.get(),
+                         a.right, false);
+  float known = 0;
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t c = 0; c < a.columns; ++c) known += block[r * a.known_row + c] * block[r * a.known_row + c];
+  __m512 rest = _mm512_setzero_ps();
+  for (int64_t m = 0; m < a.left; ++m)
+    for (int64_t n = 0; n < a.right; n += BUCKETS / 2) {
+      const __m512 left_out = _mm512_sub_ps(load(sketch + m * a.sketch_row + n), load(seen.get() + m * a.right + n));
+      rest = _mm512_fmadd_ps(left_out, left_out, rest);
+    }
+  a.square[segment] += known + _mm512_reduce_add_ps(rest);
+}
+
 }  // namespace
 
 #pragma GCC pop_options
@@ -83,26 +101,8 @@ void product(const ProductArguments<Out>& a, int threads) {
   share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) { product_rows(a, begin, end); });
 }
 
-void known_and_rest(const KnownRestArguments& a) {
-  std::vector<float> half(a.rows * a.right), rest(a.right);
-  for (int64_t segment = 0; segment < a.segments; ++segment) {
-    const float *block = a.known + segment * a.known_segment, *sketch = a.sketch + segment * a.sketch_segment;
-    float known = 0, left_out = 0;
-    std::fill(half.begin(), half.end(), 0.0f);
-    for (int64_t r = 0; r < a.rows; ++r)
-      for (int64_t c = 0; c < a.columns; ++c) {
-        const float value = block[r * a.known_row + c];
-        known += value * value;
-        for (int64_t n = 0; n < a.right; ++n) half[r * a.right + n] += value * a.turn_right[c * a.right + n];
-      }
-    for (int64_t m = 0; m < a.left; ++m) {
-      std::copy_n(sketch + m * a.sketch_row, a.right, rest.begin());
-      for (int64_t r = 0; r < a.rows; ++r)
-        for (int64_t n = 0; n < a.right; ++n) rest[n] -= a.turn_left[r * a.left + m] * half[r * a.right + n];
-      for (int64_t n = 0; n < a.right; ++n) left_out += rest[n] * rest[n];
-    }
-    a.square[segment] += known + left_out;
-  }
+void known_and_rest(const KnownRestArguments& a, int threads) {
+  share(a.segments, threads, [&](int64_t i) { square_segment(a, i); });
 }
 
 void segment_outer(const SegmentOuterArguments& a, int threads) {

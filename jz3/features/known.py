@@ -90,7 +90,7 @@ class KnownSink:
         self._inner = AdaptedSink(known.fit, dtype, device)
         self._queries = known.queries
         self.wide: bool = self._inner.wide
-        self.begin: Callable[[torch.Tensor], None] = self._inner.begin
+        self.begin: Callable[[], None] = self._inner.begin
         self.share: Callable[[Any], None] = self._inner.share
         self.forward: Callable[[str, Any], Any] = self._inner.forward
         self.backward: Callable[[str, Any, Any], None] = self._inner.backward

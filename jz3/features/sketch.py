@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
 from jz3.files import hash_file, read_json, write_json
-from jz3.gradients import InputGrams, gram, layer_shape
+from jz3.gradients import layer_shape
 
 if TYPE_CHECKING:
     import torch
@@ -76,12 +76,12 @@ class Sketch:
 
 
 class SketchSink:
-    """Sketches each text's gradient and measures its exact norm."""
+    """Sketches each text's gradient and estimates its norm by the projections' own."""
 
     def __init__(self, sketch: Sketch, dtype: "torch.dtype", device: "torch.device") -> None:
         from jz3.ops.signs import signs
 
-        self._sketch, self._grams = sketch, InputGrams()
+        self._sketch = sketch
         self._left: dict[str, Any] = {}
         self._right: dict[str, Any] = {}
         for name, (outputs, inputs) in sketch.shapes.items():
@@ -91,13 +91,13 @@ class SketchSink:
         self._values: Any = None
         self._square: Any = None
 
-    def begin(self, lengths: "torch.Tensor") -> None:
+    def begin(self) -> None:
         """Forget what a pass that broke off may have left."""
         self._values = self._square = None
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
-        """Keep a R and the Gram matrix of a; a itself is dropped."""
-        return a @ self._right[name], self._grams.of(a)
+        """Keep a R; a itself is dropped."""
+        return a @ self._right[name]
 
     def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
         """Add ||G||^2 and the layer's hashed projection."""
@@ -106,15 +106,16 @@ class SketchSink:
         from jz3.ops.segment_project import segment_project
         from jz3.ops.sketch import sketch
 
-        projected, input_gram = kept
         count, width, _ = g.shape
         if self._square is None:
             self._square = torch.zeros(count, device=g.device)
             self._values = torch.zeros(count, self._sketch.k, device=g.device)
-        self._square += (input_gram * gram(g)).sum((1, 2))
         bounds = torch.arange(0, count * width + 1, width, device=g.device)
-        block = segment_project(projected.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds)
-        sketch(block.flatten(1).float(), name, self._sketch.k, seed=self._sketch.seed, out=self._values)
+        block = (
+            segment_project(kept.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds).flatten(1).float()
+        )
+        self._square += block.square().sum(1)
+        sketch(block, name, self._sketch.k, seed=self._sketch.seed, out=self._values)
 
     def take(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return (unit-norm values [B, K], norms [B]) of the batch just run and forget it."""

@@ -1,9 +1,7 @@
 """The `features` stage: fit, queries, documents into the store, exact cosines for the fidelity."""
 
 import dataclasses
-import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +92,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     weight = next(model.parameters())
     sink = open_sink(projection, weight.dtype, weight.device)
     coding = coding_of(projection, config.bits)
-    unusable, norms = 0, Counter[str]()
+    unusable = 0
     with ctx.progress(len(documents), "documents") as advance:
         for number, start in enumerate(range(0, len(documents), config.shard_documents)):
             part = documents[start : start + config.shard_documents]
@@ -102,7 +100,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
             if has_shard(store, number) and side.exists():
                 advance(len(part))
                 continue
-            before = dict(getattr(sink, "norms", {}))
             found = extract(model, layers, part, projection, sink=sink, advance=advance, **options)
             good = _finite(found)
             write_shard(
@@ -113,12 +110,11 @@ def run(ctx: StageContext) -> dict[str, Any]:
                 found.norm[good],
                 coding,
             )
-            _write_extracted(side, [t.id for t in part], found, with_values=False, norms=_since(sink, before))
+            _write_extracted(side, [t.id for t in part], found, with_values=False)
             del found
             release_memory()
     for side in sorted((ctx.out / "documents").glob("*.safetensors")):
         ids, arrays = read_extracted(side)
-        norms.update(_norms_of(side))
         for i, ok in zip(ids, np.isfinite(arrays["norm"]) & (arrays["norm"] > 0), strict=True):
             if not ok:
                 unusable += 1
@@ -141,7 +137,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "cut": sum(t.cut > 0 for t in documents),
         "cut_tokens": sum(t.cut for t in documents),
         "split": sum(0 < t.window < len(t.ids) for t in documents),
-        "norms": dict(norms),
         "queries": {role: sum(t.id not in lost for t in texts) for role, texts in queries.items()},
         "fit_documents": len(sample),
         "exact": compared,
@@ -369,22 +364,7 @@ def _finite(found: Extracted) -> "Any":
     return torch.isfinite(found.norm) & (found.norm > 0) & torch.isfinite(found.values).all(1)
 
 
-def _since(sink: Any, before: dict[str, int]) -> dict[str, int]:
-    """Count the norms that a sink has taken since, by their kind."""
-    return {kind: count - before[kind] for kind, count in getattr(sink, "norms", {}).items()}
-
-
-def _norms_of(path: Path) -> dict[str, int]:
-    """Read how the norms of a shard's documents were taken; nothing if its sink doesn't tell."""
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as file:
-        return json.loads((file.metadata() or {}).get("norms", "{}"))
-
-
-def _write_extracted(
-    path: Path, ids: list[str], found: Extracted, with_values: bool, norms: dict[str, int] | None = None
-) -> None:
+def _write_extracted(path: Path, ids: list[str], found: Extracted, with_values: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -397,7 +377,7 @@ def _write_extracted(
     if with_values:
         tensors["values"] = found.values
     with atomic_path(path) as part:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"norms": json.dumps(norms or {})})
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part)
 
 
 def read_extracted(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 class Sink(Protocol):
     """Consumes the factors of every hooked layer.
 
-    A sink may also have `begin(lengths)`, which is called before a batch with the number of tokens of
-    every text [B] int64; `share(groups)`, which is called before any pass with tuples of names of the layers
-    that will be given one tensor, one layer after the other; and an attribute `wide`: true if it takes
-    factors in float32 of a bfloat16 model too, which is where some CPUs compute faster (other sinks get
-    them rounded to bfloat16).
+    A sink may also have `begin()`, which is called before a batch; `share(groups)`, which is called before any
+    pass with tuples of names of the layers that will be given one tensor, one layer after the other; and an
+    attribute `wide`: true if it takes factors in float32 of a bfloat16 model too, which is where some CPUs
+    compute faster (other sinks get them rounded to bfloat16).
     """
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
@@ -183,7 +182,7 @@ class GradientPass:
         # Row by row, the text that a row belongs to.
         owner = torch.zeros_like(lengths) if batch.windowed else torch.arange(len(ids), device=device)
         if begin := getattr(self.sink, "begin", None):
-            begin(lengths.sum()[None] if batch.windowed else lengths)
+            begin()
         hidden, backward = self._forward(ids, real, owner, texts)
         # Token t is predicted at position t - 1.
         predicts = (index + 1 >= starts[:, None]) & (index + 1 < lengths[:, None])

@@ -206,7 +206,7 @@ def known_and_rest(
     """Square gradients that are known in part and sketched as a whole: ||K||^2 + ||S - left^T K right||^2.
 
     Args:
-        known: K [B, Q, P] float32.
+        known: K [B, Q, P] float32; Q and P may be 0.
         sketch: S [B, s, t] float32.
         left: [Q, s] float32, how the sketch sees the left basis.
         right: [P, t] float32.
@@ -217,14 +217,15 @@ def known_and_rest(
     square = torch.zeros(len(known), device=known.device)
     if (
         known.device.type != "cpu"
-        or backend.extension_missing()
+        or not native_products()
+        or sketch.shape[2] not in range(LANES, 65, LANES)
         or (known.stride(2), sketch.stride(2)) != (1, 1)
     ):
         rest = sketch - left.T @ known @ right
         return square + known.square().sum((1, 2)) + rest.square().sum((1, 2))
     tensors = (known, sketch, left.contiguous(), right.contiguous(), square)
     sizes = (*known.shape, *sketch.shape[1:], *known.stride()[:2], *sketch.stride()[:2])
-    backend.extension().known_and_rest(*(t.data_ptr() for t in tensors), *sizes)
+    backend.extension().known_and_rest(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
     return square
 
 

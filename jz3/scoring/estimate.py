@@ -82,13 +82,15 @@ def paper_cost(paper: PaperSettings, settings: ScoreSettings, targets: int) -> C
     """Compute the cost of a corpus that is not here.
 
     Per token 4 N flop (forward pass and activation gradients of N parameters; the weight-gradient
-    product is never done), 2 S W for the exact norms (S tokens a text, W the layers' widths) and
-    2 rank W for the projections, at the assumed share of the GPU's peak; once per checkpoint.
+    product is never done) and 2 (rank + BUCKETS) W for the projections and the norms' sketch (W: the layers'
+    widths), at the assumed share of the GPU's peak; once per checkpoint.
     """
+    from jz3.gradients.products import BUCKETS
+
     length = min(paper.tokens_per_document, settings.max_tokens)
     tokens = paper.documents * length
     widths = WIDTHS_7B * (paper.params / 7e9) ** (2 / 3)
-    flop = 4 * paper.params + 2 * length * widths + 2 * settings.rank * widths
+    flop = 4 * paper.params + 2 * (settings.rank + BUCKETS) * widths
     rate = paper.tokens_per_second or paper.utilisation * PEAK_TFLOPS[paper.gpu] * 1e12 / flop
     passes = max(len(settings.checkpoint), 1)
     shards = -(-paper.documents // settings.shard_documents)
@@ -100,6 +102,8 @@ def paper_cost(paper: PaperSettings, settings: ScoreSettings, targets: int) -> C
 
 def print_paper(paper: PaperSettings, settings: ScoreSettings, targets: int) -> None:
     """Print the cost on paper with its assumptions."""
+    from jz3.gradients.products import BUCKETS
+
     cost = paper_cost(paper, settings, targets)
     rate = (
         "measured"
@@ -109,7 +113,7 @@ def print_paper(paper: PaperSettings, settings: ScoreSettings, targets: int) -> 
     print(f"on paper: {paper.params:.3g} parameters, {paper.gpus} x {paper.gpu}; nothing was run")
     _print(cost, settings, paper.gpus, paper.documents * paper.bytes_per_document)
     print(
-        f"  rate              {rate}; 4 N + 2 S W + 2 rank W flop a token, W = {WIDTHS_7B:.3g} at 7B\n"
+        f"  rate              {rate}; 4 N + 2 (rank + {BUCKETS}) W flop a token, W = {WIDTHS_7B:.3g} at 7B\n"
         f"  memory            2 bytes a parameter and checkpoint + {settings.batch_tokens:,} tokens x "
         f"{ACTIVATIONS_7B / 1e6:.0f} MB (at 7B)"
     )
