@@ -111,7 +111,8 @@ class AdaptedSink:
         if self._square is None:
             self._square = torch.zeros(len(g), device=g.device)
             self._values = torch.zeros(len(g), self._fit.k, device=g.device)
-        known, sketch = self._blocks(name, *kept, g)
+        projected, begin = kept
+        known, sketch = self._blocks(name, projected, begin, g)
         turns = (self._turn(side, name) for side in ("left", "right"))
         self._square += known_and_rest(known, sketch, *turns)
         if name in self._coordinates:
