@@ -169,10 +169,10 @@ def explain(
     model.eval()
     tokens = tokenize_text(tokenizer, "0", text, max_tokens, prompt=prompt)
     asked = [
-        tokenize_query(tokenizer, str(i), prompt, completion, max_tokens)
-        if prompt
+        tokenize_query(tokenizer, str(i), question, completion, max_tokens)
+        if question
         else tokenize_text(tokenizer, str(i), completion, max_tokens)
-        for i, (prompt, completion) in enumerate(queries)
+        for i, (question, completion) in enumerate(queries)
     ]
     layers = linear_layers(model)
     values = token_values(model, layers, tokens, asked, batch_tokens=batch_tokens, reduction=reduction)

@@ -1,5 +1,6 @@
 """Values per token against the full gradients, and how they are shown."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import torch
 from test_gradients import autograd_gradients, random_model, random_texts
 
 from jz3.cli import main
+from jz3.config import shipped_recipe
 from jz3.explain import explain, render, token_strings, token_values, write_html
+from jz3.files import write_json, write_jsonl
 from jz3.gradients import Tokens, linear_layers, tokenize_query, tokenize_text
 from jz3.models import load_model, load_tokenizer
+from jz3.records import Doc
 
 TEXT = "The sum of 7 and 9 is 16 — naïvely 🙂 done.\n\nNext: 3 * 12 = 36."
 QUERY = ("Question: what is 7 plus 9?\n", "The sum of 7 and 9 is 16.")
@@ -83,6 +87,25 @@ def test_a_prompt_is_not_scored(tiny_model: Path, size: int) -> None:
     assert sum(value for _, value in values) == pytest.approx(cosine(model, text, asked), abs=1e-6)
     short = explain(model, tokenizer, TEXT, [("", TEXT)], prompt=TEXT[:size], max_tokens=text.start + 2)
     assert len(short) == text.start + 2
+
+
+def test_a_text_of_a_run_with_prompts(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--doc` leaves out what the run's features left out, and only then."""
+    recipe = shipped_recipe("tiny")
+    doc = Doc(id="0" * 16, text=TEXT, source="s", tokens=9, meta={"ask": TEXT[:28]})
+    write_jsonl(tmp_path / "corpus" / "docs.jsonl", [doc.to_json()])
+    model, tokenizer = load_model(tiny_model, recipe.model.dtype), load_tokenizer(tiny_model)
+    query = ("", "3 * 12 = 36, so there are 36 rows.")
+    for field, prompt in (("", ""), ("ask", TEXT[:28])):
+        features = dataclasses.replace(recipe.features, prompt_field=field)
+        write_json(
+            tmp_path / "recipe.json", dataclasses.asdict(dataclasses.replace(recipe, features=features))
+        )
+        assert main(["explain", str(tmp_path), "--doc", doc.id, "--problem", query[1]]) == 0
+        total = sum(value for _, value in explain(model, tokenizer, TEXT, [query], prompt=prompt))
+        assert f"cosine of gradients {total:+.4f}" in capsys.readouterr().out
 
 
 def test_strings_of_tokens(tiny_model: Path) -> None:

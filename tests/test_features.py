@@ -56,6 +56,17 @@ def test_norm_is_that_of_the_whole_gradient() -> None:
     assert set(fit.layers) <= set(layers) and len(fit.layers) <= 2
 
 
+def test_sketched_norm_is_close() -> None:
+    """A sketch's norm is that of its projections: no hashing into few numbers touches it."""
+    model, texts = random_model("llama"), random_texts(4)
+    layers = linear_layers(model)
+    fit = fit_adapted(model, "m", layers, texts, [], k=EVERYTHING, rank=EVERYTHING, max_layers=EVERYTHING)
+    exact = extract(model, layers, texts, fit).norm
+    for k in (64, 4096):
+        found = extract(model, layers, texts, Sketch.of("m", layers, k, 128, 128, 0)).norm
+        torch.testing.assert_close(found, exact, atol=0, rtol=0.1)
+
+
 def test_adapted_keeps_the_coordinates_with_most_energy() -> None:
     model, texts = random_model("llama"), random_texts(24)
     layers = linear_layers(model)

@@ -16,6 +16,7 @@ from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Extracted, extract
 from jz3.gradients import Tokens, linear_layers, llama, products
+from jz3.ops.signs import signs
 
 TOKENS = Path(__file__).parent
 
@@ -46,6 +47,23 @@ def test_norms_are_close_and_depend_on_the_text_alone(monkeypatch: pytest.Monkey
     with_fit = extract(model, layers, texts, fit).norm / exact
     bare = extract(model, layers, texts, fitted(model, texts, k=1, rank=1)).norm / exact
     assert float((with_fit - 1).square().mean()) < float((bare - 1).square().mean())
+
+
+def test_squared_norms_are_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = random_model("llama"), random_texts(3, 30)
+    fit, exact = fitted(model, texts, k=8, rank=2), exact_norms(model, texts).square()
+    found = []
+    for seed in range(60):
+
+        def drawn(sink: Any, side: str, name: str, size: int, seed: int = seed) -> torch.Tensor:
+            return signs(seed, f"{name} {side}", 1, size)[0]
+
+        monkeypatch.setattr(AdaptedSink, "_signs", drawn)
+        # Without groups every layer has signs of its own.
+        found.append(extract(model, linear_layers(model), texts, fit).norm.square() / exact)
+    errors = torch.stack(found) - 1
+    spread = errors.std(0) / len(found) ** 0.5
+    assert bool((errors.mean(0).abs() < 3.5 * spread).all()) and float(spread.max()) < 0.02
 
 
 def test_the_fused_op_gives_the_same() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jz3.errors import Jz3Error
 from jz3.features.range_finder import RangeFinder
 from jz3.files import atomic_path, canonical_json, hash_file
-from jz3.gradients import Batch, InputGrams, Tokens, gram, make_batches, run_pass
+from jz3.gradients import Batch, Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
     import torch
@@ -122,18 +122,37 @@ class AdaptedFit:
         return cls(model_hash, layers, **parts, **vectors)
 
 
+def _gram(x: "torch.Tensor") -> "torch.Tensor":
+    """Return the inner products of each text's tokens: [B, S, D] to [B, S, S] float32."""
+    return (x @ x.transpose(1, 2)).float()
+
+
+class _InputGrams:
+    """Computes a a^T once for layers that share their input (q, k, v; gate, up)."""
+
+    def __init__(self) -> None:
+        self._input: Any = None
+        self._gram: Any = None
+
+    def of(self, a: "torch.Tensor") -> "torch.Tensor":
+        """Return the Gram matrix of a, remembered while the same tensor comes again."""
+        if self._input is None or a.data_ptr() != self._input.data_ptr() or a.shape != self._input.shape:
+            self._input, self._gram = a, _gram(a)
+        return self._gram
+
+
 class _FactorSink:
     """Keeps a batch's factors and Gram matrices until its norms are known."""
 
     def __init__(self) -> None:
         self.factors: dict[str, tuple[Any, Any, Any, Any]] = {}
-        self._grams = InputGrams()
+        self._grams = _InputGrams()
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
         return a, self._grams.of(a)
 
     def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
-        self.factors[name] = (*kept, g, gram(g))
+        self.factors[name] = (*kept, g, _gram(g))
 
     def take(self) -> tuple[dict[str, tuple[Any, Any, Any, Any]], "torch.Tensor", dict[str, "torch.Tensor"]]:
         squares = {n: (aa * gg).sum((1, 2)) for n, (_, aa, _, gg) in self.factors.items()}

@@ -16,9 +16,10 @@ class AdaptedSink:
     """Projects each text's gradient on a fit's coordinates and estimates its norm.
 
     ||G||^2 is summed over layers: ||L^T G R||^2, exactly, plus a two-sided count sketch of what the fit's bases leave.
-    The estimate is unbiased and 1 to 2% off, and costs less than the Gram identity does for any length: a pass
-    over the factors, while they are multiplied with the bases. Layers of one input size within a part of the model
-    have the signs of their inputs in common, so that a shared input is multiplied once.
+    The estimate of the square is unbiased for orthonormal bases; norms of SmolLM2-135M's gradients are 0.6 to 1.6% off.
+    It costs less than the Gram identity does for any length: a pass over the factors, while they are multiplied with
+    the bases. Layers of one input size within a part of the model have the signs of their inputs in common, so that
+    a shared input is multiplied once.
     """
 
     wide = True

@@ -6,7 +6,7 @@ the backward pass computes activation gradients only, and no weight-gradient pro
 """
 
 from jz3.gradients.layers import layer_shape, linear_layers
-from jz3.gradients.passes import GradientPass, InputGrams, PassResult, Sink, gram, run_pass, set_products
+from jz3.gradients.passes import GradientPass, PassResult, Sink, run_pass, set_products
 from jz3.gradients.tokens import (
     Batch,
     Tokens,
@@ -20,11 +20,9 @@ from jz3.gradients.tokens import (
 __all__ = [
     "Batch",
     "GradientPass",
-    "InputGrams",
     "PassResult",
     "Sink",
     "Tokens",
-    "gram",
     "layer_shape",
     "linear_layers",
     "make_batches",

@@ -299,22 +299,3 @@ def run_pass(
     ) as gradients:
         for batch in batches:
             yield batch, gradients.run(batch)
-
-
-def gram(x: "torch.Tensor") -> "torch.Tensor":
-    """Return the inner products of each text's tokens: [B, S, D] to [B, S, S] float32."""
-    return (x @ x.transpose(1, 2)).float()
-
-
-class InputGrams:
-    """Computes a a^T once for layers that share their input (q, k, v; gate, up)."""
-
-    def __init__(self) -> None:
-        self._input: Any = None
-        self._gram: Any = None
-
-    def of(self, a: "torch.Tensor") -> "torch.Tensor":
-        """Return gram(a), remembered while the same tensor comes again."""
-        if self._input is None or a.data_ptr() != self._input.data_ptr() or a.shape != self._input.shape:
-            self._input, self._gram = a, gram(a)
-        return self._gram
