@@ -4,6 +4,7 @@
 `apt install chromium chromium-driver`) and selenium. JZ3_SCREENSHOTS=FOLDER keeps pictures of the page.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -21,9 +22,11 @@ import numpy as np
 import pytest
 
 from jz3.cli import main
+from jz3.config import shipped_recipe
 from jz3.explore import render
 from jz3.explore.scores import ScoreTable
 from jz3.features.exact import exact_cosines
+from jz3.files import write_json
 from jz3.gradients import tokenize_text
 from jz3.index.collection import open_collection
 from jz3.records import Doc
@@ -146,6 +149,16 @@ def test_view(small_run: Path) -> None:
     assert scores[0] == sorted(scores[0], reverse=True) and scores[1] == sorted(scores[1])
     assert scores[0][0] > scores[1][0]
     assert view.pictures().count("<svg") == 2
+
+
+def test_the_recipe_says_what_is_a_prompt(tmp_path: Path) -> None:
+    recipe = shipped_recipe("tiny")
+    for field in ("", "ask"):
+        features = dataclasses.replace(recipe.features, prompt_field=field)
+        write_json(
+            tmp_path / "recipe.json", dataclasses.asdict(dataclasses.replace(recipe, features=features))
+        )
+        assert open_collection(tmp_path).prompt_field == field
 
 
 def test_start_tokens_stand_for_no_characters(
