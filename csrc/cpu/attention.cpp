@@ -25,7 +25,7 @@ namespace jz3 {
 
 namespace {
 
-constexpr int64_t ROWS = 72;  // queries at a time, of all heads of a task
+constexpr int64_t ROWS = 48;  // queries at a time, of all heads of a task
 
 // y = x rotated by the angle of its position.
 template <class T>
@@ -67,14 +67,41 @@ void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t width, floa
   for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * width, x + r * stride, size_t(width) * sizeof(float));
 }
 
+// The transpose of 16 rows of 16 units, of which the rows from `rows` on are zero.
+inline void transpose(const void* x, int64_t stride, int64_t rows, void* out, int64_t out_stride) {
+  const auto* from = static_cast<const uint32_t*>(x);
+  auto* to = static_cast<uint32_t*>(out);
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  // The four numbers at 4 l .. 4 l + 3 of r[4 g + j] are unit 4 l + j of the rows 4 g .. 4 g + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
+    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88),
+                  odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+    _mm512_storeu_si512(to + j * out_stride, _mm512_shuffle_i32x4(even, even2, 0x88));
+    _mm512_storeu_si512(to + (4 + j) * out_stride, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+    _mm512_storeu_si512(to + (8 + j) * out_stride, _mm512_shuffle_i32x4(even, even2, 0xDD));
+    _mm512_storeu_si512(to + (12 + j) * out_stride, _mm512_shuffle_i32x4(odd, odd2, 0xDD));
+  }
+}
+
 // The transpose in panels of 64 rows: out[r / 64][c][r % 64] is unit c of row r; zero beyond `rows`.
 template <class T>
 void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t width, typename Of<T>::Unit* out) {
   for (int64_t first = 0; first < rows; first += PANEL, out += units<T>(width) * PANEL)
-    for (int64_t r = 0; r < PANEL; ++r) {
-      const auto* row = reinterpret_cast<const typename Of<T>::Unit*>(x + (first + r) * stride);
-      for (int64_t c = 0; c < units<T>(width); ++c) out[c * PANEL + r] = first + r < rows ? row[c] : 0;
-    }
+    for (int64_t r = 0; r < PANEL; r += 16)
+      for (int64_t c = 0; c < units<T>(width); c += 16)
+        transpose(x + (first + r) * stride + c * Of<T>::count, stride / Of<T>::count, rows - first - r,
+                  out + c * PANEL + r, PANEL);
 }
 
 // What both directions need of a task's keys.

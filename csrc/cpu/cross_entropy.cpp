@@ -22,7 +22,7 @@ namespace jz3 {
 namespace {
 
 constexpr int64_t ROWS = 144;   // at a time: their sums of width 576 stay in the second-level cache
-constexpr int64_t WORDS = 512;  // at a time, a multiple of the groups of words in 8 bits
+constexpr int64_t WORDS = 384;  // at a time, a multiple of the groups of words in 8 bits
 
 // Both products of a block of rows in bfloat16.
 class Exact {

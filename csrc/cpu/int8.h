@@ -1,8 +1,8 @@
 // Rows and packed matrices in 8 bits and their products: rows are rounded to 255 levels per row and group of numbers,
 // matrices per column and group. Include after the standard headers, as bf16.h; may run only where has_int8_products().
 //
-// Before they are rounded, every 16 numbers (64 in four turns) are multiplied with a Hadamard matrix, which leaves
-// products as they are and spreads what is larger than its neighbours, by which their common scale would be set.
+// Before they are rounded, every 64 numbers are multiplied with a Hadamard matrix, which leaves products as they are and
+// spreads what is larger than its neighbours, by which their common scale would be set.
 //
 // vpdpbusd takes unsigned numbers on its left: rows are stored plus 128, and sums start at -128 times the column's sum.
 #pragma once
@@ -65,47 +65,67 @@ inline __m512 load_first(const uint16_t* p, __mmask16 part) {
 }
 inline __m512 load_first(const float* p, __mmask16 part) { return _mm512_maskz_loadu_ps(part, p); }
 
-// x H in every group of four lanes, H = [1 1; 1 -1] (x) [1 1; 1 -1].
-inline __m512 turn_lanes(__m512 x) {
-  const __m512 odd = _mm512_castsi512_ps(_mm512_set1_epi64(int64_t(0xBF8000003F800000)));  // 1, -1
-  const __m512 second = _mm512_castpd_ps(_mm512_castsi512_pd(
-      _mm512_set4_epi32(int(0xBF800000), int(0xBF800000), 0x3F800000, 0x3F800000)));  // 1, 1, -1, -1
-  x = _mm512_fmadd_ps(x, odd, _mm512_permute_ps(x, 0xB1));
-  return _mm512_fmadd_ps(x, second, _mm512_permute_ps(x, 0x4E));
+// Lane i of x plus, or minus where bit `Bit` of i is set, lane i with this bit turned over.
+template <int Bit>
+inline __m512 turn_lanes(__m512 x, __m512 other) {
+  const __m512 minus = _mm512_set1_ps(-1.0f);
+  constexpr __mmask16 set = Bit == 1 ? 0xAAAA : Bit == 2 ? 0xCCCC : Bit == 4 ? 0xF0F0 : 0xFF00;
+  return _mm512_fmadd_ps(x, _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), set, minus), other);
 }
 
-// 64 numbers times a Hadamard matrix on every 16 of them: four lanes of each of the four registers. Its square is 16.
-inline void turn(float* x) {
-  const __m512 a = _mm512_load_ps(x), b = _mm512_load_ps(x + 16), c = _mm512_load_ps(x + 32), d = _mm512_load_ps(x + 48);
-  const __m512 e = _mm512_add_ps(a, b), f = _mm512_sub_ps(a, b), g = _mm512_add_ps(c, d), h = _mm512_sub_ps(c, d);
-  _mm512_store_ps(x, turn_lanes(_mm512_add_ps(e, g)));
-  _mm512_store_ps(x + 16, turn_lanes(_mm512_add_ps(f, h)));
-  _mm512_store_ps(x + 32, turn_lanes(_mm512_sub_ps(e, g)));
-  _mm512_store_ps(x + 48, turn_lanes(_mm512_sub_ps(f, h)));
+// x times a Hadamard matrix.
+inline __m512 turn_lanes(__m512 x) {
+  x = turn_lanes<1>(x, _mm512_permute_ps(x, 0xB1));
+  x = turn_lanes<2>(x, _mm512_permute_ps(x, 0x4E));
+  x = turn_lanes<4>(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+  return turn_lanes<8>(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+}
+
+// 64 numbers times a Hadamard matrix, whose square is 64.
+struct Turned {
+  __m512 a, b, c, d;
+  void turn() {
+    const __m512 e = _mm512_add_ps(a, b), f = _mm512_sub_ps(a, b), g = _mm512_add_ps(c, d), h = _mm512_sub_ps(c, d);
+    a = turn_lanes(_mm512_add_ps(e, g)), b = turn_lanes(_mm512_add_ps(f, h));
+    c = turn_lanes(_mm512_sub_ps(e, g)), d = turn_lanes(_mm512_sub_ps(f, h));
+  }
+  void keep(float* x) const {
+    _mm512_store_ps(x, a), _mm512_store_ps(x + 16, b), _mm512_store_ps(x + 32, c), _mm512_store_ps(x + 48, d);
+  }
+};
+
+// The first `count` of 16 numbers, zeros behind them.
+template <class T>
+inline __m512 load_some(const T* x, int64_t count) {
+  if (count >= LANES) return load(x);
+  return load_first(x, __mmask16((1u << std::max<int64_t>(count, 0)) - 1));
+}
+
+// 64 numbers times `inverse` as bytes, in the order in which packing leaves them: rows' as matrices'.
+inline __m512i levels(const float* x, __m512 inverse) {
+  const auto whole = [&](int64_t i) { return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + i), inverse)); };
+  return _mm512_packs_epi16(_mm512_packs_epi32(whole(0), whole(16)), _mm512_packs_epi32(whole(32), whole(48)));
 }
 
 // One row's group of `count` numbers, filled up with zeros and turned; `turned` has room for a group.
 template <class T>
 inline float quantise(const T* x, int64_t group, int64_t count, float* turned, uint8_t* q) {
   __m512i top = _mm512_setzero_si512();
-  for (int64_t c = 0; c < group; c += TURNED) {
-    for (int64_t i = c; i < c + TURNED; i += LANES) {
-      const int64_t left = std::clamp<int64_t>(count - i, 0, LANES);
-      _mm512_store_ps(turned + i, left == LANES ? load(x + i) : load_first(x + i, __mmask16((1u << left) - 1)));
-    }
-    turn(turned + c);
-    for (int64_t i = c; i < c + TURNED; i += LANES)
-      top = _mm512_max_epu32(top, _mm512_castps_si512(magnitude(_mm512_load_ps(turned + i))));
+  for (int64_t i = 0; i < group; i += TURNED) {
+    const int64_t left = count - i;
+    Turned part{load_some(x + i, left), load_some(x + i + 16, left - 16), load_some(x + i + 32, left - 32),
+                load_some(x + i + 48, left - 48)};
+    part.turn();
+    part.keep(turned + i);
+    for (const __m512 y : {part.a, part.b, part.c, part.d})
+      top = _mm512_max_epu32(top, _mm512_castps_si512(magnitude(y)));
   }
   const int32_t bits = int32_t(_mm512_reduce_max_epu32(top));
   float largest;
   std::memcpy(&largest, &bits, 4);
   const __m512 inverse = _mm512_set1_ps(inverse_of(largest));
-  for (int64_t c = 0; c < group; c += LANES) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(turned + c), inverse));
-    const __m128i byte = _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), _mm_set1_epi8(char(0x80)));
-    _mm_store_si128(reinterpret_cast<__m128i*>(q + c), byte);
-  }
+  for (int64_t c = 0; c < group; c += TURNED)
+    _mm512_store_si512(q + c, _mm512_xor_si512(levels(turned + c, inverse), _mm512_set1_epi8(char(0x80))));
   return scale_of(largest);
 }
 

@@ -32,18 +32,24 @@ void pack_part(const T* w, int64_t group, int64_t depth, int64_t columns, int64_
   for (int64_t n = 0; n < PANEL; ++n) {
     for (int64_t k = 0; k < group; ++k)
       turned[k] = k < depth && n < columns ? value(w[k * row_stride + n * column_stride]) : 0;
+    for (int64_t k = 0; k < group; k += TURNED) {
+      const float* x = turned + k;
+      Turned part{load(x), load(x + 16), load(x + 32), load(x + 48)};
+      part.turn();
+      part.keep(turned + k);
+    }
     float largest = 0;
     for (int64_t k = 0; k < group; ++k) {
-      if (k % TURNED == 0) turn(turned + k);
       const float x = std::fabs(turned[k]);
       if (!(x <= largest)) largest = x;
     }
-    part.scale[n] = scale_of(largest) / 16;  // of both turns
-    const float inverse = inverse_of(largest);
+    part.scale[n] = scale_of(largest) / TURNED;  // of both turns
+    const __m512 inverse = _mm512_set1_ps(inverse_of(largest));
     int32_t sum = 0;
-    for (int64_t k = 0; k < group; ++k) {
-      const int q = inverse > 0 ? int(std::nearbyint(turned[k] * inverse)) : 0;
-      part.number[k / 4][n][k % 4] = int8_t(q), sum += q;
+    for (int64_t k = 0; k < group; k += TURNED) {
+      alignas(64) int8_t q[TURNED];
+      _mm512_store_si512(q, levels(turned + k, inverse));
+      for (int64_t i = 0; i < TURNED; ++i) part.number[(k + i) / 4][n][i % 4] = q[i], sum += q[i];
     }
     part.start[n] = -128 * sum;
   }

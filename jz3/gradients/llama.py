@@ -36,8 +36,8 @@ TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 
 INT8_TOLERANCE = 0.05
 """What products in 8 bits may add to it; they reach 0.03 in all products of a block."""
-FORWARD_GROUP, BACKWARD_GROUP = 64, 128
-"""Numbers under one scale: the more, the faster and the coarser, which gradients bear better than activations."""
+GROUP = 192
+"""Numbers under one scale, where that leaves none over: the more, the faster and the coarser."""
 
 SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""
@@ -198,9 +198,9 @@ class _Block:
     down: "_Linear"
 
 
-def backward_group(depth: int) -> int:
-    """Return how many numbers of `depth` have one scale in a product backward: 192 where that leaves none over."""
-    return BACKWARD_GROUP if depth % 192 else 192
+def group_of(depth: int) -> int:
+    """Return how many numbers of `depth` have one scale."""
+    return 128 if depth % GROUP else GROUP
 
 
 class _Linear:
@@ -218,8 +218,8 @@ class _Linear:
         self.forward: Any
         self.backward: Any
         if int8:
-            self.forward = Int8Product(weight.T, FORWARD_GROUP, bias)
-            self.backward = Int8Product(weight, backward_group(len(weight)))
+            self.forward = Int8Product(weight.T, group_of(weight.shape[1]), bias)
+            self.backward = Int8Product(weight, group_of(len(weight)))
         else:
             self.forward, self.backward = Product(weight.T, bias), Product(weight)
 
@@ -238,8 +238,9 @@ class Blocks:
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = model.get_input_embeddings()
         self.rotary = model.model.rotary_emb
-        groups = (0, 0) if products == "exact" else (FORWARD_GROUP, BACKWARD_GROUP)
-        self.output = OutputLayer(model.get_output_embeddings().weight.detach().to(self.dtype), groups)
+        output = model.get_output_embeddings().weight.detach().to(self.dtype)
+        groups = (0, 0) if products == "exact" else (group_of(output.shape[1]), GROUP)
+        self.output = OutputLayer(output, groups)
         self.norm = model.model.norm.weight.detach().to(self.dtype)
         self.blocks = [self._block(block, products) for block in model.model.layers]
         self.names: list[dict[str, str]] = []

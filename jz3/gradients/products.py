@@ -138,7 +138,7 @@ class Int8Matrix:
 class Int8Product:
     """y = x W for a fixed matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a row of x and of a column of W.
 
-    Every 16 numbers of either are multiplied with a Hadamard matrix before, which spreads outliers (csrc/cpu/int8.h).
+    Every 64 numbers of either are multiplied with a Hadamard matrix before, which spreads outliers (csrc/cpu/int8.h).
 
     Sums are of whole numbers within these groups and float32 beyond, rounded once to the dtype of y. A row with
     a number that isn't finite gives NaN.
@@ -241,7 +241,7 @@ class OutputLayer:
         Args:
             weight: the matrix.
             groups: numbers under one scale, of the products forward and backward in 8 bits (the latter a divisor
-                of 512); (0, 0) for products in bfloat16. Without jz3's own products the layer stays exact.
+                of 384); (0, 0) for products in bfloat16. Without jz3's own products the layer stays exact.
         """
         self._weight, self._groups = weight.contiguous(), groups
         native = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and native_products()
