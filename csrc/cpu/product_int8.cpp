@@ -2,9 +2,9 @@
 // and group. Products of numbers are whole and summed exactly by vpdpbusd; a group's sum is then multiplied by its two
 // scales and added up in float32.
 //
-// A panel is 64 columns; of a panel, a group's part (at most 8 KB), the block's rows of that group and the panel's float32
-// sums lie in the first-level cache together. Operations per row: depth * columns multiplications at 64 a cycle and core
-// of vpdpbusd, and per group and 16 columns a conversion, a product and a fused multiply-add.
+// A panel is 64 columns. A group's part of it (12 KB of 192 numbers) stays in the first-level cache while the block's rows
+// come by, six at a time. Operations per row: depth * columns multiplications at 64 a cycle and core of vpdpbusd, and per
+// group and 16 columns a conversion, a product and a fused multiply-add.
 #include <algorithm>
 #include <cmath>
 
