@@ -49,7 +49,7 @@ def test_every_number_is_there(tiny_run: Path) -> None:
     assert all(sum(counts.values()) == 12 for name, counts in selection["mix"].items() if name != "corpus")
     assert selection["fidelity"]["documents"] >= 20 and 0 < selection["fidelity"]["spearman"] <= 1
     assert set(selection["negative_control"]["overlap"]) == {"word_problems", "number_algebra"}
-    assert [row["chooser"] for row in selection["comparison"]["table"]] == ["influence", "random"]
+    assert [row["chooser"] for row in selection["comparison"]["table"]] == ["influence", "matching", "random"]
     assert results["distillation"]["asked"] == 14
     synthesis = results["synthesis"]
     assert synthesis["asked"] == 6 == synthesis["parsed"] + sum(synthesis["rejected"].values())

@@ -14,7 +14,7 @@ class ComparisonConfig:
     """Tokens of text that each model is trained on (in every epoch); 0: no comparison."""
     more_tokens: tuple[int, ...] = ()
     """Further budgets, each compared like `tokens`."""
-    methods: tuple[str, ...] = ("influence", "random")
+    methods: tuple[str, ...] = ("influence", "matching", "random")
     """Choosers: columns of the influence stage's table (`influence`, `hidden`, `bm25`, `loss`, `random`), `dot`
     (influence times the gradient's norm), `mix` (ranks of influence and hidden states), `stratified`
     (influence within every source, in the pool's proportions), `control` (what an unrelated target would
