@@ -11,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jz3.config import shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.files import hash_file, read_json, read_jsonl
+from jz3.influence import read_scores
 from jz3.pipeline import NAMES, STAGES, run_pipeline, stages_up_to
 from jz3.stage import Stage, StageContext
 
@@ -82,8 +84,15 @@ def test_selected_texts_explain_themselves(tiny_run: Path) -> None:
     why = list(read_jsonl(tiny_run / "selection" / "why.jsonl"))
     assert [row["id"] for row in chosen] == [row["id"] for row in why]
     assert all(docs[row["id"]] == row for row in chosen)
-    totals = [sum(row["scores"].values()) for row in why]
-    assert totals == sorted(totals, reverse=True)
+    assert [(row["rank"], row["chooser"]) for row in why] == [(i, "matching") for i in range(12)]
+    table = read_scores(tiny_run / "influence")
+    place = {name: row for row, name in enumerate(table["id"])}
+    for row in why:
+        assert row["scores"] == {t: float(table[f"influence:{t}"][place[row["id"]]]) for t in row["scores"]}
+    total = sum(table[f"influence:{task}"] for task in why[0]["scores"])
+    best = [table["id"][row] for row in np.argsort(-total)]
+    # A set begins with the best single text, but for what decoded features lack of unit norm.
+    assert chosen[0]["id"] in best[:3] and {row["id"] for row in chosen} != set(best[:12])
 
 
 def test_running_again_does_nothing(tiny_run: Path) -> None:

@@ -15,7 +15,7 @@ from jz3.stage import StageContext
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Write selection/selected.jsonl (documents, best first) and selection/why.jsonl."""
+    """Write selection/selected.jsonl (documents, in the order of choice) and selection/why.jsonl."""
     config = ctx.recipe.selection
     pool = load_pool(ctx)
     scores = pool.scores
