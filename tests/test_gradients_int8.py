@@ -1,5 +1,6 @@
 """Products in 8 bits: against float64 within the bound of their steps, and what a pass does with them."""
 
+import functools
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -30,10 +31,9 @@ def int8() -> None:
 
 
 def turned(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Rows filled up with zeros to whole groups, every 64 numbers times H (x) I (x) H / 4, H Hadamard's of size 4."""
+    """Rows filled up with zeros to whole groups, every 64 numbers times Hadamard's matrix of size 64 by 8."""
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    four = torch.kron(two, two)
-    matrix = torch.kron(torch.kron(four, torch.eye(4, dtype=torch.float64)), four) / 4
+    matrix = functools.reduce(torch.kron, [two] * 6) / 8
     padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % group))
     return (padded.view(len(x), -1, 64) @ matrix).view(len(x), -1)
 
@@ -46,7 +46,7 @@ def bound(x: torch.Tensor, w: torch.Tensor, group: int) -> torch.Tensor:
     return dx @ aw.T + (ax + dx) @ dw.T
 
 
-@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("group", [64, 128, 192])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (7, 130, 67), (203, 38, 16), (150, 576, 130), (73, 1000, 48)], ids=str
@@ -75,20 +75,20 @@ def test_levels_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-127, 128, s, generator=generator).float() for s in ((31, 128), (80, 128)))
     x[:, ::64], w[:, ::64] = 127, -127
-    # The turn is its own inverse, and numbers by 4 are exact.
+    # The turn is its own inverse, and numbers by 8 are exact.
     x, w = (turned(m, 64).float() for m in (x, w))
     assert torch.equal(Int8Product(w.T, 64)(x).double(), x.double() @ w.double().T)
 
 
 def test_outliers_spoil_less_than_their_neighbours() -> None:
-    """One number of 64 that is 60 times as large as the others leaves these 16 times as many levels as by itself."""
+    """One number of 64 that is 60 times as large as the others costs less than half of what its levels alone would."""
     x = normal(1, 200, 64)
     x[:, 5] = 60
     w = normal(2, 64, 48)
     exact = x.double() @ w.double()
     step = 60 / 127 / 12**0.5  # the error of a number that is rounded to the outlier's levels
     error = (Int8Product(w, 64)(x).double() - exact).square().mean().sqrt()
-    assert float(error) < 0.5 * step * 8
+    assert float(error) < 0.4 * step * 8
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -105,9 +105,9 @@ def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, bad: float) -> 
 def test_tiny_and_huge_numbers() -> None:
     product = Int8Product(torch.eye(64), 64)
     assert torch.equal(product(torch.full((1, 64), 1e-38)), torch.zeros(1, 64))
-    x = torch.full((1, 64), 1e37)
+    x = torch.full((1, 64), 5e36)
     torch.testing.assert_close(product(x), x)
-    # The sum of 16 is beyond float32.
+    # The sum of 64 is beyond float32.
     assert torch.isnan(product(torch.full((1, 64), 3e38))).all()
 
 

@@ -141,7 +141,7 @@ class Int8Product:
     Every 64 numbers of either are multiplied with a Hadamard matrix before, which spreads outliers (csrc/cpu/int8.h).
 
     Sums are of whole numbers within these groups and float32 beyond, rounded once to the dtype of y. A row with
-    a number that isn't finite gives NaN.
+    a number that isn't finite, or beyond a 64th of float32's largest, gives NaN.
     """
 
     def __init__(self, matrix: torch.Tensor, group: int, bias: torch.Tensor | None = None) -> None:
