@@ -11,6 +11,7 @@ DIR holds `eval/*.jsonl`, `targets/gsm8k_train.jsonl` and `samples/*_sampled.jso
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ from jz3.comparison.stage import so_far
 from jz3.comparison.table import plot, text_table, verdicts
 from jz3.config import Recipe, settled
 from jz3.corpus.config import CorpusConfig, SourceConfig
-from jz3.features import KINDS, FeaturesConfig
+from jz3.features import KINDS, FeaturesConfig, LessConfig
+from jz3.files import read_jsonl
 from jz3.influence import InfluenceConfig
-from jz3.models import ModelConfig
+from jz3.models import ModelConfig, resolve_model
 from jz3.pipeline import run_pipeline
 from jz3.selection import SelectionConfig
 from jz3.stage import StageContext
 from jz3.targets import ControlConfig, TargetsConfig, TaskConfig
-from jz3.training import TrainSettings
+from jz3.training import Phase, TrainSettings, train
 
 FIVE = "influence,matching,hidden,bm25,random"
+PROMPT = "input"
+"""The samples' field that holds the problem; `output` is its solution."""
 
 
 def tasks(data: Path, names: list[str], fit: int, problems: int) -> tuple[TaskConfig, ...]:
@@ -64,8 +68,8 @@ def tasks(data: Path, names: list[str], fit: int, problems: int) -> tuple[TaskCo
     return tuple(known[name] for name in names)
 
 
-def sources(data: Path, size: int) -> tuple[SourceConfig, ...]:
-    """Return the pool's sources in the proportions 5 : 3 : 3 : 2 : 2 : 1 : 4."""
+def sources(data: Path, size: int, prompts: bool) -> tuple[SourceConfig, ...]:
+    """Return the pool's sources in the proportions 5 : 3 : 3 : 2 : 2 : 1 : 4; with `prompts`, samples know theirs."""
     part = size // 20
     pool = [
         SourceConfig(
@@ -73,6 +77,7 @@ def sources(data: Path, size: int) -> tuple[SourceConfig, ...]:
             kind="jsonl",
             paths=(str(data / "samples" / f"{file}_sampled.jsonl"),),
             text_field="input+output",
+            keep_fields=(PROMPT,) if prompts else (),
             generated=True,
             limit=share * part,
         )
@@ -95,7 +100,7 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
         seed=arguments.seed,
         model=ModelConfig(name=arguments.model),
         corpus=CorpusConfig(
-            sources=sources(data, arguments.pool),
+            sources=sources(data, arguments.pool, arguments.completions),
             max_tokens=arguments.max_tokens,
             min_tokens=24,
             pieces_per_document=1,
@@ -110,9 +115,17 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             bits=arguments.bits,
             fit_documents=160,
             exact_documents=0,
-            batch_tokens=1024,
+            batch_tokens=arguments.batch_tokens,
             fit_batch_tokens=768,
             query_tokens=256,
+            prompt_field=PROMPT if arguments.completions else "",
+            less=LessConfig(
+                rank=arguments.less_rank,
+                alpha=4.0 * arguments.less_rank,
+                epochs=arguments.less_epochs,
+                share=arguments.less_share,
+                batch_texts=arguments.less_batch,
+            ),
         ),
         influence=InfluenceConfig(),
         selection=SelectionConfig(k=arguments.pool // 10),
@@ -126,19 +139,39 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
             seeds=arguments.seeds,
             problems=arguments.judged,
             workers=arguments.workers,
-            train=TrainSettings(
-                method=arguments.method,
-                precision=arguments.precision,
-                learning_rate=arguments.learning_rate,
-                epochs=arguments.epochs,
-                schedule="constant",
-                warmup=0.0,
-                max_length=arguments.pack,
-                batch_packs=1,
-                save_every=0,
-            ),
+            train=settings(arguments),
         ),
     )
+
+
+def settings(arguments: argparse.Namespace) -> TrainSettings:
+    """Return how models are trained."""
+    return TrainSettings(
+        method=arguments.method,
+        precision=arguments.precision,
+        learning_rate=arguments.learning_rate,
+        epochs=arguments.epochs,
+        schedule="constant",
+        warmup=0.0,
+        max_length=arguments.pack,
+        batch_packs=1,
+        save_every=0,
+    )
+
+
+def later_checkpoint(arguments: argparse.Namespace) -> str:
+    """Train the model on random texts of another run's pool and return its folder."""
+    rows = [("", row["text"]) for row in read_jsonl(arguments.trained_on / "corpus" / "docs.jsonl")]
+    folder = arguments.out / "model"
+    train(
+        resolve_model(ModelConfig(name=arguments.model)),
+        [Phase(name="texts", rows=rows)],
+        replace(settings(arguments), max_tokens=arguments.trained_tokens, packing="even"),
+        folder,
+        seed=arguments.seed,
+        dtype="float32",
+    )
+    return str(folder)
 
 
 def main() -> None:
@@ -147,6 +180,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/selection"))
     parser.add_argument("--model", default=ModelConfig().name)
+    parser.add_argument(
+        "--trained-on", type=Path, help="score by a later checkpoint: train on this run's pool first"
+    )
+    parser.add_argument("--trained-tokens", type=int, default=8_000, help="of it, drawn at random")
     parser.add_argument("--targets", default="gsm8k")
     parser.add_argument("--choosers", default=FIVE)
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each choice")
@@ -168,6 +205,21 @@ def main() -> None:
     defaults = FeaturesConfig()
     parser.add_argument("--k", type=int, default=defaults.k, help="numbers of a feature; 65536 for a sketch")
     parser.add_argument("--bits", type=int, default=defaults.bits, help="of a number; 1 for a sketch")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="of a pass")
+    parser.add_argument(
+        "--completions",
+        action="store_true",
+        help="score solutions alone where a text begins with its problem",
+    )
+    less = defaults.less
+    parser.add_argument(
+        "--less-rank", type=int, default=less.rank, help="of the adapters of `--features less`"
+    )
+    parser.add_argument("--less-epochs", type=int, default=less.epochs, help="each leaves a checkpoint")
+    parser.add_argument("--less-share", type=float, default=less.share, help="of the pool, for the warm-up")
+    parser.add_argument(
+        "--less-batch", type=int, default=less.batch_texts, help="texts per step of the warm-up"
+    )
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what is trained")
     parser.add_argument(
         "--precision", choices=("float32", "mixed"), default="float32", help="of the training"
@@ -180,6 +232,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if arguments.trained_on:
+        arguments.model = later_checkpoint(arguments)
     wanted = recipe(arguments)
     ctx = StageContext(recipe=settled(wanted), run_dir=arguments.out, name="comparison")
     if arguments.so_far:

@@ -214,6 +214,28 @@ def test_what_another_run_rejected_comes_last(run_folder: Path, tmp_path: Path) 
     assert order == [*own, pool.scores["id"].index(lost)]
 
 
+def test_several_runs_under_one_name_choose_by_their_mean(run_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from jz3.selection.pool import load_pool
+
+    shutil.copytree(run_folder / "influence", tmp_path / "later" / "influence")
+    path = tmp_path / "later" / "influence" / "scores.parquet"
+    table = pq.read_table(path)
+    for place, name in enumerate(table.column_names):
+        if name.startswith("influence:"):
+            table = table.set_column(place, name, pa.array(3 * table[name].to_numpy()[::-1]))
+    pq.write_table(table, path)
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=run_folder, name="comparison")
+    pool = load_pool(ctx, runs=[("both", str(run_folder)), ("both", str(tmp_path / "later"))])
+    for task in pool.tasks:
+        own = pool.scores[f"influence:{task}"]
+        np.testing.assert_allclose(pool.scores[f"both:{task}"], (own + 3 * own[::-1]) / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("chooser", "combine"), [("matching", "mean"), ("matching", "quota"), ("dot", "max")]
 )
@@ -353,6 +375,7 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
             "chooser": chooser,
             "change": change,
             "change_per_seed": seeds,
+            "against_influence": {"mean": mean + 0.03, "low": mean + 0.029, "high": mean + 0.031},
         }
 
     rows = [row("random", -0.01), row("bm25", -0.02), row("hidden", -0.026), row("loss", 0.001)]
@@ -360,7 +383,7 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
     assert verdicts({"table": table}) == [
         "sums, 2,000 tokens: matching -0.0390; 1.50 x hidden -0.0260, intervals over problems apart, "
         "better with 2 of 2 seeds; 3.90 x random -0.0100, intervals over problems apart, "
-        "better with 2 of 2 seeds"
+        "better with 2 of 2 seeds; against influence -0.0090 (-0.0100 to -0.0080), problems and seeds paired"
     ]
     # A single lucky training is not compared with means of two.
     lucky = {**row("dot", -0.09), "change_per_seed": [-0.09]}
@@ -388,7 +411,7 @@ def test_seeds_are_paired_with_those_of_random() -> None:
     choices[2] = Choice("bm25", "sums", 100, 0, ("a", "a"), 0.0)
     after[choices[2].run] = {"nll": {"sums": nll["bm25", 0]}, "tokens": 100, "seconds": 1.0}
     random, bm25 = _table(pool, choices, {"sums": [2.0, 2.0]}, after)
-    assert bm25["against_random"]["mean"] == pytest.approx(-0.75)
+    assert bm25["against_random"]["mean"] == pytest.approx(-0.75) and bm25["against_influence"] is None
     assert random["change"]["mean"] == pytest.approx(3.75) and random["overlap_with_influence"] is None
 
 
@@ -398,7 +421,7 @@ def test_bad_settings_are_named() -> None:
         {"tokens": -1},
         {"methods": ("random", "random")},
         {"runs": (("hidden", "a"),)},
-        {"runs": (("a", "x"), ("a", "y"))},
+        {"runs": (("a", "x"), ("a", "x"))},
     )
     for change in changes:
         with pytest.raises(ValueError, match="comparison"):

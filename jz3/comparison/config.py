@@ -22,8 +22,8 @@ class ComparisonConfig:
     between text and target; all four among `selection.candidates`), and the names of `runs`."""
     runs: tuple[tuple[str, str], ...] = ()
     """Further choosers: pairs of a name and the folder of another run over the same texts and tasks, whose
-    influence scores (of another kind of features, of several checkpoints) choose under that name. Texts that
-    it rejected (say, without a completion) come last."""
+    influence scores (of another kind of features, of a later checkpoint) choose under that name; of several runs
+    under one name the mean chooses. Texts that a run rejected (say, without a completion) come last in it."""
     without_sources: tuple[str, ...] = ()
     """Sources whose texts nobody may choose: a second pool from the same scores."""
     per_task: bool = False
@@ -46,5 +46,7 @@ class ComparisonConfig:
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"comparison: a method is named twice in {', '.join(self.methods)}")
         for name, _ in self.runs:
-            if name in BUILT_IN or [n for n, _ in self.runs].count(name) > 1 or not name or ":" in name:
+            if name in BUILT_IN or not name or ":" in name:
                 raise ValueError(f"comparison.runs: the name {name!r} is taken, empty or has a colon")
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError("comparison.runs: a folder is named twice under one name")

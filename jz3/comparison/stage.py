@@ -189,11 +189,12 @@ def _summary(ctx: StageContext, plan: Plan, before: dict[str, list[float]]) -> d
 
 def _with_gradients(config: ComparisonConfig) -> list[str]:
     """Return the choosers that rest on a backward pass, those of other runs by their kind of features."""
-    kinds = {
-        name: read_json(Path(folder) / "features" / "manifest.json")["summary"]["kind"]
+    theirs = {
+        name
         for name, folder in config.runs
+        if read_json(Path(folder) / "features" / "manifest.json")["summary"]["kind"] != "readout"
     }
-    return [m for m in config.methods if m in GRADIENTS or kinds.get(m, "readout") != "readout"]
+    return [m for m in config.methods if m in GRADIENTS or m in theirs]
 
 
 def _contaminated(docs: dict[str, Doc], queries: dict[str, list[Query]]) -> list[Reject]:
@@ -289,7 +290,10 @@ def _table(
     for key, members in groups.items():
         tokens, task, chooser = key
         mine = changes[key]
-        paired = _paired(mine, members, changes, groups, (tokens, task, "random"))
+        against = {
+            f"against_{other}": _paired(mine, members, changes, groups, (tokens, task, other))
+            for other in ("random", "influence")
+        }
         influence = groups.get((tokens, task, "influence"))
         ids = members[0].ids
         shared = len(set(influence[0].ids) & set(ids)) / max(len(ids), 1) if influence else None
@@ -300,7 +304,7 @@ def _table(
                 "chooser": chooser,
                 "change": mean(_finite(mine.mean(0))),
                 "change_per_seed": [float(np.nanmean(row)) for row in mine],
-                "against_random": None if paired is None else mean(_finite(paired)),
+                **{name: None if pairs is None else mean(_finite(pairs)) for name, pairs in against.items()},
                 "nll": float(np.nanmean(mine.mean(0) + _of_task(before, task))),
                 "texts": len(ids),
                 "trained_tokens": after[members[0].run]["tokens"],

@@ -55,6 +55,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         if mine:
             said = [f"{mine[0]['chooser']} {mine[0]['change']['mean']:+.4f}"]
             said += [_against(mine[0], row) for row in (*others[:1], *random)]
+            if (pairs := mine[0]["against_influence"]) and mine[0]["chooser"] != "influence":
+                said.append(f"against influence {_interval(pairs)}, problems and seeds paired")
             lines.append(f"{task or 'all'}, {budget:,} tokens: " + "; ".join(said))
     return lines
 

@@ -130,8 +130,11 @@ def load_pool(ctx: StageContext, refused: Collection[str] = (), runs: Sequence[t
         Jz3Error: one of `runs` has no scores, or of other texts or tasks.
     """
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
+    theirs: dict[str, list[np.ndarray]] = {}
     for name, folder in runs:
-        scores |= _foreign(scores, name, Path(folder) / "influence")
+        for column, values in _foreign(scores, name, Path(folder) / "influence").items():
+            theirs.setdefault(column, []).append(values)
+    scores |= {column: np.mean(values, 0) for column, values in theirs.items()}
     keep = [row for row, i in enumerate(scores["id"]) if i not in refused]
     table = {
         name: [values[row] for row in keep] if isinstance(values, list) else values[keep]
