@@ -74,6 +74,8 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         (33, 2049, 4, 17),
         (150, 4224, 3, 33),
         (9, 33_000, 2, 70),
+        (9, 33_000, 2, 1),
+        (21, 4500, 5, 7),
         (700, 256, 20, 8),
     ]:
         codes, mean, scale = table(rows, dim, kind)
@@ -120,6 +122,27 @@ def test_bounds_hold_for_the_worst_rows_and_queries() -> None:
     arguments = (codes, "int8", planes, step, bias, row_scale, torch.arange(4000).flip(0))
     expected = score_topk_reference(*arguments, torch.tensor([0]), 1, 40)
     got = score_topk_cpu(*arguments, torch.tensor([0]), 1, 40)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9])
+def test_bounds_hold_for_rows_of_one_bit_along_the_lower_plane(queries: int) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    dim, generator = 1064, torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (dim,), generator=generator)
+    low = (64 * (2 * signs - 1)).clamp(max=63)
+    planes = (
+        torch.stack([torch.ones_like(low), low]).to(torch.int8)[:, None].expand(2, queries, dim).contiguous()
+    )
+    bits = torch.randint(0, 2, (4000, dim), generator=generator)
+    bits[1000:3000:40] = signs
+    bits[2000] = 1 - signs
+    packed = (bits.view(4000, -1, 8) << torch.arange(8)).sum(2).to(torch.uint8)
+    step, bias = torch.ones(queries, dtype=torch.float64), torch.zeros(queries, dtype=torch.float64)
+    arguments = (packed, "1bit", planes, step, bias, torch.ones(4000), torch.arange(4000).flip(0))
+    expected = score_topk_reference(*arguments, torch.arange(queries), queries, 40)
+    got = score_topk_cpu(*arguments, torch.arange(queries), queries, 40)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 

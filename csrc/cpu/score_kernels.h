@@ -1,6 +1,7 @@
 // The inner products of score_topk for one instruction set. A row is bytes of level + 128, in steps of 64; where a
 // kernel takes 4-bit codes as they are, a step of 64 bytes of codes is two steps of columns: the low halves, then
-// the high halves. The queries' columns are stored in that order for 4-bit codes, however they are unpacked.
+// the high halves. The queries' columns are stored in that order for 4-bit codes, however they are unpacked. A step of
+// 1-bit codes is eight steps of columns.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,7 @@ struct Open {
 
 struct Kernels {
   PairKernel bytes;      // rows of unpacked bytes, or int8 codes, which are the same
-  PairKernel codes;      // rows of 4-bit codes as they are; may be null
+  PairKernel codes;      // rows of 4-bit or 1-bit codes as they are; may be null
   int64_t block;         // queries of a block
   bool any_width;        // `bytes` takes widths that are no multiple of a step
   bool biased;           // the products are with level + 128 instead of the level

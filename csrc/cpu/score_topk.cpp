@@ -247,8 +247,8 @@ class Scan {
       return;
     }
     const Queries& queries = p_.queries;
-    const bool codes = p_.direct && a_.bits == 4;
-    const int64_t per_byte = codes ? 2 : 1, span = CACHED / queries.block / per_byte;
+    const bool codes = p_.direct && a_.bits < 8;
+    const int64_t per_byte = codes ? 8 / a_.bits : 1, span = CACHED / queries.block / per_byte;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
     const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
@@ -363,7 +363,8 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
   const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes && queries.blocks == 1);
-  const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / std::max<int64_t>(queries.columns, 1)) / TILE_ROWS * TILE_ROWS;
+  const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
+  const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
   const Bounds bounds{queries.first_step.data(), queries.offset.data(), queries.rest.data(), queries.slack.data()};
   Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), bounds,
             std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
