@@ -1,7 +1,7 @@
-// The kernels for AVX512-VNNI. Up to eight queries: two rows x 1, 2, 4 or 8 queries, 64 columns at a time, 4-bit codes
-// becoming bytes by vpshufb on the way, and those of 1 bit, as masks, by vpblendmb. More queries: eight rows x 32 queries, four columns at a time, so that sums need
-// no adding up of lanes and 16 vpdpbusd come with 10 loads. On Zen 4 that is 0.98 of the peak of products in registers
-// with everything in the L2 cache, and 0.95 in a scan.
+// The kernels for AVX512-VNNI. Up to 24 queries: two rows x 1, 2, 4 or 8 queries, 64 columns at a time, 4-bit codes
+// becoming bytes by vpshufb on the way, and those of 1 bit, as masks, by vpblendmb. More queries: eight rows x 32
+// queries, four columns at a time, so that sums need no adding up of lanes and 16 vpdpbusd come with 10 loads. On Zen 4
+// that is 0.98 of the peak of products in registers with everything in the L2 cache, and 0.95 in a scan.
 //
 // How the next tile is prefetched was measured on Zen 4. For many queries into the L1 cache, whence it sinks into the
 // L2 cache: prefetched into the latter, rows in pages of 4 KiB cost the products a tenth of their speed (and none in

@@ -120,7 +120,7 @@ void multiply_tiles(const uint8_t* bytes, int64_t stride, const int8_t* queries,
 TileKernel choose_tile_kernel(Isa isa, int64_t queries) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (isa == Isa::amx) return multiply_tiles<Amx>;
-  if (isa == Isa::avx512vnni && queries > QUERIES) return multiply_tiles_avx512;
+  if (isa == Isa::avx512vnni && queries > 3 * QUERIES) return multiply_tiles_avx512;
 #endif
   return isa == Isa::emulated_tiles ? multiply_tiles<Emulated> : nullptr;
 }

@@ -362,7 +362,7 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Queries queries(a, tiles, kernels);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
-  const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes && queries.blocks == 1);
+  const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes != nullptr);
   const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
   const Bounds bounds{queries.first_step.data(), queries.offset.data(), queries.rest.data(), queries.slack.data()};
