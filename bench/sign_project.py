@@ -24,6 +24,8 @@ from jz3.ops.signs import signs
 
 PEER_BLOCK = 100
 """BasicProjector's default."""
+FUSED_BYTES = 1024
+"""Of signs that a thread holds where they are made as they are used (csrc/cpu/sign_project.cpp)."""
 WIDER = 4
 """How many times the columns a last run has, for its memory."""
 
@@ -131,14 +133,14 @@ def main() -> None:
         "threads": backend.threads(),
         "rows": rows,
         "ratio": min(row["ratio"] for row in rows),
-        "signs_bytes": 4 * TILE,
+        "signs_bytes": FUSED_BYTES * backend.threads() if backend.extension().has_sign_project() else 4 * TILE,
         "signs_bytes_peer": 4 * columns * min(k, PEER_BLOCK),
         "grown_bytes": grown,
         "grown_bytes_wide": grown_wide,
     }
     print(
-        f"signs held at a time: {result['signs_bytes'] / 2**20:.1f} MiB whatever the columns and k, the peer's "
-        f"{result['signs_bytes_peer'] / 2**20:.1f} MiB of {4 * columns * k / 2**20:.0f}"
+        f"signs held at a time: {result['signs_bytes'] / 2**10:.0f} KiB whatever the columns and k, the peer's "
+        f"{result['signs_bytes_peer'] / 2**10:.0f} KiB of {4 * columns * k / 2**20:.0f} MiB"
     )
     print(
         f"the process grew by {grown / 2**20:.1f} MiB with the results, by {grown_wide / 2**20:.1f} MiB with {WIDER} "

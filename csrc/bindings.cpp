@@ -111,6 +111,12 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           jz3::sign_matrix(at<float>(out), key, rows, cols, first_row, first_block, threads);
         });
+  m.def("has_sign_project", &jz3::has_sign_project);
+  m.def("sign_project", [](uintptr_t x, uintptr_t out, uint64_t key, uint64_t first_block, int64_t rows,
+                           int64_t columns, int64_t k, int64_t stride, int threads) {
+    py::gil_scoped_release release;
+    jz3::sign_project({at<const float>(x), at<float>(out), key, first_block, rows, columns, k, stride}, threads);
+  });
   m.def("sketch", [](uintptr_t block, uintptr_t out, bool is_bfloat16, int64_t rows, int64_t n, int64_t row_stride,
                      uint64_t key, int64_t dim, int threads) {
     py::gil_scoped_release release;

@@ -18,13 +18,43 @@ def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "p", "k"), [(3, 5000, 64), (1, 1, 1), (5, 127, 33), (2, 129, 1000)])
+@pytest.mark.parametrize(
+    ("rows", "p", "k"), [(3, 5000, 64), (1, 1, 1), (5, 127, 33), (2, 129, 1000), (103, 2071, 6)]
+)
 def test_accuracy(on: str, dtype: torch.dtype, rows: int, p: int, k: int) -> None:
     x = normal(0, rows, p, dtype=dtype)
     omega = signs(4, "m", k, p, dtype=torch.float32) / k**0.5
     got = sign_project(x, k, seed=4, name="m")
     exact = x.double() @ signs(4, "m", k, p, dtype=torch.float64).T / k**0.5
     assert_as_accurate(got, (x @ omega.to(dtype).T).float(), exact)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_strides_and_far_columns(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fused: bool
+) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    if not fused:
+        monkeypatch.setattr(backend.extension(), "has_sign_project", lambda: False)
+    first = (1 << 40) - 128  # the counter's high half begins after the first block
+    x = normal(0, 14, 3000, dtype=dtype)
+    for part in (x[:, 7:1207], x[::3, ::2], x.T[:700]):
+        expected = sign_project_reference(part.double(), _key(), 21, first)
+        got = sign_project(part, 21, seed=0, name="m", first_col=first)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * part.shape[1] ** 0.5)
+
+
+def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend.extension_missing() or not backend.extension().has_sign_project():
+        pytest.skip("no compiled kernel for AVX-512 here")
+    x = normal(0, 111, 5000)
+    expected = sign_project(x, 50, seed=0, name="m")
+    for threads in (1, 2, 3):
+        monkeypatch.setattr("jz3.backend.threads", lambda threads=threads: threads)
+        for rows in (slice(0, 1), slice(7, 10), slice(60, 111), slice(0, 111)):
+            assert torch.equal(sign_project(x[rows], 50, seed=0, name="m"), expected[rows])
 
 
 def test_pieces_add_up(on: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,16 @@ void sign_bits(uint32_t* out, uint64_t key, int64_t rows, int64_t blocks, uint64
 void sign_matrix(float* out, uint64_t key, int64_t rows, int64_t cols, uint64_t first_row, uint64_t first_block,
                  int threads);
 
+// out[rows][k] += x times these signs, k rows of them (jz3/ops/sign_project.py); only where has_sign_project().
+struct SignArguments {
+  const float* x;
+  float* out;
+  uint64_t key, first_block;
+  int64_t rows, columns, k, stride;
+};
+bool has_sign_project();
+void sign_project(const SignArguments& arguments, int threads);
+
 // Signed hash (jz3/ops/sketch.py): out[rows][dim] is set.
 template <class T>
 void sketch(const T* block, float* out, int64_t rows, int64_t n, int64_t row_stride, uint64_t key, int64_t dim,

@@ -23,7 +23,8 @@ CUDA_PARTIAL = 256 << 20
 """Columns that a CUDA block sums up, and the bytes of partial sums held at a time."""
 
 TILE = 4 << 20
-"""Signs that the CPU implementation holds at a time."""
+"""Signs that the CPU implementation holds at a time where it can't make them as they are used, or numbers of x in
+float32 where it is of another type."""
 
 
 def sign_project_reference(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
@@ -72,17 +73,25 @@ def sign_project(x: "torch.Tensor", k: int, *, seed: int, name: str, first_col: 
 
 
 def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
-    """Tiles of Omega by the compiled generator, products by torch's BLAS."""
+    """Signs made where they are used, or where AVX-512 lacks tiles of Omega with products by torch's BLAS."""
     import torch
 
-    out = torch.zeros(len(x), k)
-    width = max(BLOCK, min(x.shape[1], TILE // k) // BLOCK * BLOCK)
-    for begin in range(0, x.shape[1], width):
+    module, out = backend.extension(), torch.zeros(len(x), k)
+    fused, columns = module.has_sign_project(), x.shape[1] if len(x) else 0
+    width = max(TILE // (len(x) or 1 if fused else k) // BLOCK, 1) * BLOCK
+    if fused and x.dtype == torch.float32 and x.stride(1) == 1:
+        width = max(columns, 1)
+    for begin in range(0, columns, width):
         part = x[:, begin : begin + width].float()
-        omega = torch.empty(k, part.shape[1])
         block = (first_col + begin) // BLOCK
-        backend.extension().sign_matrix(omega.data_ptr(), key, k, part.shape[1], 0, block, backend.threads())
-        out.addmm_(part, omega.T)
+        if fused:
+            part = part if part.stride(1) == 1 else part.contiguous()
+            sizes = (*part.shape, k, part.stride(0))
+            module.sign_project(part.data_ptr(), out.data_ptr(), key, block, *sizes, backend.threads())
+        else:
+            omega = torch.empty(k, part.shape[1])
+            module.sign_matrix(omega.data_ptr(), key, k, part.shape[1], 0, block, backend.threads())
+            out.addmm_(part, omega.T)
     return out.mul_(1 / math.sqrt(k))
 
 
