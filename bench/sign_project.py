@@ -133,7 +133,9 @@ def main() -> None:
         "threads": backend.threads(),
         "rows": rows,
         "ratio": min(row["ratio"] for row in rows),
-        "signs_bytes": FUSED_BYTES * backend.threads() if backend.extension().has_sign_project() else 4 * TILE,
+        "signs_bytes": FUSED_BYTES * backend.threads()
+        if backend.extension().has_sign_project()
+        else 4 * TILE,
         "signs_bytes_peer": 4 * columns * min(k, PEER_BLOCK),
         "grown_bytes": grown,
         "grown_bytes_wide": grown_wide,
