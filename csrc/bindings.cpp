@@ -139,25 +139,27 @@ PYBIND11_MODULE(_C, m) {
     jz3::decode(at<const uint8_t>(codes), at<const float>(mean), at<const float>(scale), at<const float>(table),
                 at<float>(values), rows, dim, row_bytes, bits, threads);
   });
-  m.def("score_topk", [](uintptr_t codes, uintptr_t levels, uintptr_t planes, uintptr_t step, uintptr_t bias,
-                         uintptr_t row_scale, uintptr_t ids, uintptr_t groups, uintptr_t values, uintptr_t found,
-                         int64_t rows, int64_t dim, int64_t row_bytes, int64_t stride, int64_t queries, int64_t count,
-                         int64_t k, int planes_count, int bits, int isa, int threads) {
+  m.def("score_topk", [](uintptr_t codes, uintptr_t begins, uintptr_t levels, uintptr_t planes, uintptr_t step,
+                         uintptr_t bias, uintptr_t row_scale, uintptr_t ids, uintptr_t groups, uintptr_t values,
+                         uintptr_t found, int64_t pieces, int64_t rows, int64_t dim, int64_t row_bytes, int64_t stride,
+                         int64_t queries, int64_t count, int64_t k, int planes_count, int bits, int isa, int threads) {
     py::gil_scoped_release release;
-    jz3::score_topk({at<const uint8_t>(codes), at<const int8_t>(levels), at<const int8_t>(planes),
-                     at<const double>(step), at<const double>(bias), at<const float>(row_scale),
-                     at<const int64_t>(ids), at<const int64_t>(groups), at<float>(values), at<int64_t>(found),
-                     nullptr, rows, dim, row_bytes, stride, queries, count, k, planes_count, bits, isa},
+    jz3::score_topk({at<const uint8_t* const>(codes), at<const int64_t>(begins), at<const int8_t>(levels),
+                     at<const int8_t>(planes), at<const double>(step), at<const double>(bias),
+                     at<const float>(row_scale), at<const int64_t>(ids), at<const int64_t>(groups), at<float>(values),
+                     at<int64_t>(found), nullptr, pieces, rows, dim, row_bytes, stride, queries, count, k, planes_count,
+                     bits, isa},
                     threads);
   });
   m.def("score_codes", [](uintptr_t codes, uintptr_t levels, uintptr_t planes, uintptr_t step, uintptr_t bias,
                           uintptr_t row_scale, uintptr_t scores, int64_t rows, int64_t dim, int64_t row_bytes,
                           int64_t stride, int64_t queries, int planes_count, int bits, int isa, int threads) {
     py::gil_scoped_release release;
-    jz3::score_codes({at<const uint8_t>(codes), at<const int8_t>(levels), at<const int8_t>(planes),
-                      at<const double>(step), at<const double>(bias), at<const float>(row_scale), nullptr, nullptr,
-                      nullptr, nullptr, at<float>(scores), rows, dim, row_bytes, stride, queries, 0, 0, planes_count,
-                      bits, isa},
+    const auto* const whole = at<const uint8_t>(codes);
+    const int64_t begins[] = {0, rows};
+    jz3::score_codes({&whole, begins, at<const int8_t>(levels), at<const int8_t>(planes), at<const double>(step),
+                      at<const double>(bias), at<const float>(row_scale), nullptr, nullptr, nullptr, nullptr,
+                      at<float>(scores), 1, rows, dim, row_bytes, stride, queries, 0, 0, planes_count, bits, isa},
                      threads);
   });
 #ifdef JZ3_BF16

@@ -93,6 +93,25 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         assert torch.equal(scores, score_codes_reference(*arguments[:-1]))
 
 
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("queries", [1, 30])
+def test_rows_may_lie_in_pieces(on: str, monkeypatch: pytest.MonkeyPatch, kind: str, queries: int) -> None:
+    codes, mean, scale = table(2000, 530, kind)
+    codes[::9] = codes[4].clone()
+    arguments = (mean, scale, kind, normal(3, queries, 530), 150)
+    options = {"row_scale": normal(4, 2000).abs(), "ids": torch.arange(2000).flip(0)}
+    expected = score_topk(codes, *arguments, **options)
+    sizes = [0, 1, 700, 0, 0, 33, 128, 1138, 0]
+    pieces = [piece.clone() for piece in codes.split(sizes)]
+    pieces[2] = torch.cat([pieces[2], pieces[2]], 1)[:, : codes.shape[1]]
+    for threads in (1, 3):
+        monkeypatch.setattr("jz3.backend.threads", lambda threads=threads: threads)
+        got = score_topk(pieces, *arguments, **options)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    empty = score_topk([codes[:0], codes[:0]], *arguments)
+    assert empty[1].shape == (queries, 0)
+
+
 @pytest.mark.parametrize("planes", [1, 3])
 def test_any_number_of_planes(planes: int) -> None:
     if backend.extension_missing():
@@ -247,9 +266,13 @@ def test_wrong_arguments_are_named() -> None:
         ({"groups": torch.tensor([-1, 0])}, "groups must be counted from 0 without gaps"),
         ({"reduce": "sum"}, "reduce must be mean or max, got 'sum'"),
         ({"codes": codes[:, :3]}, "codes must have 4 bytes a row"),
+        ({"codes": [codes, codes[:, :3]]}, "codes must have the axes"),
+        ({"codes": []}, "codes must hold at least one tensor"),
         ({"ids": torch.arange(4)}, "ids must have the axes"),
         ({"row_scale": torch.full((3,), float("inf"))}, "row_scale must be finite"),
     ]:
         good = {"codes": codes, "mean": mean, "scale": scale, "kind": "4bit", "queries": queries, "k": 2}
         with pytest.raises(ValueError, match=message):
             score_topk(**{**good, **change})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="codes must be a torch.Tensor or a list of them, got ndarray"):
+        score_topk(codes.numpy(), mean, scale, "4bit", queries, 2)  # pyright: ignore[reportArgumentType]

@@ -54,7 +54,8 @@ void decode(const uint8_t* codes, const float* mean, const float* scale, const f
 
 // Streaming top-k over codes (jz3/ops/score_topk.py), or all scores (score_checkpoints.py); isa as in choose_isa.
 struct ScoreArguments {
-  const uint8_t* codes;
+  const uint8_t* const* codes;    // [pieces]: the rows' codes, one piece after the other
+  const int64_t* begins;          // [pieces + 1]: the first row of every piece, then `rows`
   const int8_t *levels, *planes;  // [2^bits], [planes_count][queries][dim]
   const double *step, *bias;      // [queries]
   const float* row_scale;         // [rows]
@@ -62,7 +63,7 @@ struct ScoreArguments {
   float* values;                  // [count][k]
   int64_t* found;                 // [count][k]
   float* scores;                  // [queries][rows], for score_codes, which needs no ids and no groups; or null
-  int64_t rows, dim, row_bytes, stride, queries, count, k;  // stride of rows in bytes; k <= rows
+  int64_t pieces, rows, dim, row_bytes, stride, queries, count, k;  // stride of rows in bytes; k <= rows
   int planes_count, bits, isa;
 };
 void score_topk(const ScoreArguments& arguments, int threads);

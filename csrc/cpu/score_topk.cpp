@@ -181,11 +181,22 @@ class Scan {
   }
 
   void run(int64_t first, int64_t last) {
-    for (int64_t begin = first; begin < last; begin += p_.rows) {
-      const int64_t end = std::min(begin + p_.rows, last);
-      ahead_ = row(end);
-      ahead_end_ = a_.stride == a_.row_bytes ? row(std::min(end + p_.rows, last)) : ahead_;
+    int64_t piece = std::upper_bound(a_.begins, a_.begins + a_.pieces, first) - a_.begins - 1;
+    for (int64_t begin = first; begin < last;) {
+      const int64_t stop = std::min(a_.begins[piece + 1], last), end = std::min(begin + p_.rows, stop);
+      codes_ = a_.codes[piece];
+      first_ = a_.begins[piece];
+      const bool whole = a_.stride == a_.row_bytes;
+      if (end < stop || end == last) {
+        ahead_ = row(end);
+        ahead_end_ = whole ? row(std::min(end + p_.rows, stop)) : ahead_;
+      } else {  // the next piece, which may be empty
+        ahead_ = a_.codes[piece + 1];
+        const int64_t next = std::min(a_.begins[piece + 2], last) - end;
+        ahead_end_ = whole ? ahead_ + std::min(p_.rows, next) * a_.stride : ahead_;
+      }
       tile(begin, end - begin);
+      for (begin = end; begin < last && begin >= a_.begins[piece + 1];) ++piece;
     }
   }
 
@@ -195,7 +206,7 @@ class Scan {
     int64_t stride, width;
   };
 
-  const uint8_t* row(int64_t i) const { return a_.codes + i * a_.stride; }
+  const uint8_t* row(int64_t i) const { return codes_ + (i - first_) * a_.stride; }
 
   void unpack(int64_t i, uint8_t* to) const { p_.kernels.unpack(row(i), p_.levels, a_.row_bytes, to); }
 
@@ -350,7 +361,8 @@ class Scan {
   std::vector<std::vector<int64_t>> members_;
   Lines bytes_;
   std::vector<int64_t> touched_;
-  const uint8_t *ahead_ = nullptr, *ahead_end_ = nullptr;
+  const uint8_t *codes_ = nullptr, *ahead_ = nullptr, *ahead_end_ = nullptr;  // of the piece at hand, its first row first_
+  int64_t first_ = 0;
 };
 
 // Scans the rows in parts; returns the best of every group.

@@ -13,6 +13,7 @@ score by about 1e-4 of the scores' spread; one plane (8 bits) would move it by 1
 hundredth of the best hundred.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ def score_topk_reference(
 
 
 def score_topk(
-    codes: "torch.Tensor",
+    codes: "torch.Tensor | Sequence[torch.Tensor]",
     mean: "torch.Tensor",
     scale: "torch.Tensor",
     kind: str,
@@ -148,7 +149,8 @@ def score_topk(
     score(i, g) = mean or max over the queries q of group g of row_scale_i * <decode(codes_i), q>
 
     Args:
-        codes: uint8 [N, bytes], of `encode`.
+        codes: uint8 [N, bytes], of `encode`; or several such whose rows follow one another, which the compiled CPU
+            code reads where they lie and others join.
         mean, scale: float32 [K], those of `encode`.
         kind: `int8`, `4bit`, `2bit` or `1bit`.
         queries: float32 [Q, K]; for cosines, divided by their norms.
@@ -170,17 +172,20 @@ def score_topk(
     import torch
 
     with torch.no_grad():
+        # What is checked is as long as all pieces together.
+        whole = codes if isinstance(codes, torch.Tensor) else _pieces(codes)
+        checked = whole if isinstance(whole, torch.Tensor) else whole[0][:1].expand(sum(map(len, whole)), -1)
         folded = check_and_fold(
-            "score_topk", codes, mean, scale, kind, queries, row_scale, ids, groups, reduce, k
+            "score_topk", checked, mean, scale, kind, queries, row_scale, ids, groups, reduce, k
         )
         if row_scale is None:
-            row_scale = torch.from_numpy(np.ones(len(codes), np.float32)).to(codes.device)
+            row_scale = torch.from_numpy(np.ones(len(checked), np.float32)).to(checked.device)
         if ids is None:
-            ids = torch.from_numpy(np.arange(len(codes))).to(codes.device)
+            ids = torch.from_numpy(np.arange(len(checked))).to(checked.device)
         digits = folded.digits
         return backend.call(
             "score_topk",
-            codes,
+            whole,
             kind,
             digits.planes,
             digits.step,
@@ -191,6 +196,26 @@ def score_topk(
             folded.count,
             k,
         )
+
+
+def _pieces(codes: "Sequence[torch.Tensor]") -> "torch.Tensor | tuple[torch.Tensor, ...]":
+    """Check pieces; join them where there is one, or no compiled CPU code, which reads them where they lie."""
+    import torch
+
+    if not isinstance(codes, list | tuple):
+        raise TypeError(
+            f"score_topk: codes must be a torch.Tensor or a list of them, got {type(codes).__name__}"
+        )
+    if not codes:
+        raise ValueError("score_topk: codes must hold at least one tensor, got none")
+    for piece in codes:
+        check_tensors(
+            "score_topk", **{"the first codes": (codes[0], "F B", "uint8"), "codes": (piece, "N B", "uint8")}
+        )
+    pieces = tuple(piece.contiguous() for piece in codes if len(piece)) or (codes[0],)
+    if len(pieces) > 1 and backend.choose("score_topk", pieces[0].device.type)[0] == "cpu":
+        return pieces
+    return torch.cat(pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +295,7 @@ def all_finite(x: "torch.Tensor") -> bool:
 
 
 def score_topk_cpu(
-    codes: "torch.Tensor",
+    codes: "torch.Tensor | tuple[torch.Tensor, ...]",
     kind: str,
     planes: "torch.Tensor",
     step: "torch.Tensor",
@@ -291,16 +316,19 @@ def score_topk_cpu(
 
     book = CODEBOOKS[kind]
     levels = torch.tensor(book.levels, dtype=torch.int8)
-    k = min(k, len(codes))
+    if isinstance(codes, torch.Tensor):
+        codes = (codes if codes.stride(1) == 1 else codes.contiguous(),)
+    k = min(k, len(ids))
     values, found = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
-    if codes.stride(1) != 1:
-        codes = codes.contiguous()
+    addresses = np.array([piece.data_ptr() for piece in codes], np.uint64)
+    begins = np.cumsum([0, *map(len, codes)], dtype=np.int64)
     planes, step, bias, row_scale, ids, groups = (
         x.contiguous() for x in (planes, step, bias, row_scale, ids, groups)
     )
     if k and count:
         backend.extension().score_topk(
-            codes.data_ptr(),
+            addresses.ctypes.data,
+            begins.ctypes.data,
             levels.data_ptr(),
             planes.data_ptr(),
             step.data_ptr(),
@@ -311,9 +339,10 @@ def score_topk_cpu(
             values.data_ptr(),
             found.data_ptr(),
             len(codes),
+            len(ids),
             planes.shape[2],
-            codes.shape[1],
-            codes.stride(0),
+            codes[0].shape[1],
+            codes[0].stride(0),
             planes.shape[1],
             count,
             k,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 14
 BF16_BLOCK = 1 << 12
+PIECES, PIECE_ROWS = 256, 1 << 19
+"""Shards, or rows, that are scanned at a time where they lie."""
 SIGN = np.uint64(1 << 63)
 
 
@@ -74,14 +76,16 @@ def scan(
             reduce=reduce,
         )
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for codes, ids in _runs(store, BF16_BLOCK if kind == "bf16" else BLOCK):
-        block, names = torch.from_numpy(codes).to(device), torch.from_numpy(ids).to(device)
+    for codes, ids in _runs(store, BF16_BLOCK) if kind == "bf16" else _pieces(store):
+        names = torch.from_numpy(ids).to(device)
         if kind == "bf16":
-            found = _topk_values(decode_rows(block, coding), queries, k, names, groups, reduce)
+            values = decode_rows(torch.from_numpy(codes).to(device), coding)
+            found = _topk_values(values, queries, k, names, groups, reduce)
         else:
-            found = score_topk(block, mean, scale, kind, folded, k, ids=names, groups=groups, reduce=reduce)
+            pieces = [torch.from_numpy(piece).to(device) for piece in codes]
+            found = score_topk(pieces, mean, scale, kind, folded, k, ids=names, groups=groups, reduce=reduce)
         best = [merge_topk([*best, found], k)]
-        advance(len(block))
+        advance(len(ids))
     return _on_cpu(best, queries, groups)
 
 
@@ -203,12 +207,11 @@ def _runs(store: Store, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     ids: list[np.ndarray] = []
     count = 0
     for shard in store.shards:
+        named, shard_codes = shard.id_and_codes()
         # Ids as int64 in the order that they have as uint64.
-        shard_codes, shard_ids = shard.codes, (shard.id ^ SIGN).view(np.int64)
+        shard_ids = (named ^ SIGN).view(np.int64)
         for start in range(0, shard.rows, rows):
-            piece = shard_codes[start : start + rows]
-            # What is joined is copied at once: a mapping holds a file descriptor.
-            codes.append(piece if len(piece) == rows else piece.copy())
+            codes.append(shard_codes[start : start + rows])
             ids.append(shard_ids[start : start + rows])
             count += len(ids[-1])
             if count >= rows:
@@ -216,6 +219,22 @@ def _runs(store: Store, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 codes, ids, count = [], [], 0
     if count:
         yield _joined(codes), _joined(ids)
+
+
+def _pieces(store: Store) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Yield many shards' codes at a time, mapped from disk, and their ids, joined and in the order that they have."""
+    codes: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
+    for shard in store.shards:
+        shard_ids, shard_codes = shard.id_and_codes()
+        for start in range(0, shard.rows, PIECE_ROWS):
+            codes.append(shard_codes[start : start + PIECE_ROWS])
+            ids.append((shard_ids[start : start + PIECE_ROWS] ^ SIGN).view(np.int64))
+            if len(codes) == PIECES or sum(map(len, ids)) >= PIECE_ROWS:
+                yield codes, _joined(ids)
+                codes, ids = [], []
+    if codes:
+        yield codes, _joined(ids)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -37,7 +37,7 @@ class Shard:
     """One shard on disk; its arrays are mapped when they are asked for, never copied.
 
     Every access maps the file anew and the mapping ends with the last array that uses it, so that
-    a store of many shards holds neither their memory nor their file descriptors.
+    a store of many shards doesn't hold their memory.
     """
 
     number: int
@@ -51,17 +51,23 @@ class Shard:
     @property
     def id(self) -> np.ndarray:
         """[n] uint64."""
-        return self._part(0, 8 * self.rows).view(np.uint64)
+        return self.id_and_codes()[0]
 
     @property
     def norm(self) -> np.ndarray:
         """[n] float32, of the whole gradient."""
-        return self._part(8 * self.rows, 4 * self.rows).view(np.float32)
+        return self._mapped()[8 * self.rows : 12 * self.rows].view(np.float32)
 
     @property
     def codes(self) -> np.ndarray:
         """[n, bytes] uint8."""
-        return self._part(12 * self.rows, self.row_bytes * self.rows).reshape(self.rows, self.row_bytes)
+        return self.id_and_codes()[1]
+
+    def id_and_codes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return both from one mapping."""
+        data = self._mapped()
+        codes = data[12 * self.rows :].reshape(self.rows, self.row_bytes)
+        return data[: 8 * self.rows].view(np.uint64), codes
 
     def verify(self) -> None:
         """Compare the checksum.
@@ -76,17 +82,25 @@ class Shard:
         if found != self.xxh3:
             raise Jz3Error(f"{self.path} has the checksum {found}, expected {self.xxh3}; {REMEDY}")
 
-    def _part(self, start: int, length: int) -> np.ndarray:
+    def _mapped(self) -> np.ndarray:
+        """Map the file and return what is behind its header.
+
+        Copy on write: torch takes such arrays without a copy and without a complaint, and nothing that is
+        written to them reaches the file. torch's mappings, unlike numpy's, hold no file descriptor.
+        """
+        import torch
+
         try:
-            # Copy on write: torch takes such arrays without a copy and without a complaint, and
-            # nothing that is written to them reaches the file.
-            data = np.memmap(self.path, np.uint8, "c")
-        except (OSError, ValueError) as error:
+            found = self.path.stat().st_size
+            data = torch.from_file(
+                str(self.path), shared=False, size=min(found, self.size), dtype=torch.uint8
+            ).numpy()
+        except (OSError, RuntimeError) as error:
             raise Jz3Error(f"{self.path} can't be mapped ({error}); {REMEDY}") from error
         header = self.size - self.rows * (12 + self.row_bytes)
-        if len(data) != self.size or int.from_bytes(data[:8].tobytes(), "little") != header - 8:
+        if found != self.size or int.from_bytes(data[:8].tobytes(), "little") != header - 8:
             raise Jz3Error(f"{self.path} doesn't hold the {self.rows} rows that its .json names; {REMEDY}")
-        return data[header + start : header + start + length]
+        return data[header:]
 
 
 def shard_path(folder: Path, number: int) -> Path:
