@@ -1,5 +1,7 @@
 """The streaming scan: exact ids and values on every back end and instruction set, ties, groups, shards."""
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import BACKENDS, normal
@@ -99,7 +101,7 @@ def test_rows_may_lie_in_pieces(on: str, monkeypatch: pytest.MonkeyPatch, kind: 
     codes, mean, scale = table(2000, 530, kind)
     codes[::9] = codes[4].clone()
     arguments = (mean, scale, kind, normal(3, queries, 530), 150)
-    options = {"row_scale": normal(4, 2000).abs(), "ids": torch.arange(2000).flip(0)}
+    options: dict[str, Any] = {"row_scale": normal(4, 2000).abs(), "ids": torch.arange(2000).flip(0)}
     expected = score_topk(codes, *arguments, **options)
     sizes = [0, 1, 700, 0, 0, 33, 128, 1138, 0]
     pieces = [piece.clone() for piece in codes.split(sizes)]
