@@ -46,10 +46,12 @@ def test_rows_of_any_strides_and_far_columns(
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * part.shape[1] ** 0.5)
 
 
-def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     if backend.extension_missing() or not backend.extension().has_sign_project():
         pytest.skip("no compiled kernel for AVX-512 here")
-    x = normal(0, 111, 5000)
+    monkeypatch.setattr("jz3.ops.sign_project.TILE", 111 * 5000)
+    x = normal(0, 111, 9000, dtype=dtype)
     expected = sign_project(x, 50, seed=0, name="m")
     for threads in (1, 2, 3):
         monkeypatch.setattr("jz3.backend.threads", lambda threads=threads: threads)
@@ -65,6 +67,10 @@ def test_pieces_add_up(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert torch.allclose(whole, pieces, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr("jz3.ops.sign_project.TILE", 128 * 40)
+    x = normal(0, 2, 5000, dtype=torch.float32)
+    whole = sign_project(x[:, :2048], 40, seed=0, name="m") + sign_project(
+        x[:, 2048:], 40, seed=0, name="m", first_col=2048
+    )
     assert torch.allclose(whole, sign_project(x, 40, seed=0, name="m"), rtol=1e-5, atol=1e-4)
 
 

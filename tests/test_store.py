@@ -294,7 +294,14 @@ def check_best(wanted: torch.Tensor, scores: torch.Tensor, rows: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
-def test_scan_finds_the_best_whatever_the_shards(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_scan_finds_the_best_whatever_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, joined: bool
+) -> None:
+    for name, rows in (("IN_PLACE", 50), ("BLOCK", 30), ("BF16_BLOCK", 20), ("MOST_SHARDS", 4)):
+        monkeypatch.setattr(sys.modules["jz3.store.scan"], name, rows)
+    if joined:
+        monkeypatch.setenv("JZ3_BACKEND", "score_topk=reference")
     generator = torch.Generator().manual_seed(2)
     values, queries = torch.randn(130, 32, generator=generator), torch.randn(3, 32, generator=generator)
     coding = Coding(CODING.mean, CODING.scale, bits)

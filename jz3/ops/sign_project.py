@@ -23,8 +23,10 @@ CUDA_PARTIAL = 256 << 20
 """Columns that a CUDA block sums up, and the bytes of partial sums held at a time."""
 
 TILE = 4 << 20
-"""Signs that the CPU implementation holds at a time where it can't make them as they are used, or numbers of x in
-float32 where it is of another type."""
+"""Numbers of x in float32, or signs where they can't be made as they are used, that the CPU implementation holds
+at a time."""
+CPU_CHUNK = 16 * BLOCK
+"""Columns that csrc/cpu/sign_project.cpp sums up at a time: pieces of x end with one, so that they change no sum."""
 
 
 def sign_project_reference(x: "torch.Tensor", key: int, k: int, first_col: int) -> "torch.Tensor":
@@ -77,11 +79,9 @@ def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "t
     import torch
 
     module, out = backend.extension(), torch.zeros(len(x), k)
-    fused, columns = module.has_sign_project(), x.shape[1] if len(x) else 0
-    width = max(TILE // (len(x) or 1 if fused else k) // BLOCK, 1) * BLOCK
-    if fused and x.dtype == torch.float32 and x.stride(1) == 1:
-        width = max(columns, 1)
-    for begin in range(0, columns, width):
+    fused = module.has_sign_project()
+    width = CPU_CHUNK * max(1, TILE // max(len(x) if fused else k, 1) // CPU_CHUNK)
+    for begin in range(0, x.shape[1] if len(x) else 0, width):
         part = x[:, begin : begin + width].float()
         block = (first_col + begin) // BLOCK
         if fused:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 14
 BF16_BLOCK = 1 << 12
-PIECES, PIECE_ROWS = 256, 1 << 19
-"""Shards, or rows, that are scanned at a time where they lie."""
+IN_PLACE = 1 << 19
+"""Rows that are scanned at a time where they lie, and not copied."""
+MOST_SHARDS = 256
+"""Of a block: each is a mapping, of which a process has some ten thousands."""
 SIGN = np.uint64(1 << 63)
 
 
@@ -57,6 +59,7 @@ def scan(
     """
     import torch
 
+    from jz3 import backend
     from jz3.ops.best import merge_topk
     from jz3.ops.score_topk import score_topk
 
@@ -76,10 +79,12 @@ def scan(
             reduce=reduce,
         )
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for codes, ids in _runs(store, BF16_BLOCK) if kind == "bf16" else _pieces(store):
+    in_place = device.type == "cpu" and backend.choose("score_topk")[0] == "cpu"
+    rows = BF16_BLOCK if kind == "bf16" else IN_PLACE if in_place else BLOCK
+    for codes, ids in _blocks(store, rows):
         names = torch.from_numpy(ids).to(device)
         if kind == "bf16":
-            values = decode_rows(torch.from_numpy(codes).to(device), coding)
+            values = decode_rows(torch.from_numpy(_joined(codes)).to(device), coding)
             found = _topk_values(values, queries, k, names, groups, reduce)
         else:
             pieces = [torch.from_numpy(piece).to(device) for piece in codes]
@@ -142,7 +147,7 @@ def scan_checkpoints(
     queries = [c.queries for c in checkpoints]
     forms = [c.coding.scanned(c.queries) for c in checkpoints]
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for blocks in zip(*(_runs(c.store, BLOCK) for c in checkpoints), strict=True):
+    for blocks in zip(*(_blocks(c.store, BLOCK) for c in checkpoints), strict=True):
         ids = blocks[0][1]
         parts = []
         for c, (codes, names), (kind, mean, scale, query) in zip(checkpoints, blocks, forms, strict=True):
@@ -150,7 +155,7 @@ def scan_checkpoints(
                 raise Jz3Error(differ(first, c.store))
             parts.append(
                 CheckpointCodes(
-                    codes=torch.from_numpy(codes).to(query.device),
+                    codes=torch.from_numpy(_joined(codes)).to(query.device),
                     mean=mean,
                     scale=scale,
                     kind=kind,
@@ -201,11 +206,10 @@ def _on_cpu(
     return values.cpu(), found_ids.cpu().numpy().view(np.uint64) ^ SIGN
 
 
-def _runs(store: Store, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield codes and ids, mapped from disk, in blocks of about `rows`: large shards cut, small ones joined."""
+def _blocks(store: Store, rows: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Yield about `rows` rows at a time: their codes in pieces, mapped from disk, and their ids, joined."""
     codes: list[np.ndarray] = []
     ids: list[np.ndarray] = []
-    count = 0
     for shard in store.shards:
         named, shard_codes = shard.id_and_codes()
         # Ids as int64 in the order that they have as uint64.
@@ -213,24 +217,7 @@ def _runs(store: Store, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, shard.rows, rows):
             codes.append(shard_codes[start : start + rows])
             ids.append(shard_ids[start : start + rows])
-            count += len(ids[-1])
-            if count >= rows:
-                yield _joined(codes), _joined(ids)
-                codes, ids, count = [], [], 0
-    if count:
-        yield _joined(codes), _joined(ids)
-
-
-def _pieces(store: Store) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Yield many shards' codes at a time, mapped from disk, and their ids, joined and in the order that they have."""
-    codes: list[np.ndarray] = []
-    ids: list[np.ndarray] = []
-    for shard in store.shards:
-        shard_ids, shard_codes = shard.id_and_codes()
-        for start in range(0, shard.rows, PIECE_ROWS):
-            codes.append(shard_codes[start : start + PIECE_ROWS])
-            ids.append((shard_ids[start : start + PIECE_ROWS] ^ SIGN).view(np.int64))
-            if len(codes) == PIECES or sum(map(len, ids)) >= PIECE_ROWS:
+            if len(codes) == MOST_SHARDS or sum(map(len, ids)) >= rows:
                 yield codes, _joined(ids)
                 codes, ids = [], []
     if codes:
