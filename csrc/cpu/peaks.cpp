@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/amx.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 
@@ -44,24 +45,15 @@ __attribute__((target("avx512f,avx512vnni"))) int64_t loop_avx512vnni(int64_t ro
   return rounds * 16 * 128;
 }
 
-__attribute__((target("amx-tile,amx-int8"))) int64_t loop_amx(int64_t rounds, int32_t*) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shapes;
-  _tile_loadconfig(&shapes);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
+int64_t loop_amx(int64_t rounds, int32_t*) {
+  load_tile_shapes(TileShapes{});
   for (int64_t i = 0; i < rounds; ++i) {
-    _tile_dpbusd(0, 4, 6);
-    _tile_dpbusd(1, 4, 7);
-    _tile_dpbusd(2, 5, 6);
-    _tile_dpbusd(3, 5, 7);
+    tile_add_bytes<0, 4, 6>();
+    tile_add_bytes<1, 4, 7>();
+    tile_add_bytes<2, 5, 6>();
+    tile_add_bytes<3, 5, 7>();
   }
-  _tile_release();
+  release_tiles();
   return rounds * 4 * 2 * 16 * 16 * 64;
 }
 

@@ -4,9 +4,7 @@
 
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
+#include "cpu/amx.h"
 
 namespace jz3 {
 namespace {
@@ -41,44 +39,35 @@ struct Emulated {
   }
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
+#ifdef JZ3_AMX
 struct Amx {
-  __attribute__((target("amx-tile"))) void begin() {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-  }
-  __attribute__((target("amx-tile"))) void end() { _tile_release(); }
+  void begin() { load_tile_shapes(TileShapes{}); }
+  void end() { release_tiles(); }
   void zero() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
   }
   void rows(const uint8_t* from, int64_t stride) {
-    _tile_loadd(4, from, stride);
-    _tile_loadd(5, from + 16 * stride, stride);
+    tile_load<4>(from, stride);
+    tile_load<5>(from + 16 * stride, stride);
   }
   void queries(const int8_t* first, const int8_t* second) {
-    _tile_loadd(6, first, 64);
-    _tile_loadd(7, second, 64);
+    tile_load<6>(first, 64);
+    tile_load<7>(second, 64);
   }
   void multiply() {
-    _tile_dpbusd(0, 4, 6);
-    _tile_dpbusd(1, 4, 7);
-    _tile_dpbusd(2, 5, 6);
-    _tile_dpbusd(3, 5, 7);
+    tile_add_bytes<0, 4, 6>();
+    tile_add_bytes<1, 4, 7>();
+    tile_add_bytes<2, 5, 6>();
+    tile_add_bytes<3, 5, 7>();
   }
   void store(int32_t* to) {
-    _tile_stored(0, to, 128);
-    _tile_stored(1, to + 16, 128);
-    _tile_stored(2, to + 16 * 32, 128);
-    _tile_stored(3, to + 16 * 32 + 16, 128);
+    tile_store<0>(to, 128);
+    tile_store<1>(to + 16, 128);
+    tile_store<2>(to + 16 * 32, 128);
+    tile_store<3>(to + 16 * 32 + 16, 128);
   }
 };
 #endif
@@ -118,7 +107,7 @@ void multiply_tiles(const uint8_t* bytes, int64_t stride, const int8_t* queries,
 }  // namespace
 
 TileKernel choose_tile_kernel(Isa isa, int64_t queries) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef JZ3_AMX
   if (isa == Isa::amx) return multiply_tiles<Amx>;
   if (isa == Isa::avx512vnni && queries > 3 * QUERIES) return multiply_tiles_avx512;
 #endif
