@@ -91,6 +91,8 @@ void bind_block(py::module_& module, const std::string& type) {
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", [] { return std::string(jz3::isa_name(jz3::choose_isa(-1))); });
   m.def("isa_name", [](int isa) { return std::string(jz3::isa_name(jz3::choose_isa(isa))); });
+  m.def("tile_unit", [] { return int(jz3::tile_unit()); });
+  m.def("choose_tile_unit", &jz3::choose_tile_unit);
   m.def("peak_int8", [](int isa, int threads, double seconds) {
     py::gil_scoped_release release;
     return jz3::peak_int8(isa, threads, seconds);

@@ -31,6 +31,12 @@ inline void tile_load(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
 }
 
+// The same of what is read once: it leaves the first-level cache to others.
+template <int Tile>
+inline void tile_load_once(const void* from, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
 template <int Tile>
 inline void tile_store(void* to, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Tile) : "memory");
@@ -40,6 +46,12 @@ inline void tile_store(void* to, int64_t stride) {
 template <int Sums, int A, int B>
 inline void tile_add_bytes() {
   __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
+}
+
+// Sums += a b of pairs of bfloat16 numbers.
+template <int Sums, int A, int B>
+inline void tile_add_pairs() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
 }
 
 }  // namespace jz3

@@ -25,7 +25,14 @@ namespace jz3 {
 
 namespace {
 
-constexpr int64_t ROWS = 48;  // queries at a time, of all heads of a task
+// Queries at a time, of all heads of a task, and to what the inner dimension is filled up with zeros.
+struct Sizes {
+  int64_t rows, fill;
+};
+template <class T>
+Sizes sizes() {
+  return std::is_same_v<T, bf16> && tile_unit() != TileUnit::none ? Sizes{96, 2 * TILE} : Sizes{48, 2};
+}
 
 // y = x rotated by the angle of its position.
 template <class T>
@@ -52,19 +59,17 @@ void rotate_back(const float* x, const float* cosine, const float* sine, int64_t
   }
 }
 
-// Rows as the right operand: out[r / count][c] holds x[r][c] and, in a pair, x[r + 1][c] (zero after the last).
-void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, Pair* out) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t c = 0; c < width; c += 16) {
-      const auto* low = reinterpret_cast<const __m256i*>(x + r * stride + c);
-      const auto* high = reinterpret_cast<const __m256i*>(x + (r + 1) * stride + c);
-      _mm512_storeu_si512(out + r / 2 * width + c,
-                          pairs(_mm256_loadu_si256(low),
-                                r + 1 < rows ? _mm256_loadu_si256(high) : _mm256_setzero_si256()));
-    }
+// Rows as the right operand: out[r / count][c] holds x[r][c] and, in a pair, x[r + 1][c]; zero from `rows` to `end`.
+void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t end, int64_t width, Pair* out) {
+  const auto row = [&](int64_t r, int64_t c) {
+    return r < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * stride + c)) : _mm256_setzero_si256();
+  };
+  for (int64_t r = 0; r < end; r += 2)
+    for (int64_t c = 0; c < width; c += 16) _mm512_storeu_si512(out + r / 2 * width + c, pairs(row(r, c), row(r + 1, c)));
 }
-void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t width, float* out) {
+void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t end, int64_t width, float* out) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * width, x + r * stride, size_t(width) * sizeof(float));
+  std::memset(out + rows * width, 0, size_t((end - rows) * width) * sizeof(float));
 }
 
 // The transpose of 16 rows of 16 units, of which the rows from `rows` on are zero.
@@ -94,6 +99,14 @@ inline void transpose(const void* x, int64_t stride, int64_t rows, void* out, in
   }
 }
 
+// The transpose of what pack_rows leaves: out[c][u] = in[u][c].
+inline void turn_units(const void* in, int64_t units, int64_t width, void* out, int64_t stride) {
+  for (int64_t u = 0; u < units; u += 16)
+    for (int64_t c = 0; c < width; c += 16)
+      transpose(static_cast<const uint32_t*>(in) + u * width + c, width, units - u,
+                static_cast<uint32_t*>(out) + c * stride + u, stride);
+}
+
 // The transpose in panels of 64 rows: out[r / 64][c][r % 64] is unit c of row r; zero beyond `rows`.
 template <class T>
 void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t width, typename Of<T>::Unit* out) {
@@ -109,12 +122,13 @@ template <class T>
 struct Task {
   const AttentionArguments<T>& a;
   int64_t text, head, stride, padded;
+  int64_t line;  // of a row of scores: rows of a tile must not meet in a few sets of the cache
   const T *queries, *keys, *values;
 
   Task(const AttentionArguments<T>& arguments, int64_t index) : a(arguments) {
     text = index / a.key_heads, head = index % a.key_heads;
     stride = (a.heads + 2 * a.key_heads) * a.width;
-    padded = round_up(a.tokens, PANEL);
+    padded = round_up(a.tokens, PANEL), line = padded + 32;
     const T* row = a.qkv + text * a.tokens * stride;
     queries = row + head * (a.heads / a.key_heads) * a.width;
     keys = row + (a.heads + head) * a.width;
@@ -125,7 +139,7 @@ struct Task {
       rotate(x + r * stride, a.cosine + r * a.width, a.sine + r * a.width, a.width, out + (r - begin) * a.width);
   }
   int64_t group() const { return a.heads / a.key_heads; }
-  int64_t block() const { return std::max<int64_t>(4, ROWS / group()); }  // queries of a head at a time
+  int64_t block() const { return std::max<int64_t>(4, sizes<T>().rows / group()); }  // queries of a head at a time
   float* statistics(int64_t h) const {
     return a.statistics + (text * a.heads + head * group() + h) * a.tokens;
   }
@@ -136,13 +150,14 @@ struct Block {
   int64_t first, count, rows;
   int64_t query(int64_t r) const { return first + r % count; }
   int64_t seen() const { return first + count; }
+  int64_t end() const { return round_up(seen(), 32); }  // of the keys that there are scores for
 };
 
 // Rows of unnormalised probabilities exp(scale * (score - top)); sums in float32.
 template <class T>
 void softmax_block(float* scores, int64_t stride, const Block& block, float scale, T* p, float* top, float* sum) {
   const __m512 factor = _mm512_set1_ps(scale * LOG2E);
-  const int64_t end = round_up(block.seen(), 16);
+  const int64_t end = block.end();
   for (int64_t i = 0; i < block.rows; ++i) {
     float* row = scores + i * stride;
     const int64_t count = block.query(i) + 1;
@@ -169,23 +184,23 @@ const typename Of<T>::Unit* as_units(const T* row) {
 template <class T>
 void forward_task(const AttentionArguments<T>& a, int64_t index) {
   const Task<T> task(a, index);
-  const int64_t width = a.width, padded = task.padded, group = task.group(), depth = units<T>(width);
-  const int64_t most = group * task.block();
-  Buffer<T> rotated(a.tokens * width), queries(most * width), p(most * padded);
+  const int64_t width = a.width, padded = task.padded, line = task.line, group = task.group(), depth = units<T>(width);
+  const int64_t most = group * task.block(), fill = sizes<T>().fill;
+  Buffer<T> rotated(a.tokens * width), queries(most * width), p(most * line);
   Buffer<typename Of<T>::Plain> keys(padded * depth), values(padded * depth);
-  Buffer<float> scores(most * padded), out(most * width), top(most), sum(most);
+  Buffer<float> scores(most * line), out(most * width), top(most), sum(most);
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
-  pack_rows(task.values, task.stride, a.tokens, width, values.get());
+  pack_rows(task.values, task.stride, a.tokens, padded, width, values.get());
   for (int64_t first = 0; first < a.tokens; first += task.block()) {
     const int64_t count = std::min(task.block(), a.tokens - first);
     const Block block{first, count, count * group};
     for (int64_t h = 0; h < group; ++h)
       task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
     multiply<T, true>(block.rows, block.seen(), depth, {as_units(queries.get()), depth, 1},
-                      {keys.get(), depth * PANEL, PANEL}, scores.get(), padded, false);
-    softmax_block(scores.get(), padded, block, a.scale, p.get(), top.get(), sum.get());
-    multiply<T, true>(block.rows, width, units<T>(block.seen()), {as_units(p.get()), units<T>(padded), 1},
+                      {keys.get(), depth * PANEL, PANEL}, scores.get(), line, false);
+    softmax_block(scores.get(), line, block, a.scale, p.get(), top.get(), sum.get());
+    multiply<T, true>(block.rows, width, units<T>(round_up(block.seen(), fill)), {as_units(p.get()), units<T>(line), 1},
                       {values.get(), PANEL, width}, out.get(), width, false);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t h = r / count, query = block.query(r), token = task.text * a.tokens + query;
@@ -205,9 +220,9 @@ struct BackwardRows {
   const float *scores, *dp;
   int64_t stride;  // of the buffers
   Block block;
+  int64_t rows;  // with those of zeros behind the block's
   float scale;
   const float *log2_sum, *delta;  // of every row
-  int64_t end = round_up(block.seen(), 16);
 
   void one(int64_t i, int64_t c, __m512& p, __m512& d) const {
     if (i >= block.rows) {
@@ -224,8 +239,8 @@ struct BackwardRows {
   }
 
   void run(bf16* ds, Pair* p_units, Pair* ds_units) const {
-    for (int64_t i = 0; i < block.rows; i += 2)
-      for (int64_t c = 0; c < end; c += 16) {
+    for (int64_t i = 0; i < rows; i += 2)
+      for (int64_t c = 0; c < block.end(); c += 16) {
         __m512 p[2], d[2];
         one(i, c, p[0], d[0]);
         one(i + 1, c, p[1], d[1]);
@@ -239,8 +254,8 @@ struct BackwardRows {
   }
 
   void run(float* ds, float* p_units, float*) const {
-    for (int64_t i = 0; i < block.rows; ++i)
-      for (int64_t c = 0; c < end; c += 16) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < block.end(); c += 16) {
         __m512 p, d;
         one(i, c, p, d);
         _mm512_storeu_ps(ds + i * stride + c, d);
@@ -253,27 +268,28 @@ template <class T>
 void backward_task(const AttentionArguments<T>& a, int64_t index) {
   using Plain = typename Of<T>::Plain;
   const Task<T> task(a, index);
-  const int64_t width = a.width, padded = task.padded, group = task.group(), row = a.heads * width;
-  const int64_t depth = units<T>(width), most = round_up(group * task.block(), 2), most_units = units<T>(most);
-  Buffer<T> rotated(a.tokens * width), queries(most * width), grads(most * width), ds(most * padded);
+  const int64_t width = a.width, padded = task.padded, line = task.line, group = task.group(), row = a.heads * width;
+  const int64_t fill = sizes<T>().fill, most = round_up(group * task.block(), fill), most_units = units<T>(most);
+  const int64_t depth = units<T>(width), turned = round_up(most_units, 16);
+  Buffer<T> rotated(a.tokens * width), queries(most * width), grads(most * width), ds(most * line);
   Buffer<Plain> keys(padded * depth), key_rows(padded * depth), values(padded * depth);
-  Buffer<Plain> query_rows(most_units * width), grad_rows(most_units * width);
-  Buffer<Plain> p_units(most_units * padded), ds_pairs(Of<T>::count == 1 ? 1 : most_units * padded);
-  Buffer<float> scores(most * padded), dp(most * padded), dq(most * width);
-  Buffer<float> dk(padded * width), dv(padded * width), delta(most), log2_sum(most);
+  Buffer<Plain> row_units(most_units * width), query_columns(turned * width), grad_columns(turned * width);
+  Buffer<Plain> p_units(most_units * line), ds_pairs(Of<T>::count == 1 ? 1 : most_units * line);
+  Buffer<float> scores(most * line), dp(most * line), dq(most * width);
+  Buffer<float> dk(width * line), dv(width * line), delta(most), log2_sum(most);  // dk and dv transposed
   // Single numbers are their own units.
   const auto* ds_units = Of<T>::count == 1 ? as_units(ds.get()) : ds_pairs.get();
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
-  pack_rows(rotated.get(), width, a.tokens, width, key_rows.get());
+  pack_rows(rotated.get(), width, a.tokens, padded, width, key_rows.get());
   pack_columns(task.values, task.stride, a.tokens, width, values.get());
-  std::memset(dk.get(), 0, size_t(padded * width) * sizeof(float));
-  std::memset(dv.get(), 0, size_t(padded * width) * sizeof(float));
+  std::memset(dk.get(), 0, size_t(width * line) * sizeof(float));
+  std::memset(dv.get(), 0, size_t(width * line) * sizeof(float));
   T* grad = a.dqkv + task.text * a.tokens * task.stride;
   for (int64_t first = 0; first < a.tokens; first += task.block()) {
     const int64_t count = std::min(task.block(), a.tokens - first);
     const Block block{first, count, count * group};
-    const int64_t seen = block.seen();
+    const int64_t seen = block.seen(), rows = round_up(block.rows, fill);
     for (int64_t h = 0; h < group; ++h)
       task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -288,31 +304,42 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
       delta.get()[r] = _mm512_reduce_add_ps(sum);
       log2_sum.get()[r] = task.statistics(h)[query];
     }
-    pack_rows(queries.get(), width, block.rows, width, query_rows.get());
-    pack_rows(grads.get(), width, block.rows, width, grad_rows.get());
+    pack_rows(queries.get(), width, block.rows, rows, width, row_units.get());
+    turn_units(row_units.get(), units<T>(rows), width, query_columns.get(), turned);
+    pack_rows(grads.get(), width, block.rows, rows, width, row_units.get());
+    turn_units(row_units.get(), units<T>(rows), width, grad_columns.get(), turned);
     multiply<T, true>(block.rows, seen, depth, {as_units(queries.get()), depth, 1},
-                      {keys.get(), depth * PANEL, PANEL}, scores.get(), padded, false);
+                      {keys.get(), depth * PANEL, PANEL}, scores.get(), line, false);
     multiply<T, true>(block.rows, seen, depth, {as_units(grads.get()), depth, 1},
-                      {values.get(), depth * PANEL, PANEL}, dp.get(), padded, false);
-    BackwardRows<T>{scores.get(), dp.get(), padded, block, a.scale, log2_sum.get(), delta.get()}.run(
+                      {values.get(), depth * PANEL, PANEL}, dp.get(), line, false);
+    BackwardRows<T>{scores.get(), dp.get(), line, block, rows, a.scale, log2_sum.get(), delta.get()}.run(
         ds.get(), p_units.get(), ds_pairs.get());
-    multiply<T, true>(block.rows, width, units<T>(seen), {as_units(ds.get()), units<T>(padded), 1},
+    multiply<T, true>(block.rows, width, units<T>(round_up(seen, fill)), {as_units(ds.get()), units<T>(line), 1},
                       {key_rows.get(), PANEL, width}, dq.get(), width, false);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t position = block.query(r) * width;
       rotate_back(dq.get() + r * width, a.cosine + position, a.sine + position, width,
                   grad + block.query(r) * task.stride + (task.head * group + r / count) * width);
     }
-    multiply<T, false>(seen, width, units<T>(block.rows), {p_units.get(), 1, padded},
-                       {grad_rows.get(), PANEL, width}, dv.get(), width, true);
-    multiply<T, false>(seen, width, units<T>(block.rows), {ds_units, 1, padded},
-                       {query_rows.get(), PANEL, width}, dk.get(), width, true);
+    multiply<T, true>(width, seen, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, line},
+                      dv.get(), line, true);
+    multiply<T, true>(width, seen, units<T>(rows), {query_columns.get(), turned, 1}, {ds_units, PANEL, line}, dk.get(),
+                      line, true);
   }
   T* key_grad = grad + (a.heads + task.head) * width;
-  for (int64_t r = 0; r < a.tokens; ++r) {
-    rotate_back(dk.get() + r * width, a.cosine + r * width, a.sine + r * width, width, key_grad + r * task.stride);
-    for (int64_t c = 0; c < width; c += 16)
-      store(key_grad + a.key_heads * width + r * task.stride + c, _mm512_loadu_ps(dv.get() + r * width + c));
+  Buffer<float> key_rows_of_grad(16 * width), value_rows_of_grad(16 * width);
+  for (int64_t first = 0; first < a.tokens; first += 16) {
+    for (int64_t c = 0; c < width; c += 16) {
+      transpose(dk.get() + c * line + first, line, 16, key_rows_of_grad.get() + c, width);
+      transpose(dv.get() + c * line + first, line, 16, value_rows_of_grad.get() + c, width);
+    }
+    for (int64_t r = first; r < std::min(first + 16, a.tokens); ++r) {
+      const int64_t from = (r - first) * width;
+      rotate_back(key_rows_of_grad.get() + from, a.cosine + r * width, a.sine + r * width, width,
+                  key_grad + r * task.stride);
+      for (int64_t c = 0; c < width; c += 16)
+        store(key_grad + a.key_heads * width + r * task.stride + c, _mm512_loadu_ps(value_rows_of_grad.get() + from + c));
+    }
   }
 }
 

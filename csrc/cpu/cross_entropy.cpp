@@ -35,15 +35,12 @@ class Exact {
   // logits[rows][WORDS] of `count` words.
   void forward(int64_t word, int64_t count, float* logits) {
     const int64_t pairs = a_.width / 2;
-    const auto* w = static_cast<const Pair*>(a_.forward);
-    multiply<bf16, true>(rows_, count, pairs, {h_, pairs, 1}, {w + word * pairs, pairs * PANEL, PANEL}, logits, WORDS,
-                         false);
+    PackedMatrix(a_.forward, a_.width).multiply(rows_, count, pairs, {h_, pairs, 1}, 0, word, logits, WORDS, false);
   }
   // sums[rows][width] += e[rows][WORDS] W.
   void backward(int64_t word, int64_t count, const Number* e, float* sums) {
-    const auto* w = static_cast<const Pair*>(a_.backward);
-    multiply<bf16, true>(rows_, a_.width, (count + 1) / 2, {reinterpret_cast<const Pair*>(e), WORDS / 2, 1},
-                         {w + word / 2 * PANEL, (a_.words + 1) / 2 * PANEL, PANEL}, sums, a_.width, true);
+    const Left<Of<bf16>> left{reinterpret_cast<const Pair*>(e), WORDS / 2, 1};
+    PackedMatrix(a_.backward, a_.words).multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, a_.width, true);
   }
 
  private:

@@ -1,4 +1,5 @@
 // What this machine can run. AMX needs the kernel's permission once per process.
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -15,12 +16,13 @@
 namespace jz3 {
 namespace {
 
-bool amx_int8() {
+constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;  // of leaf 7's edx
+
+bool has_amx(unsigned kind) {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
-  if ((edx & (tile | int8)) != (tile | int8)) return false;
+  if ((edx & (AMX_TILE | kind)) != (AMX_TILE | kind)) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -32,13 +34,25 @@ Isa best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni"))
-    return amx_int8() ? Isa::amx : Isa::avx512vnni;
+    return has_amx(AMX_INT8) ? Isa::amx : Isa::avx512vnni;
   if (__builtin_cpu_supports("avx2")) return Isa::avx2;
 #endif
   return Isa::scalar;
 }
 
+std::atomic<int>& chosen_tiles() {
+  static std::atomic<int> chosen{int(has_amx(AMX_BF16) ? TileUnit::amx : TileUnit::none)};
+  return chosen;
+}
+
 }  // namespace
+
+TileUnit tile_unit() { return TileUnit(chosen_tiles().load(std::memory_order_relaxed)); }
+
+void choose_tile_unit(int unit) {
+  if (unit == int(TileUnit::amx) && !has_amx(AMX_BF16)) throw std::invalid_argument("this machine has no AMX for bfloat16");
+  chosen_tiles() = unit;
+}
 
 Isa choose_isa(int asked) {
   static const Isa best = best_isa();

@@ -12,6 +12,12 @@ enum class Isa : int { scalar = 0, avx2 = 1, avx512vnni = 2, amx = 3, emulated_t
 Isa choose_isa(int asked);
 const char* isa_name(Isa isa);
 
+// What multiplies tiles of bfloat16 numbers: nothing, AMX, or plain C++ (for tests). Matrices are packed for the unit
+// chosen at that time, at first the best of this machine.
+enum class TileUnit : int { none = 0, amx = 1, emulated = 2 };
+TileUnit tile_unit();
+void choose_tile_unit(int unit);
+
 // What the machine can do at most: multiplications and additions of int8 per second of all threads, and the sum of
 // an array's bytes, for timing how fast it is read.
 double peak_int8(int isa, int threads, double seconds);
@@ -151,7 +157,8 @@ struct SoftmaxArguments {
 template <class T>
 void softmax_residual(const SoftmaxArguments<T>& arguments, int threads);
 
-// W[k][n] = w[k * row_stride + n * column_stride] for `product`: out[ceil(columns / 64)][ceil(depth / 2)][64].
+// W[k][n] = w[k * row_stride + n * column_stride] for `product`: 64 * ceil(columns / 64) * ceil(depth / 2) pairs, in panels
+// of 64 columns, or of 32 for tiles (cpu/tiles.h).
 void pack_product(const uint16_t* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads);
 

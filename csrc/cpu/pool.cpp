@@ -32,6 +32,8 @@ struct Job {
   }
 };
 
+constexpr int TURNS = 1000;  // of waiting before sleep, some hundred microseconds
+
 class Pool {
  public:
   // One job at a time; another caller's is done by that caller alone.
@@ -43,7 +45,8 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
-      job_ = job, ++number_;
+      job_ = job;
+      number_.fetch_add(1);
     }
     changed_.notify_all();
     job->work();
@@ -58,10 +61,12 @@ class Pool {
   void serve() {
     for (int64_t seen = 0;;) {
       std::shared_ptr<Job> job;
+      // The next job often follows at once, and to be woken takes longer than many last.
+      for (int turn = 0; turn < TURNS && number_.load() == seen; ++turn) std::this_thread::yield();
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait(lock, [&] { return number_ != seen; });
-        seen = number_, job = job_;
+        changed_.wait(lock, [&] { return number_.load() != seen; });
+        seen = number_.load(), job = job_;
       }
       if (job->seats.fetch_sub(1) > 0) job->work();
     }
@@ -70,7 +75,7 @@ class Pool {
   std::mutex busy_, mutex_;
   std::condition_variable changed_;
   std::shared_ptr<Job> job_;
-  int64_t number_ = 0;
+  std::atomic<int64_t> number_{0};
   int workers_ = 0;
 };
 

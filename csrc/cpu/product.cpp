@@ -13,16 +13,16 @@ namespace jz3 {
 
 void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads) {
-  const int64_t pairs = (depth + 1) / 2;
-  parallel((columns + PANEL - 1) / PANEL, depth * PANEL, threads, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel)
+  const int64_t pairs = (depth + 1) / 2, panel = PackedMatrix::panel_for(pairs);
+  parallel(round_up(columns, PANEL) / panel, depth * panel, threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own)
       for (int64_t k = 0; k < pairs; ++k)
-        for (int64_t n = 0; n < PANEL; ++n) {
-          const int64_t column = panel * PANEL + n;
+        for (int64_t n = 0; n < panel; ++n) {
+          const int64_t column = own * panel + n;
           const bf16* entry = w + 2 * k * row_stride + column * column_stride;
           const bool inside = column < columns;
           const uint32_t low = inside ? entry[0] : 0, high = inside && 2 * k + 1 < depth ? entry[row_stride] : 0;
-          out[(panel * pairs + k) * PANEL + n] = low | high << 16;
+          out[(own * pairs + k) * panel + n] = low | high << 16;
         }
   });
 }
@@ -32,7 +32,9 @@ void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, 
 
 namespace {
 
-constexpr int64_t CACHED = 192 * 1024;  // numbers of x that a block of rows may have
+// Numbers that stay in a core's second-level cache: of a block of rows, while W comes by; for tiles of a chunk of W's
+// columns, while rows come by.
+constexpr int64_t CACHED = 192 * 1024, TILES_CACHED = 512 * 1024;
 
 // The sums of one row's signed numbers, two neighbours' in the same lane of two vectors.
 template <class Out>
@@ -54,13 +56,14 @@ void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
   store(y + BUCKETS / 2, odd);
 }
 
+// Rows begin .. end of columns first .. last.
 template <class Out>
-void product_rows(const ProductArguments<Out>& a, int64_t begin, int64_t end) {
-  const int64_t pairs = a.depth / 2;
+void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
-  multiply<bf16, true>(end - begin, a.columns, pairs, {x, a.x_stride / 2, 1}, {a.w, pairs * PANEL, PANEL},
-                       a.y + begin * a.y_stride, a.y_stride, false);
-  if (a.signs)
+  PackedMatrix(a.w, a.depth)
+      .multiply(end - begin, last - first, a.depth / 2, {x, a.x_stride / 2, 1}, 0, first,
+                a.y + begin * a.y_stride + first, a.y_stride, false);
+  if (a.signs && last == a.columns)
     for (int64_t m = begin; m < end; ++m)
       fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);
 }
@@ -97,8 +100,15 @@ void square_segment(const KnownRestArguments& a, int64_t segment) {
 
 template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
-  const int64_t block = std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 192);
-  share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) { product_rows(a, begin, end); });
+  const bool tiles = tile_unit() != TileUnit::none;
+  const int64_t block = tiles ? 4 * TILE : std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 192);
+  const int64_t chunk = tiles ? std::max(TILES_CACHED / a.depth / PANEL * PANEL, PANEL) : a.columns;
+  int64_t first = 0;
+  do {  // once for signs without a W
+    share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) {
+      product_block(a, begin, end, first, std::min(first + chunk, a.columns));
+    });
+  } while ((first += chunk) < a.columns);
 }
 
 void known_and_rest(const KnownRestArguments& a, int threads) {

@@ -1,4 +1,5 @@
-// Products of packed matrices of float32 or bfloat16 in AVX-512 registers (cpu/multiply.h) by the type of their numbers.
+// Products of packed matrices of float32 or bfloat16 by the type of their numbers: in AVX-512 registers (cpu/multiply.h),
+// those of bfloat16 in tiles where there are any (cpu/multiply_tiles.h).
 // Include after the standard headers, as bf16.h.
 #pragma once
 
@@ -17,6 +18,7 @@
 
 #include "cpu/avx512.h"
 #include "cpu/multiply.h"
+#include "cpu/multiply_tiles.h"
 
 namespace jz3 {
 
@@ -34,11 +36,48 @@ constexpr int64_t units(int64_t numbers) {
 }
 constexpr int64_t PANEL = panel_of<Of<float>>;
 
+template <class Out>
+bool multiply_in_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<Of<bf16>>& left,
+                       const Right<Of<bf16>>& right, int64_t panel, Out* c, int64_t stride, bool add) {
+  if (depth % TILE) return false;
+  const TileUnit unit = tile_unit();
+  if (unit == TileUnit::amx)
+    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, c, stride, add);
+  else if (unit == TileUnit::emulated)
+    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, c, stride, add);
+  return unit != TileUnit::none;
+}
+
+// C (+)= A B for panels of 64 columns; columns is rounded up to 16.
 template <class T, bool Ahead, class Out>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<Of<T>>& left, const Right<Of<T>>& right, Out* c,
               int64_t stride, bool add) {
+  if constexpr (std::is_same_v<T, bf16> && Ahead)
+    if (multiply_in_tiles(rows, columns, depth, left, right, PANEL, c, stride, add)) return;
   multiply_packed<Of<T>, Ahead>(rows, columns, depth, left, right, c, stride, add);
 }
+
+// A matrix as pack_product leaves it.
+struct PackedMatrix {
+  const Pair* pairs;
+  int64_t depth, panel;  // in pairs, columns
+
+  PackedMatrix(const void* packed, int64_t numbers)
+      : pairs(static_cast<const Pair*>(packed)), depth((numbers + 1) / 2), panel(panel_for(depth)) {}
+
+  static int64_t panel_for(int64_t depth) {
+    return tile_unit() != TileUnit::none && depth % TILE == 0 ? 2 * TILE : PANEL;
+  }
+
+  // C (+)= A times the rows from the pair `first` on, of the columns from `column` on, a multiple of 64.
+  template <class Out>
+  void multiply(int64_t rows, int64_t columns, int64_t count, const Left<Of<bf16>>& left, int64_t first, int64_t column,
+                Out* c, int64_t stride, bool add) const {
+    const Right<Of<bf16>> right{pairs + column * depth + first * panel, depth * panel, panel};
+    if (!multiply_in_tiles(rows, columns, count, left, right, panel, c, stride, add))
+      multiply_packed<Of<bf16>, true>(rows, columns, count, left, right, c, stride, add);
+  }
+};
 
 }  // namespace jz3
 

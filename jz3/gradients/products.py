@@ -16,10 +16,9 @@ BUCKETS = 32
 
 @functools.cache
 def native_products() -> bool:
-    """Whether jz3's own products are the faster ones: AVX-512 with bfloat16, without the tiles of AMX."""
+    """Whether jz3's own products are the faster ones: CPUs that are fast in bfloat16, with AMX or AVX-512."""
     return (
         fast_bfloat16_cpu()
-        and not torch.cpu._is_amx_tile_supported()
         and not backend.extension_missing()
         and bool(getattr(backend.extension(), "has_bf16", bool)())
     )

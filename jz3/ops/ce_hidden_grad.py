@@ -99,6 +99,11 @@ def ce_hidden_grad_chunked(
     rows = max(1, CHUNK_BYTES // (dtype.itemsize * max(len(weight), 1)))
     product = h.dtype if h.device.type != "cpu" or _has_instructions(h.dtype) else dtype
     native = _native_softmax(h.device.type, product)
+    # Where rows aren't of a multiple of 32 numbers, torch's products with AMX read into the next one, so that what
+    # isn't finite would spread.
+    wrong = ~torch.isfinite(h).all(1) & (y != IGNORE) if h.device.type == "cpu" else None
+    if wrong is not None and wrong.any():
+        h = h.masked_fill(wrong[:, None], 0)
     for index in torch.nonzero(y != IGNORE)[:, 0].split(rows):
         target = y[index].long()[:, None]
         logits = _product(h[index], weight, product, dtype if native is None else product)
@@ -116,6 +121,8 @@ def ce_hidden_grad_chunked(
             loss[index] = part
         factor = weights[index].to(dtype)[:, None] / total
         grad[index] = (_product_t(logits, weight, product).to(dtype) * factor).to(h.dtype)
+    if wrong is not None:
+        loss[wrong], grad[wrong] = torch.nan, torch.nan
     return loss, grad
 
 
