@@ -144,31 +144,29 @@ def load_texts(tokenizer: Any, count: int) -> list[Tokens]:
 
 
 class Pass:
-    """Our pass over all texts with one kind of products and one sink."""
+    """Our pass over all texts with one kind of products and one sink, kept open between its runs."""
 
     def __init__(self, model: Any, layers: Any, sink: Any, batches: Any, products: str) -> None:
-        self._parts = model, layers, sink, batches
-        self.products, self.seconds = products, list[float]()
+        self._sink, self._batches = sink, batches
+        self._gradients = GradientPass(model, layers, sink, products=products)
+        self._gradients.__enter__()
+        self.seconds = list[float]()
 
     def warm_up(self) -> None:
         """Run the last batch, untimed."""
-        model, layers, sink, batches = self._parts
-        set_products(model, self.products)
-        for _ in passes.run_pass(model, layers, sink, batches[-1:]):
-            if hasattr(sink, "take"):
-                sink.take()
+        self._through(self._batches[-1:])
 
     def run(self) -> None:
-        """Run once; what the products need is packed before the time begins."""
-        model, layers, sink, batches = self._parts
-        set_products(model, self.products)
-        with GradientPass(model, layers, sink) as gradients:
-            start = time.perf_counter()
-            for batch in batches:
-                gradients.run(batch)
-                if hasattr(sink, "take"):
-                    sink.take()
-            self.seconds.append(time.perf_counter() - start)
+        """Run once; what the products need was packed before."""
+        start = time.perf_counter()
+        self._through(self._batches)
+        self.seconds.append(time.perf_counter() - start)
+
+    def _through(self, batches: Any) -> None:
+        for batch in batches:
+            self._gradients.run(batch)
+            if hasattr(self._sink, "take"):
+                self._sink.take()
 
 
 def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, float]:

@@ -91,6 +91,7 @@ void bind_block(py::module_& module, const std::string& type) {
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", [] { return std::string(jz3::isa_name(jz3::choose_isa(-1))); });
   m.def("isa_name", [](int isa) { return std::string(jz3::isa_name(jz3::choose_isa(isa))); });
+  m.def("hold_memory", &jz3::hold_memory);
   m.def("tile_unit", [] { return int(jz3::tile_unit()); });
   m.def("choose_tile_unit", &jz3::choose_tile_unit);
   m.def("peak_int8", [](int isa, int threads, double seconds) {

@@ -213,54 +213,66 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
   }
 }
 
-// P = exp(scale * score - log sum) and dS = scale * P * (dP - delta) of a block of queries: dS by rows for the
-// queries' gradient, both in units of rows for the keys' and values'.
+// P = exp(scale * score - log sum) and dS = scale * P * (dP - delta) of a block of queries and PANEL keys: dS by rows for
+// the queries' gradient, both in units of rows for the keys' and values'.
 template <class T>
 struct BackwardRows {
-  const float *scores, *dp;
-  int64_t stride;  // of the buffers
+  const float *scores, *dp;  // [rows][PANEL]
   Block block;
   int64_t rows;  // with those of zeros behind the block's
   float scale;
   const float *log2_sum, *delta;  // of every row
 
-  void one(int64_t i, int64_t c, __m512& p, __m512& d) const {
-    if (i >= block.rows) {
-      p = d = _mm512_setzero_ps();
-      return;
-    }
-    const int64_t ahead = std::clamp<int64_t>(block.query(i) + 1 - c, 0, 16);
-    const __mmask16 seen = __mmask16((1u << ahead) - 1);
-    const __m512 s = _mm512_maskz_loadu_ps(seen, scores + i * stride + c);
+  template <bool Masked>
+  void one(int64_t i, int64_t first, int64_t c, __m512& p, __m512& d) const {
+    const int64_t ahead = i < block.rows ? std::clamp<int64_t>(block.query(i) + 1 - first - c, 0, 16) : 0;
+    const __mmask16 seen = Masked ? __mmask16((1u << ahead) - 1) : __mmask16(0xffff);
+    const __m512 s = _mm512_maskz_loadu_ps(seen, scores + i * PANEL + c);
     const __m512 exponent = _mm512_fmsub_ps(s, _mm512_set1_ps(scale * LOG2E), _mm512_set1_ps(log2_sum[i]));
-    p = _mm512_maskz_mov_ps(seen, exp2_ps<T>(exponent));
-    const __m512 g = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dp + i * stride + c), _mm512_set1_ps(delta[i]));
+    p = exp2_ps<T>(exponent);
+    if (Masked) p = _mm512_maskz_mov_ps(seen, p);
+    const __m512 g = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dp + i * PANEL + c), _mm512_set1_ps(delta[i]));
     d = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_set1_ps(scale)), g);
+    if (Masked) d = _mm512_maskz_mov_ps(seen, d);
   }
 
-  void run(bf16* ds, Pair* p_units, Pair* ds_units) const {
-    for (int64_t i = 0; i < rows; i += 2)
-      for (int64_t c = 0; c < block.end(); c += 16) {
-        __m512 p[2], d[2];
-        one(i, c, p[0], d[0]);
-        one(i + 1, c, p[1], d[1]);
-        const __m256i d_low = (__m256i)_mm512_cvtneps_pbh(d[0]), d_high = (__m256i)_mm512_cvtneps_pbh(d[1]);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + i * stride + c), d_low);
-        _mm512_storeu_si512(ds_units + i / 2 * stride + c, pairs(d_low, d_high));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + (i + 1) * stride + c), d_high);
-        _mm512_storeu_si512(p_units + i / 2 * stride + c,
-                            pairs((__m256i)_mm512_cvtneps_pbh(p[0]), (__m256i)_mm512_cvtneps_pbh(p[1])));
-      }
+  template <bool Masked>
+  void run(int64_t first, int64_t i, int64_t end, bf16* ds, int64_t line, Pair* p_units, Pair* ds_units) const {
+    // Behind one another 16 numbers of two rows, their pairs in turn.
+    alignas(64) static constexpr uint16_t ORDER[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(ORDER);
+    for (int64_t c = 0; c < end; c += 16) {
+      __m512 p[2], d[2];
+      one<Masked>(i, first, c, p[0], d[0]);
+      one<Masked>(i + 1, first, c, p[1], d[1]);
+      const auto both_p = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]), both_d = (__m512i)_mm512_cvtne2ps_pbh(d[1], d[0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + i * line + c), _mm512_castsi512_si256(both_d));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + (i + 1) * line + c), _mm512_extracti64x4_epi64(both_d, 1));
+      _mm512_storeu_si512(p_units + i / 2 * PANEL + c, _mm512_permutexvar_epi16(order, both_p));
+      _mm512_storeu_si512(ds_units + i / 2 * PANEL + c, _mm512_permutexvar_epi16(order, both_d));
+    }
   }
 
-  void run(float* ds, float* p_units, float*) const {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < block.end(); c += 16) {
-        __m512 p, d;
-        one(i, c, p, d);
-        _mm512_storeu_ps(ds + i * stride + c, d);
-        _mm512_storeu_ps(p_units + i * stride + c, p);
-      }
+  template <bool Masked>
+  void run(int64_t first, int64_t i, int64_t end, float* ds, int64_t line, float* p_units, float*) const {
+    for (int64_t c = 0; c < end; c += 16) {
+      __m512 p, d;
+      one<Masked>(i, first, c, p, d);
+      _mm512_storeu_ps(ds + i * line + c, d);
+      _mm512_storeu_ps(p_units + i * PANEL + c, p);
+    }
+  }
+
+  // For the keys first .. first + end; `ds` is the first one's column.
+  template <class Unit>
+  void run(int64_t first, int64_t end, T* ds, int64_t line, Unit* p_units, Unit* ds_units) const {
+    const bool whole = first + end <= block.first + 1;  // every query sees all these keys
+    for (int64_t i = 0; i < rows; i += Of<T>::count)
+      if (whole && i + Of<T>::count <= block.rows)
+        run<false>(first, i, end, ds, line, p_units, ds_units);
+      else
+        run<true>(first, i, end, ds, line, p_units, ds_units);
   }
 };
 
@@ -274,11 +286,9 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
   Buffer<T> rotated(a.tokens * width), queries(most * width), grads(most * width), ds(most * line);
   Buffer<Plain> keys(padded * depth), key_rows(padded * depth), values(padded * depth);
   Buffer<Plain> row_units(most_units * width), query_columns(turned * width), grad_columns(turned * width);
-  Buffer<Plain> p_units(most_units * line), ds_pairs(Of<T>::count == 1 ? 1 : most_units * line);
-  Buffer<float> scores(most * line), dp(most * line), dq(most * width);
+  Buffer<Plain> p_units(most_units * PANEL), ds_pairs(Of<T>::count == 1 ? 1 : most_units * PANEL);
+  Buffer<float> scores(most * PANEL), dp(most * PANEL), dq(most * width);
   Buffer<float> dk(width * line), dv(width * line), delta(most), log2_sum(most);  // dk and dv transposed
-  // Single numbers are their own units.
-  const auto* ds_units = Of<T>::count == 1 ? as_units(ds.get()) : ds_pairs.get();
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
   pack_rows(rotated.get(), width, a.tokens, padded, width, key_rows.get());
@@ -289,7 +299,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
   for (int64_t first = 0; first < a.tokens; first += task.block()) {
     const int64_t count = std::min(task.block(), a.tokens - first);
     const Block block{first, count, count * group};
-    const int64_t seen = block.seen(), rows = round_up(block.rows, fill);
+    const int64_t rows = round_up(block.rows, fill);
     for (int64_t h = 0; h < group; ++h)
       task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -308,23 +318,29 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
     turn_units(row_units.get(), units<T>(rows), width, query_columns.get(), turned);
     pack_rows(grads.get(), width, block.rows, rows, width, row_units.get());
     turn_units(row_units.get(), units<T>(rows), width, grad_columns.get(), turned);
-    multiply<T, true>(block.rows, seen, depth, {as_units(queries.get()), depth, 1},
-                      {keys.get(), depth * PANEL, PANEL}, scores.get(), line, false);
-    multiply<T, true>(block.rows, seen, depth, {as_units(grads.get()), depth, 1},
-                      {values.get(), depth * PANEL, PANEL}, dp.get(), line, false);
-    BackwardRows<T>{scores.get(), dp.get(), line, block, rows, a.scale, log2_sum.get(), delta.get()}.run(
-        ds.get(), p_units.get(), ds_pairs.get());
-    multiply<T, true>(block.rows, width, units<T>(round_up(seen, fill)), {as_units(ds.get()), units<T>(line), 1},
+    for (int64_t key = 0; key < block.seen(); key += PANEL) {
+      const int64_t count = std::min(PANEL, block.seen() - key), end = std::min(PANEL, block.end() - key);
+      multiply<T, true>(block.rows, count, depth, {as_units(queries.get()), depth, 1},
+                        {keys.get() + key * depth, depth * PANEL, PANEL}, scores.get(), PANEL, false);
+      multiply<T, true>(block.rows, count, depth, {as_units(grads.get()), depth, 1},
+                        {values.get() + key * depth, depth * PANEL, PANEL}, dp.get(), PANEL, false);
+      BackwardRows<T>{scores.get(), dp.get(), block, rows, a.scale, log2_sum.get(), delta.get()}.run(
+          key, end, ds.get() + key, line, p_units.get(), ds_pairs.get());
+      multiply<T, true>(width, count, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, PANEL},
+                        dv.get() + key, line, true);
+      // Single numbers are their own units.
+      const Right<Of<T>> ds_units = Of<T>::count == 1 ? Right<Of<T>>{as_units(ds.get() + key), PANEL, line}
+                                                      : Right<Of<T>>{ds_pairs.get(), PANEL, PANEL};
+      multiply<T, true>(width, count, units<T>(rows), {query_columns.get(), turned, 1}, ds_units, dk.get() + key, line,
+                        true);
+    }
+    multiply<T, true>(block.rows, width, units<T>(round_up(block.seen(), fill)), {as_units(ds.get()), units<T>(line), 1},
                       {key_rows.get(), PANEL, width}, dq.get(), width, false);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t position = block.query(r) * width;
       rotate_back(dq.get() + r * width, a.cosine + position, a.sine + position, width,
                   grad + block.query(r) * task.stride + (task.head * group + r / count) * width);
     }
-    multiply<T, true>(width, seen, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, line},
-                      dv.get(), line, true);
-    multiply<T, true>(width, seen, units<T>(rows), {query_columns.get(), turned, 1}, {ds_units, PANEL, line}, dk.get(),
-                      line, true);
   }
   T* key_grad = grad + (a.heads + task.head) * width;
   Buffer<float> key_rows_of_grad(16 * width), value_rows_of_grad(16 * width);

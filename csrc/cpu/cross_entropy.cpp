@@ -22,7 +22,9 @@ namespace jz3 {
 namespace {
 
 constexpr int64_t ROWS = 144;   // at a time: their sums of width 576 stay in the second-level cache
-constexpr int64_t WORDS = 384;  // at a time, a multiple of the groups of words in 8 bits
+constexpr int64_t TILES_ROWS = 416;  // the same on machines with tiles, whose second-level caches are larger
+constexpr int64_t WORDS = 192;  // at a time, a multiple of the groups of words in 8 bits
+constexpr int64_t LINE = WORDS + 32;  // of a row of them: rows of a tile must not meet in a few sets of the cache
 
 // Both products of a block of rows in bfloat16.
 class Exact {
@@ -32,15 +34,15 @@ class Exact {
   Exact(const CrossEntropyArguments& a, int64_t first, int64_t rows)
       : a_(a), rows_(rows), h_(reinterpret_cast<const Pair*>(a.h + first * a.width)) {}
 
-  // logits[rows][WORDS] of `count` words.
+  // logits[rows][LINE] of `count` words.
   void forward(int64_t word, int64_t count, float* logits) {
     const int64_t pairs = a_.width / 2;
-    PackedMatrix(a_.forward, a_.width).multiply(rows_, count, pairs, {h_, pairs, 1}, 0, word, logits, WORDS, false);
+    PackedMatrix(a_.forward, a_.width).multiply(rows_, count, pairs, {h_, pairs, 1}, 0, word, logits, LINE, false);
   }
-  // sums[rows][width] += e[rows][WORDS] W.
-  void backward(int64_t word, int64_t count, const Number* e, float* sums) {
-    const Left<Of<bf16>> left{reinterpret_cast<const Pair*>(e), WORDS / 2, 1};
-    PackedMatrix(a_.backward, a_.words).multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, a_.width, true);
+  // sums[rows][stride] += e[rows][LINE] W.
+  void backward(int64_t word, int64_t count, const Number* e, float* sums, int64_t stride) {
+    const Left<Of<bf16>> left{reinterpret_cast<const Pair*>(e), LINE / 2, 1};
+    PackedMatrix(a_.backward, a_.words).multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, stride, true);
   }
 
  private:
@@ -62,11 +64,11 @@ class Int8 {
         h_(hidden_.fill(a.h + first * a.width, rows, a.width, a.width)) {}
 
   void forward(int64_t word, int64_t count, float* logits) {
-    product(a_.forward, a_.forward_group, h_.groups, word, count, 0, h_, logits, WORDS, false);
+    product(a_.forward, a_.forward_group, h_.groups, word, count, 0, h_, logits, LINE, false);
   }
-  void backward(int64_t word, int64_t count, const Number* e, float* sums) {
+  void backward(int64_t word, int64_t count, const Number* e, float* sums, int64_t stride) {
     const int64_t group = a_.backward_group, groups = (a_.words + group - 1) / group;
-    product(a_.backward, group, groups, 0, a_.width, word / group, e_.fill(e, rows_, count, WORDS), sums, a_.width,
+    product(a_.backward, group, groups, 0, a_.width, word / group, e_.fill(e, rows_, count, LINE), sums, stride,
             true);
   }
 
@@ -96,31 +98,32 @@ template <class Products>
 void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t rows) {
   using Number = typename Products::Number;
   Products products(a, first, rows);
-  Buffer<float> logit_buffer(rows * WORDS), sum_buffer(rows * round_up(a.width, PANEL));
-  Buffer<Number> e_buffer(rows * WORDS);  // exp(z - z_target)
+  const int64_t stride = round_up(a.width, PANEL) + 16;
+  Buffer<float> logit_buffer(rows * LINE), sum_buffer(rows * stride);
+  Buffer<Number> e_buffer(rows * LINE);  // exp(z - z_target)
   float *logits = logit_buffer.get(), *sums = sum_buffer.get();
   Number* e = e_buffer.get();
-  float own[ROWS], rest[ROWS] = {};
+  float own[TILES_ROWS], rest[TILES_ROWS] = {};
   for (int64_t i = 0; i < rows; ++i)
     own[i] = dot(a.h + (first + i) * a.width, a.w + a.target[first + i] * a.width, a.width);
-  std::memset(sums, 0, size_t(rows * a.width) * sizeof(float));
+  std::memset(sums, 0, size_t(rows * stride) * sizeof(float));
   for (int64_t word = 0; word < a.words; word += WORDS) {
     const int64_t count = std::min(WORDS, a.words - word), padded = round_up(count, 16);
     products.forward(word, count, logits);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t target = a.target[first + i] - word;
-      if (0 <= target && target < count) logits[i * WORDS + target] = -INFINITY;
+      if (0 <= target && target < count) logits[i * LINE + target] = -INFINITY;
       __m512 sum = _mm512_setzero_ps();
       for (int64_t c = 0; c < padded; c += 16) {
         const __mmask16 inside = __mmask16((1u << std::min<int64_t>(16, count - c)) - 1);
-        const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + i * WORDS + c), _mm512_set1_ps(own[i]));
+        const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + i * LINE + c), _mm512_set1_ps(own[i]));
         const __m512 p = _mm512_maskz_mov_ps(inside, exp_ps(z));
         sum = _mm512_add_ps(sum, p);
-        store(e + i * WORDS + c, p);
+        store(e + i * LINE + c, p);
       }
       rest[i] += _mm512_reduce_add_ps(sum);
     }
-    products.backward(word, count, e, sums);
+    products.backward(word, count, e, sums, stride);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = first + i;
@@ -129,7 +132,7 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
     const bf16* w = a.w + a.target[row] * a.width;
     const __m512 factor = _mm512_set1_ps(a.weight[row] / (1.0f + rest[i])), others = _mm512_set1_ps(rest[i]);
     for (int64_t c = 0; c < a.width; c += 16) {
-      const __m512 sum = _mm512_fnmadd_ps(others, load(w + c), _mm512_loadu_ps(sums + i * a.width + c));
+      const __m512 sum = _mm512_fnmadd_ps(others, load(w + c), _mm512_loadu_ps(sums + i * stride + c));
       store(a.grad + row * a.width + c, _mm512_mul_ps(factor, sum));
     }
   }
@@ -140,7 +143,12 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
 #pragma GCC pop_options
 
 void cross_entropy(const CrossEntropyArguments& a, int threads) {
-  share_rows(a.rows, ROWS, threads, [&](int64_t begin, int64_t end) {
+  const bool tiles = tile_unit() != TileUnit::none && !a.forward_group;
+  const int64_t most = tiles ? TILES_ROWS : ROWS, unit = tiles ? 2 * TILE : 1;
+  // As many for every thread.
+  const int64_t shares = threads * std::max<int64_t>((a.rows + threads * most - 1) / (threads * most), 1);
+  const int64_t block = std::max(round_up((a.rows + shares - 1) / shares, unit), unit);
+  share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) {
     if (a.forward_group)
       cross_entropy_block<Int8>(a, begin, end - begin);
     else

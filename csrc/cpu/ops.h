@@ -18,6 +18,10 @@ enum class TileUnit : int { none = 0, amx = 1, emulated = 2 };
 TileUnit tile_unit();
 void choose_tile_unit(int unit);
 
+// Keep freed memory in the process until as many calls have ended it as began it: arrays of megabytes that come and go
+// would be given back and cleared anew every time, which takes as long as a product that fills them.
+void hold_memory(bool hold);
+
 // What the machine can do at most: multiplications and additions of int8 per second of all threads, and the sum of
 // an array's bytes, for timing how fast it is read.
 double peak_int8(int isa, int threads, double seconds);

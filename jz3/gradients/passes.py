@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jz3 import backend
 from jz3.errors import Jz3Error
 from jz3.gradients.layers import plain_model
 from jz3.gradients.tokens import Batch
@@ -161,11 +162,18 @@ class GradientPass:
         return hook
 
     def __enter__(self) -> "GradientPass":
+        self._hold_memory(True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hold_memory(False)
         for hook in self._hooks:
             hook.remove()
+
+    def _hold_memory(self, hold: bool) -> None:
+        """Keep what a batch frees for the next one, on a CPU."""
+        if next(self.model.parameters()).device.type == "cpu" and not backend.extension_missing():
+            backend.extension().hold_memory(hold)
 
     def run(self, batch: Batch) -> PassResult:
         """Run one batch; the sink has seen every layer when this returns."""
