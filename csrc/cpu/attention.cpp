@@ -34,6 +34,18 @@ Sizes sizes() {
   return std::is_same_v<T, bf16> && tile_unit() != TileUnit::none ? Sizes{96, 2 * TILE} : Sizes{48, 2};
 }
 
+// Numbers below float32's smallest normal count as zero while it lives: they cost a hundred times as much.
+class FlushedToZero {
+ public:
+  FlushedToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushedToZero() { _mm_setcsr(before_); }
+  FlushedToZero(const FlushedToZero&) = delete;
+  FlushedToZero& operator=(const FlushedToZero&) = delete;
+
+ private:
+  unsigned before_;
+};
+
 // y = x rotated by the angle of its position.
 template <class T>
 void rotate(const T* x, const float* cosine, const float* sine, int64_t width, T* y) {
@@ -183,6 +195,7 @@ const typename Of<T>::Unit* as_units(const T* row) {
 
 template <class T>
 void forward_task(const AttentionArguments<T>& a, int64_t index) {
+  const FlushedToZero flushed;
   const Task<T> task(a, index);
   const int64_t width = a.width, padded = task.padded, line = task.line, group = task.group(), depth = units<T>(width);
   const int64_t most = group * task.block(), fill = sizes<T>().fill;
@@ -278,6 +291,7 @@ struct BackwardRows {
 
 template <class T>
 void backward_task(const AttentionArguments<T>& a, int64_t index) {
+  const FlushedToZero flushed;
   using Plain = typename Of<T>::Plain;
   const Task<T> task(a, index);
   const int64_t width = a.width, padded = task.padded, line = task.line, group = task.group(), row = a.heads * width;

@@ -48,7 +48,7 @@ inline __m512 exp_ps(__m512 x) {
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0, 0 below -125, to the precision that T shows: 2e-6 of bfloat16, 1e-7 of float; NaN stays NaN.
+// 2^x for x < 127, 0 below -125, to the precision that T shows: 2e-6 of bfloat16, 1e-7 of float; NaN stays NaN.
 template <class T>
 inline __m512 exp2_ps(__m512 x) {
   const __m512 least = _mm512_set1_ps(-125.0f);

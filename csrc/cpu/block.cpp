@@ -65,9 +65,18 @@ void norm_backward_rows(const NormBackwardArguments<T>& a, int64_t begin, int64_
   }
 }
 
+// 1 / (1 + exp(-x)); of bfloat16 by an estimated reciprocal and a step of Newton's, in half the time of a division.
+template <class T>
 inline __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  } else {
+    // Below, the reciprocal would underflow. NaN in the second operand survives min.
+    const __m512 power = _mm512_min_ps(_mm512_set1_ps(120.0f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)));
+    const __m512 sum = _mm512_add_ps(one, exp2_ps<T>(power)), guess = _mm512_rcp14_ps(sum);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2.0f)));
+  }
 }
 
 template <class T>
@@ -76,7 +85,7 @@ void swiglu_rows(const T* gate_up, T* y, int64_t width, int64_t begin, int64_t e
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
     for (int64_t c = 0; c < width; c += 16) {
       const __m512 g = load(gate + c);
-      store(y + row * width + c, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + c)));
+      store(y + row * width + c, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid<T>(g)), load(up + c)));
     }
   }
 }
@@ -89,7 +98,7 @@ void swiglu_backward_rows(const T* gate_up, const T* dy, T* out, int64_t width, 
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
     T* d = out + row * 2 * width;
     for (int64_t c = 0; c < width; c += 16) {
-      const __m512 g = load(gate + c), s = sigmoid(g), grad = load(dy + row * width + c);
+      const __m512 g = load(gate + c), s = sigmoid<T>(g), grad = load(dy + row * width + c);
       const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
       store(d + c, _mm512_mul_ps(_mm512_mul_ps(grad, load(up + c)), slope));
       store(d + width + c, _mm512_mul_ps(grad, _mm512_mul_ps(g, s)));

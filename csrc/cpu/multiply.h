@@ -18,8 +18,11 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  explicit Buffer(int64_t count)
+      : data_(count ? static_cast<T*>(::operator new(size_t(count) * sizeof(T), std::align_val_t(64))) : nullptr) {}
+  ~Buffer() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() { return data_; }

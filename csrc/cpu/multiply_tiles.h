@@ -164,12 +164,14 @@ template <class Tiles, class V, class Out>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
                     Out* c, int64_t stride, bool add) {
   const bool parted = !std::is_same_v<Out, float> && depth > PART_TILES * TILE;
-  Buffer<float> sums(2 * TILE * (parted ? columns + 2 * TILE : 2 * TILE));
+  alignas(64) float few[2 * TILE * 2 * TILE];
+  Buffer<float> many(parted ? 2 * TILE * (columns + 2 * TILE) : 0);
+  float* const sums = parted ? many.get() : few;
   const int64_t whole = rows / (2 * TILE) * 2 * TILE, rest = rows - whole;
   Tiles::shape(TileShapes{});
   for (int64_t m = 0; m < whole; m += 2 * TILE)
     multiply_band<Tiles, 2>(2 * TILE, columns, depth, Left<V>{left.a + m * left.row, left.row, 1}, right, panel,
-                            c + m * stride, stride, add, sums.get());
+                            c + m * stride, stride, add, sums);
   if (rest) {
     TileShapes shapes;
     for (const int tile : {0, 1, 4}) shapes.rows[tile] = uint8_t(std::min(rest, TILE));
@@ -177,9 +179,9 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
     Tiles::shape(shapes);
     const Left<V> own{left.a + whole * left.row, left.row, 1};
     if (rest > TILE)
-      multiply_band<Tiles, 2>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums.get());
+      multiply_band<Tiles, 2>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums);
     else
-      multiply_band<Tiles, 1>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums.get());
+      multiply_band<Tiles, 1>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums);
   }
   Tiles::release();
 }

@@ -8,26 +8,43 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace jz3 {
 namespace {
 
+// Every thread begins with its own share of the items, as in the job before, so that what it has written there is still
+// in its cache; who is done helps the others.
 struct Job {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  Job(const std::function<void(int64_t)>& item, int64_t count, int threads)
+      : item(&item), count(count), shares(size_t(threads)) {
+    for (int i = 0; i < threads; ++i) shares[i].next = count * i / threads, shares[i].end = count * (i + 1) / threads;
+  }
+
   const std::function<void(int64_t)>* item;  // the caller's: valid until every item is done
   int64_t count;
-  std::atomic<int64_t> next{0}, done{0}, seats{0};
+  std::vector<Share> shares;
+  std::atomic<int64_t> done{0};
   std::mutex mutex;
   std::exception_ptr error;
 
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) {
-      try {
-        (*item)(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (!error) error = std::current_exception();
+  void work(size_t own) {
+    for (size_t turn = 0; turn < shares.size(); ++turn) {
+      Share& share = shares[(own + turn) % shares.size()];
+      for (int64_t i; share.next.load() < share.end && (i = share.next.fetch_add(1)) < share.end;) {
+        try {
+          (*item)(i);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(mutex);
+          if (!error) error = std::current_exception();
+        }
+        done.fetch_add(1);
       }
-      done.fetch_add(1);
     }
   }
 };
@@ -40,16 +57,15 @@ class Pool {
   bool run(int64_t count, int threads, const std::function<void(int64_t)>& item) {
     const std::unique_lock<std::mutex> one(busy_, std::try_to_lock);
     if (!one.owns_lock()) return false;
-    const auto job = std::make_shared<Job>();
-    job->item = &item, job->count = count, job->seats = threads - 1;
+    const auto job = std::make_shared<Job>(item, count, threads);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+      for (; workers_ < threads - 1; ++workers_) std::thread([this, own = workers_ + 1] { serve(size_t(own)); }).detach();
       job_ = job;
       number_.fetch_add(1);
     }
     changed_.notify_all();
-    job->work();
+    job->work(0);
     // What is left is under way on a running thread, as a rule.
     for (int64_t turn = 0; job->done.load() < count; ++turn)
       if (turn > 256) std::this_thread::yield();
@@ -58,7 +74,7 @@ class Pool {
   }
 
  private:
-  void serve() {
+  void serve(size_t own) {
     for (int64_t seen = 0;;) {
       std::shared_ptr<Job> job;
       // The next job often follows at once, and to be woken takes longer than many last.
@@ -68,7 +84,7 @@ class Pool {
         changed_.wait(lock, [&] { return number_.load() != seen; });
         seen = number_.load(), job = job_;
       }
-      if (job->seats.fetch_sub(1) > 0) job->work();
+      if (own < job->shares.size()) job->work(own);
     }
   }
 
