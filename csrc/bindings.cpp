@@ -184,29 +184,23 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bf16"), py::arg("unit"), py::arg("threads"));
   m.def("has_bf16", &jz3::has_bf16);
   m.def("has_int8_products", &jz3::has_int8_products);
+  m.attr("BUCKETS") = jz3::BUCKETS;
   m.attr("INT8_HEAD") = jz3::INT8_HEAD;
   m.def("pack_product", [](uintptr_t w, uintptr_t out, int64_t depth, int64_t columns, int64_t row_stride,
                            int64_t column_stride, int threads) {
     py::gil_scoped_release release;
     jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
   });
-  m.def("segment_outer",
-        [](uintptr_t g, uintptr_t a, uintptr_t bounds, uintptr_t out, int64_t segments, int64_t rows,
-           int64_t columns, int64_t g_stride, int64_t a_stride, int threads) {
-          py::gil_scoped_release release;
-          jz3::segment_outer({at<const float>(g), at<const float>(a), at<const int64_t>(bounds), at<float>(out),
-                              segments, rows, columns, g_stride, a_stride},
-                             threads);
-        });
-  m.def("known_and_rest", [](uintptr_t known, uintptr_t sketch, uintptr_t turn_left, uintptr_t turn_right,
-                             uintptr_t square, int64_t segments, int64_t rows, int64_t columns, int64_t left,
-                             int64_t right, int64_t known_segment, int64_t known_row, int64_t sketch_segment,
-                             int64_t sketch_row, int threads) {
+  m.def("project_segments", [](uintptr_t g, uintptr_t g_sketch, uintptr_t a, uintptr_t a_sketch, uintptr_t bounds,
+                               uintptr_t turn_left, uintptr_t turn_right, uintptr_t chosen, uintptr_t square,
+                               uintptr_t values, int64_t segments, int64_t rows, int64_t columns, int64_t count,
+                               int64_t g_stride, int64_t a_stride, int64_t values_stride, int threads) {
     py::gil_scoped_release release;
-    jz3::known_and_rest({at<const float>(known), at<const float>(sketch), at<const float>(turn_left),
-                         at<const float>(turn_right), at<float>(square), segments, rows, columns, left, right,
-                         known_segment, known_row, sketch_segment, sketch_row},
-                        threads);
+    jz3::project_segments(
+        {at<const float>(g), at<const float>(g_sketch), at<const float>(a), at<const float>(a_sketch),
+         at<const int64_t>(bounds), at<const float>(turn_left), at<const float>(turn_right), at<const int64_t>(chosen),
+         at<float>(square), at<float>(values), segments, rows, columns, count, g_stride, a_stride, values_stride},
+        threads);
   });
   m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
                             uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,

@@ -11,6 +11,8 @@ from test_gradients import Whole
 from jz3.gradients import GradientPass, Tokens, linear_layers, llama, make_batches, run_pass
 from jz3.ops import ce_hidden_grad
 
+pytestmark = pytest.mark.usefixtures("tile_unit")
+
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 112,

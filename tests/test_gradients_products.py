@@ -3,7 +3,6 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from jz3.gradients.products import (
     OutputLayer,
     Product,
     fold_matrix,
-    known_and_rest,
-    segment_outer,
+    project_segments,
 )
 from jz3.ops.ce_hidden_grad import ce_hidden_grad_reference
+
+pytestmark = pytest.mark.usefixtures("tile_unit")
 
 
 @pytest.fixture(params=["own", "torch"], autouse=True)
@@ -31,7 +31,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("result", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 2, 1), (7, 64, 48), (203, 38, 67), (500, 576, 130)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 1), (7, 64, 48), (203, 38, 67), (500, 576, 130), (20, 8192, 130)], ids=str
+)
 def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -> None:
     rows, depth, columns = sizes
     x = normal(1, rows, depth + 6, dtype=torch.bfloat16)[:, 2 : depth + 2]
@@ -68,49 +70,28 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(product(x)[200:], product(x[200:]))
 
 
-def test_segment_outer() -> None:
-    x = normal(1, 90, 64, dtype=torch.bfloat16)
-    g, a = (Product(normal(i, 64, n, dtype=torch.bfloat16))(x, torch.float32) for i, n in ((2, 13), (3, 21)))
-    found = segment_outer(g, a, torch.tensor([0, 40, 40, 41, 90]))
-    assert found.shape == (4, 13, 21)
-    for block, (begin, end) in zip(found, ((0, 40), (40, 40), (40, 41), (41, 90)), strict=True):
-        exact = g[begin:end].double().T @ a[begin:end].double()
-        torch.testing.assert_close(block.double(), exact, atol=1e-3, rtol=1e-5)
-    parts = segment_outer(g[:, 4:], a[:, 3:9], torch.tensor([0, 40, 40, 41, 90]))
-    torch.testing.assert_close(parts, found[:, 4:, 3:9], atol=1e-4, rtol=1e-5)
+@pytest.mark.parametrize("sizes", [(13, 21, 4), (40, 7, 0), (1, 1, 5), (0, 0, 3), (33, 70, 9)], ids=str)
+def test_project_segments(sizes: tuple[int, int, int]) -> None:
+    rows, columns, begin = sizes
+    tokens, bounds = 90, torch.tensor([0, 40, 40, 41, 90])
+    g = normal(1, tokens, rows + 3 + BUCKETS)
+    a = normal(2, tokens, begin + columns + 2 + BUCKETS)
+    left, right = normal(3, rows, BUCKETS), normal(4, columns, BUCKETS)
+    chosen = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))[:17]
+    square, values = torch.ones(4), torch.full((4, len(chosen) + 5), torch.nan)
+    project_segments((g, a), begin, bounds, (left, right), chosen, square, values[:, 2 : 2 + len(chosen)])
+    wide = [x.double() for x in (g, a, left, right)]
+    for i, (b, e) in enumerate(((0, 40), (40, 40), (40, 41), (41, 90))):
+        known = wide[0][b:e, :rows].T @ wide[1][b:e, begin : begin + columns]
+        rest = wide[0][b:e, -BUCKETS:].T @ wide[1][b:e, -BUCKETS:] - wide[2].T @ known @ wide[3]
+        exact = 1 + known.square().sum() + rest.square().sum()
+        torch.testing.assert_close(square[i].double(), exact, atol=0, rtol=1e-5)
+        expected = known.flatten()[chosen]
+        torch.testing.assert_close(values[i, 2:-3].double(), expected, atol=1e-4, rtol=1e-5)
+    assert torch.isnan(values[:, :2]).all() and torch.isnan(values[:, -3:]).all()
 
 
-def test_vectors_end_within_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole vector from the last columns on would end in the next row, and after the last one nowhere."""
-    if not products.native_products():
-        pytest.skip("torch multiplies here")
-    x, bounds = normal(1, 90, 64, dtype=torch.bfloat16), torch.tensor([0, 40, 90])
-    g, a = (Product(normal(i, 64, n, dtype=torch.bfloat16))(x, torch.float32) for i, n in ((2, 13), (3, 21)))
-    whole, native = segment_outer(g, a, bounds), []
-
-    class Watched:
-        def segment_outer(self, *arguments: Any) -> None:
-            native.append(arguments)
-
-    monkeypatch.setattr(products.backend, "extension", Watched)
-    segment_outer(g, a[:, 3:9], bounds)
-    assert len(native) == 1
-    parts = segment_outer(g, a[:, 19:], bounds)
-    assert len(native) == 1
-    torch.testing.assert_close(parts, whole[:, :, 19:], atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [(5, 7, 8, 11), (29, 5, 32, 32), (3, 20, 32, 48), (0, 0, 32, 32)], ids=str)
-def test_known_and_rest(sizes: tuple[int, int, int, int]) -> None:
-    q, p, s, t = sizes
-    known, sketch = normal(1, 3, q, p + 9)[:, :, :p], normal(4, 3, s + 1, t + 16)[:, :s, :t]
-    left, right = normal(2, q, s), normal(3, p, t)
-    rest = sketch.double() - left.double().T @ known.double() @ right.double()
-    exact = known.double().square().sum((1, 2)) + rest.square().sum((1, 2))
-    torch.testing.assert_close(known_and_rest(known, sketch, left, right).double(), exact, atol=0, rtol=1e-5)
-
-
-@pytest.mark.parametrize("words", [16, 211, 1200])
+@pytest.mark.parametrize("words", [16, 211, 1200, 1248])
 def test_output_layer(words: int) -> None:
     w, h = normal(1, words, 64, dtype=torch.bfloat16) * 0.2, normal(2, 150, 64, dtype=torch.bfloat16) * 3
     y, weights = torch.arange(150) % words, torch.linspace(0.1, 1, 150)

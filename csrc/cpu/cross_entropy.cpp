@@ -22,8 +22,8 @@ namespace jz3 {
 namespace {
 
 constexpr int64_t ROWS = 144;   // at a time: their sums of width 576 stay in the second-level cache
-constexpr int64_t TILES_ROWS = 416;  // the same on machines with tiles, whose second-level caches are larger
-constexpr int64_t WORDS = 192;  // at a time, a multiple of the groups of words in 8 bits
+constexpr int64_t TILES_ROWS = 320;  // the same on machines with tiles, whose second-level caches are larger
+constexpr int64_t WORDS = 384;  // at a time, a multiple of the groups of words in 8 bits
 constexpr int64_t LINE = WORDS + 32;  // of a row of them: rows of a tile must not meet in a few sets of the cache
 
 // Both products of a block of rows in bfloat16.

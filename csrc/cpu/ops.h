@@ -202,25 +202,19 @@ struct Int8Arguments {
 template <class T>
 void product_int8(const Int8Arguments<T>& arguments, int threads);
 
-// out[i] = sum of g_t a_t^T over the tokens bounds[i] .. bounds[i + 1]; columns is a multiple of 16.
-struct SegmentOuterArguments {
-  const float *g, *a;     // [tokens][g_stride], [tokens][a_stride]
-  const int64_t* bounds;  // [segments + 1]
-  float* out;             // [segments][rows][columns]
-  int64_t segments, rows, columns, g_stride, a_stride;
+// Of every segment of tokens, from factors of its gradient G = sum of g_t a_t^T that are projected and, BUCKETS numbers
+// more, sketched: K = sum of the projected factors' outer products and S, of the sketches'. square += the squares of K and
+// of S - turn_left^T K turn_right; values = K at `chosen`.
+struct SegmentsArguments {
+  const float *g, *g_sketch;            // [tokens][g_stride]: `rows` numbers, BUCKETS
+  const float *a, *a_sketch;            // [tokens][a_stride]: `columns` numbers and 15 more, BUCKETS
+  const int64_t* bounds;                // [segments + 1]
+  const float *turn_left, *turn_right;  // [rows][BUCKETS], [columns][BUCKETS]
+  const int64_t* chosen;                // [count], each row * columns + column
+  float *square, *values;               // [segments], [segments][values_stride]
+  int64_t segments, rows, columns, count, g_stride, a_stride, values_stride;
 };
-void segment_outer(const SegmentOuterArguments& arguments, int threads);
-
-// Of K known and S a sketch of the whole: square += the squares of K and of S - turn_left^T K turn_right; right is a
-// multiple of 16 up to 64.
-struct KnownRestArguments {
-  const float *known, *sketch;           // [segments][rows][columns], [segments][left][right]
-  const float *turn_left, *turn_right;   // [rows][left], [columns][right]
-  float* square;                         // [segments]
-  int64_t segments, rows, columns, left, right;
-  int64_t known_segment, known_row, sketch_segment, sketch_row;  // strides
-};
-void known_and_rest(const KnownRestArguments& arguments, int threads);
+void project_segments(const SegmentsArguments& arguments, int threads);
 
 // Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
 struct CrossEntropyArguments {

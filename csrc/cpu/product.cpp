@@ -32,6 +32,8 @@ void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, 
 
 namespace {
 
+constexpr int64_t LANES = 16;
+
 // Numbers that stay in a core's second-level cache: of a block of rows, while W comes by; for tiles of a chunk of W's
 // columns, while rows come by.
 constexpr int64_t CACHED = 192 * 1024, TILES_CACHED = 512 * 1024;
@@ -68,30 +70,38 @@ void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, i
       fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);
 }
 
-void outer(const SegmentOuterArguments& a, int64_t segment) {
-  const int64_t first = a.bounds[segment], count = a.bounds[segment + 1] - first;
-  multiply<float, false>(a.rows, a.columns, count, {a.g + first * a.g_stride, 1, a.g_stride},
-                         {a.a + first * a.a_stride, PANEL, a.a_stride}, a.out + segment * a.rows * a.columns,
-                         a.columns, false);
-}
-
-void square_segment(const KnownRestArguments& a, int64_t segment) {
-  const float *block = a.known + segment * a.known_segment, *sketch = a.sketch + segment * a.sketch_segment;
-  Buffer<float> half(a.rows * a.right), seen(a.left * a.right);
-  multiply<float, false>(a.rows, a.right, a.columns, {block, a.known_row, 1}, {a.turn_right, PANEL, a.right}, half.get(),
-                         a.right, false);
-  multiply<float, false>(a.left, a.right, a.rows, {a.turn_left, 1, a.left}, {half.get(), PANEL, a.right}, seen.get(),
-                         a.right, false);
-  float known = 0;
-  for (int64_t r = 0; r < a.rows; ++r)
-    for (int64_t c = 0; c < a.columns; ++c) known += block[r * a.known_row + c] * block[r * a.known_row + c];
-  __m512 rest = _mm512_setzero_ps();
-  for (int64_t m = 0; m < a.left; ++m)
-    for (int64_t n = 0; n < a.right; n += BUCKETS / 2) {
-      const __m512 left_out = _mm512_sub_ps(load(sketch + m * a.sketch_row + n), load(seen.get() + m * a.right + n));
-      rest = _mm512_fmadd_ps(left_out, left_out, rest);
+void project_segment(const SegmentsArguments& a, int64_t segment) {
+  const int64_t first = a.bounds[segment], tokens = a.bounds[segment + 1] - first, width = round_up(a.columns, LANES);
+  Buffer<float> known_buffer(a.rows * width);
+  alignas(64) float sketch[BUCKETS * BUCKETS], half[BUCKETS * BUCKETS], seen[BUCKETS * BUCKETS] = {};
+  float* const known = known_buffer.get();
+  const auto outer = [&](const float* g, int64_t rows, const float* right, int64_t columns, float* out, int64_t stride) {
+    multiply<float, false>(rows, columns, tokens, {g + first * a.g_stride, 1, a.g_stride},
+                           {right + first * a.a_stride, PANEL, a.a_stride}, out, stride, false);
+  };
+  outer(a.g_sketch, BUCKETS, a.a_sketch, BUCKETS, sketch, BUCKETS);
+  if (a.rows && a.columns) {
+    outer(a.g, a.rows, a.a, width, known, width);
+    // Turned on the right in blocks of rows, which the left adds up.
+    for (int64_t r = 0; r < a.rows; r += BUCKETS) {
+      const int64_t some = std::min(BUCKETS, a.rows - r);
+      multiply<float, false>(some, BUCKETS, a.columns, {known + r * width, width, 1}, {a.turn_right, PANEL, BUCKETS}, half,
+                             BUCKETS, false);
+      multiply<float, false>(BUCKETS, BUCKETS, some, {a.turn_left + r * BUCKETS, 1, BUCKETS}, {half, PANEL, BUCKETS}, seen,
+                             BUCKETS, true);
     }
-  a.square[segment] += known + _mm512_reduce_add_ps(rest);
+  }
+  __m512 rest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < BUCKETS * BUCKETS; i += LANES) {
+    const __m512 left_out = _mm512_sub_ps(load(sketch + i), load(seen + i));
+    rest = _mm512_fmadd_ps(left_out, left_out, rest);
+  }
+  float square = _mm512_reduce_add_ps(rest);
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t c = 0; c < a.columns; ++c) square += known[r * width + c] * known[r * width + c];
+  a.square[segment] += square;
+  for (int64_t i = 0; i < a.count; ++i)
+    a.values[segment * a.values_stride + i] = known[a.chosen[i] / a.columns * width + a.chosen[i] % a.columns];
 }
 
 }  // namespace
@@ -111,12 +121,8 @@ void product(const ProductArguments<Out>& a, int threads) {
   } while ((first += chunk) < a.columns);
 }
 
-void known_and_rest(const KnownRestArguments& a, int threads) {
-  share(a.segments, threads, [&](int64_t i) { square_segment(a, i); });
-}
-
-void segment_outer(const SegmentOuterArguments& a, int threads) {
-  share(a.segments, threads, [&](int64_t i) { outer(a, i); });
+void project_segments(const SegmentsArguments& a, int threads) {
+  share(a.segments, threads, [&](int64_t i) { project_segment(a, i); });
 }
 
 template void product(const ProductArguments<float>&, int);

@@ -25,6 +25,8 @@ class AdaptedSink:
     wide = True
 
     def __init__(self, fit: "AdaptedFit", dtype: "torch.dtype", device: "torch.device") -> None:
+        import torch
+
         self._fit, self._device = fit, device
         self._fused = device.type != "cpu"  # one op reads g once for both products; a CPU has faster parts
         self._coordinates = {n: t.to(device) for n, t in fit.coordinates.items()}
@@ -38,6 +40,8 @@ class AdaptedSink:
         self._products: dict[Any, Any] = {}
         self._values: Any = None
         self._square: Any = None
+        self._bounds: Any = None
+        self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def share(self, groups: "Iterable[tuple[str, ...]]") -> None:
         """Take the names of layers that will be given one tensor, one layer after the other."""
@@ -107,43 +111,29 @@ class AdaptedSink:
         """Add the layer's part of ||G||^2 and, for a kept layer, its coordinates."""
         import torch
 
-        from jz3.gradients.products import known_and_rest
-
-        if self._square is None:
-            self._square = torch.zeros(len(g), device=g.device)
-            self._values = torch.zeros(len(g), self._fit.k, device=g.device)
-        projected, begin = kept
-        known, sketch = self._blocks(name, projected, begin, g)
-        turns = (self._turn(side, name) for side in ("left", "right"))
-        self._square += known_and_rest(known, sketch, *turns)
-        if name in self._coordinates:
-            chosen, start = self._coordinates[name], self._offset[name]
-            self._values[:, start : start + len(chosen)] = known.flatten(1)[:, chosen]
-
-    def _blocks(self, name: str, projected: "torch.Tensor", begin: int, g: "torch.Tensor") -> Any:
-        """Return L^T G R of every text and the sketch of its G, from a R (from a column on) and g.
-
-        Returns:
-            [B, p_o, p_i] and [B, BUCKETS, BUCKETS], float32.
-        """
-        import torch
-
-        from jz3.gradients.products import BUCKETS, segment_outer
+        from jz3.gradients.products import BUCKETS, add_square, project_segments
         from jz3.ops.segment_project import segment_project
 
+        if self._square is None:
+            count, width, _ = g.shape
+            self._square = torch.zeros(count, device=g.device)
+            self._values = torch.zeros(count, self._fit.k, device=g.device)
+            # Pads have no gradient, so that a row of the batch is its text's segment.
+            self._bounds = torch.arange(0, count * width + 1, width, device=g.device)
+        projected, begin = kept
+        turns = self._turn("left", name), self._turn("right", name)
+        chosen, start = self._coordinates.get(name, self._none), self._offset.get(name, 0)
+        values = self._values[:, start : start + len(chosen)]
+        if not self._fused:
+            factors = self._project("left", (name,), g), projected
+            project_segments(factors, begin, self._bounds, turns, chosen, self._square, values)
+            return
         rows, columns = self._width("left", name), self._width("right", name)
-        count, width, _ = g.shape
-        # Pads have no gradient, so that a row of the batch is its text's segment.
-        bounds = torch.arange(0, count * width + 1, width, device=g.device)
-        if self._fused:
-            left = self._matrix("left", (name,), g.shape[2], g.dtype)
-            both = segment_project(projected, g.flatten(0, 1), left, bounds).float()
-            return both[:, :rows, begin : begin + columns], both[:, rows:, -BUCKETS:]
-        left = self._project("left", (name,), g)
-        known = torch.zeros(count, 0, 0)
-        if rows:
-            known = segment_outer(left[:, :rows], projected[:, begin : begin + columns], bounds)
-        return known, segment_outer(left[:, rows:], projected[:, -BUCKETS:], bounds)
+        left = self._matrix("left", (name,), g.shape[2], g.dtype)
+        both = segment_project(projected, g.flatten(0, 1), left, self._bounds).float()
+        known = both[:, :rows, begin : begin + columns]
+        add_square(known, both[:, rows:, -BUCKETS:], turns, self._square)
+        values[:] = known.flatten(1)[:, chosen]
 
     def _turn(self, side: str, name: str) -> "torch.Tensor":
         """Return L^T S or R^T S: how the sketch sees a layer's basis; no rows where it has none."""

@@ -176,56 +176,53 @@ class Int8Product:
         return y if self._bias is None else y.add_(self._bias)
 
 
-def segment_outer(g: torch.Tensor, a: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Sum the outer products of every segment's tokens: out[i] = sum_t g_t a_t^T.
+def project_segments(
+    factors: tuple[torch.Tensor, torch.Tensor],
+    begin: int,
+    bounds: torch.Tensor,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    chosen: torch.Tensor,
+    square: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Add ||G||^2 of every segment's gradient G = sum_t g_t a_t^T, and set its coordinates on two bases.
+
+    G is known in part, K = L^T G R, and sketched as a whole, S: ||G||^2 is estimated as ||K||^2 + ||S - l^T K r||^2,
+    where l and r are how the sketch sees the bases L and R.
 
     Args:
-        g: [T, Q] float32, from a Product.
-        a: [T, P] float32, from a Product: rows of other tensors may end before the last vector does.
+        factors: g [T, Q + BUCKETS] and a [T, A + BUCKETS] float32, from a Product with signs: the projected
+            factors, the latter of several layers, and their sketches.
+        begin: a's first column of this layer; with P columns in all.
         bounds: int64 [S + 1], segment i has the tokens bounds[i] .. bounds[i + 1].
-
-    Returns:
-        float32 [S, Q, P].
+        turns: l [Q, BUCKETS] and r [P, BUCKETS] float32; Q and P may be 0.
+        chosen: int64 [C], entries of K as row * P + column.
+        square: [S] float32, added to.
+        values: [S, C] float32, set; its rows may have gaps between them.
     """
-    columns = _lanes(a.shape[1])
-    inside = a.stride(0) and a.storage_offset() % a.stride(0) + columns <= a.stride(0)
-    if not native_products() or not inside or (a.stride(1), g.stride(1)) != (1, 1):
-        edges = bounds.tolist()
-        return torch.stack([g[b:e].T @ a[b:e] for b, e in zip(edges, edges[1:], strict=False)])
-    out = torch.empty(len(bounds) - 1, g.shape[1], columns)
-    pointers = (g.data_ptr(), a.data_ptr(), bounds.data_ptr(), out.data_ptr())
-    sizes = (*out.shape, g.stride(0), a.stride(0))
-    backend.extension().segment_outer(*pointers, *sizes, backend.threads())
-    return out[:, :, : a.shape[1]]
+    (g, a), (left, right) = factors, turns
+    rows, columns = len(left), len(right)
+    strided = g.stride(1) == a.stride(1) == values.stride(1) == 1
+    if g.device.type == "cpu" and native_products() and strided and backend.extension().BUCKETS == BUCKETS:
+        sketches = (g[:, -BUCKETS:], a[:, -BUCKETS:])
+        tensors = (g, sketches[0], a[:, begin:], sketches[1], bounds, left, right, chosen, square, values)
+        sizes = (len(square), rows, columns, len(chosen), g.stride(0), a.stride(0), values.stride(0))
+        backend.extension().project_segments(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
+        return
+    edges = bounds.tolist()
+    for i, (b, e) in enumerate(zip(edges, edges[1:], strict=False)):
+        known = g[b:e, :rows].T @ a[b:e, begin : begin + columns]
+        add_square(known[None], (g[b:e, -BUCKETS:].T @ a[b:e, -BUCKETS:])[None], turns, square[i : i + 1])
+        values[i] = known.flatten()[chosen]
 
 
-def known_and_rest(
-    known: torch.Tensor, sketch: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> torch.Tensor:
-    """Square gradients that are known in part and sketched as a whole: ||K||^2 + ||S - left^T K right||^2.
-
-    Args:
-        known: K [B, Q, P] float32; Q and P may be 0.
-        sketch: S [B, s, t] float32.
-        left: [Q, s] float32, how the sketch sees the left basis.
-        right: [P, t] float32.
-
-    Returns:
-        [B] float32.
-    """
-    square = torch.zeros(len(known), device=known.device)
-    if (
-        known.device.type != "cpu"
-        or not native_products()
-        or sketch.shape[2] not in range(LANES, 65, LANES)
-        or (known.stride(2), sketch.stride(2)) != (1, 1)
-    ):
-        rest = sketch - left.T @ known @ right
-        return square + known.square().sum((1, 2)) + rest.square().sum((1, 2))
-    tensors = (known, sketch, left.contiguous(), right.contiguous(), square)
-    sizes = (*known.shape, *sketch.shape[1:], *known.stride()[:2], *sketch.stride()[:2])
-    backend.extension().known_and_rest(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
-    return square
+def add_square(
+    known: torch.Tensor, sketch: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], square: torch.Tensor
+) -> None:
+    """Add ||K||^2 + ||S - l^T K r||^2 to `square` [B], for K [B, Q, P] and S [B, BUCKETS, BUCKETS]."""
+    left, right = turns
+    rest = sketch - left.T @ known @ right
+    square += known.square().sum((1, 2)) + rest.square().sum((1, 2))
 
 
 class OutputLayer:
