@@ -75,14 +75,32 @@ struct Kernels {
 Kernels choose_kernels(Isa isa, int bits, int64_t queries);
 Kernels avx512_kernels(int bits, int64_t queries);
 
-// The tile kernel: 32 rows with blocks of 16 queries stored [columns / 64][16][16][4] (step, quad of columns, query,
-// column of the quad): sums[row * 16 * blocks + query] is set. `ahead` as above, for all 32 rows.
+constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
+
+// For many queries where there are no tiles: 32 rows of bytes with blocks of 16 queries stored
+// [block][columns / 64][16][16][4] (step, quad of columns, query, column of the quad): sums[row * 16 * blocks + query]
+// is set. `ahead` as above, for all 32 rows.
 using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
                             int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
-constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
 // Null where rows in pairs are faster.
 TileKernel choose_tile_kernel(Isa isa, int64_t queries);
 void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
                            int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+
+// The rows of the tile kernel: codes as they lie, and their columns, a multiple of 2 * STEP.
+struct CodeRows {
+  const uint8_t* codes;
+  int64_t count, stride, row_bytes, columns;
+  const Levels* levels;
+};
+
+// sums[row * 16 * blocks + query] is set, for rows up to a multiple of TILE_ROWS, and norms[row] unless null: the
+// squared norm of the row's levels or a little more; then the rows after these in memory are prefetched too. Blocks of
+// 16 queries are stored [four blocks][step][block][16][16][4]; the last four may be one or two.
+using CodeKernel = void (*)(const CodeRows& rows, const int8_t* queries, int64_t blocks, double* sums, double* norms);
+constexpr int64_t CODE_BLOCKS = 4;
+// Null where there are no tiles, or rows in pairs are faster.
+CodeKernel choose_code_kernel(Isa isa, int bits, int64_t queries);
+CodeKernel amx_kernel(int bits);
 
 }  // namespace jz3

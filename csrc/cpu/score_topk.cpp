@@ -42,6 +42,8 @@ class Lines {
   std::vector<Line> lines_;
 };
 
+constexpr int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 struct Found {
   float value;
   int64_t id;
@@ -78,24 +80,33 @@ class Best {
   std::vector<Found> heap_;
 };
 
+// How many blocks of 16 queries; with four of them together, the last three are four.
+int64_t tiles_of(int64_t queries, int64_t together) {
+  const int64_t count = (queries + TILE_QUERIES - 1) / TILE_QUERIES;
+  return count + (together == CODE_BLOCKS && count % CODE_BLOCKS == 3);
+}
+
 // The queries as the kernels want them, and per query what turns a sum into a score and bounds it.
 struct Queries {
   int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
+  bool biased;                            // the products are with level + 128
   Lines blocked;                          // [plane][block][step][queries of a block][64]
   Lines single;                    // [plane][query][columns], without the first plane
-  Lines tiled;                     // for the tile kernel, then `blocked` is empty: [plane][block of 16][step][16][16][4]
+  Lines tiled;                     // for the tile kernels, then `blocked` is empty: [plane], as these want them
   std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
   std::vector<double> first_step, offset, rest, slack;
 
-  Queries(const ScoreArguments& a, bool tiles, const Kernels& kernels)
-      : columns(a.bits == 4 ? (a.row_bytes + STEP - 1) / STEP * 2 * STEP
-                            : (a.row_bytes * (8 / a.bits) + STEP - 1) / STEP * STEP),
+  // `together` blocks of 16 for the tile kernels, next to each other in every step; 0 for the others
+  Queries(const ScoreArguments& a, int64_t together, const Kernels& kernels)
+      : columns(rounded_up(std::max<int64_t>(a.row_bytes, 1) * (8 / a.bits),
+                           a.bits == 4 || together == CODE_BLOCKS ? 2 * STEP : STEP)),
         block(kernels.block),
         blocks((a.queries + block - 1) / block),
-        width(tiles ? (a.queries + TILE_QUERIES - 1) / TILE_QUERIES * TILE_QUERIES : blocks * block),
-        blocked(tiles ? 0 : a.planes_count * blocks * block * columns),
+        width(together ? tiles_of(a.queries, together) * TILE_QUERIES : blocks * block),
+        biased(together || kernels.biased),
+        blocked(together ? 0 : a.planes_count * blocks * block * columns),
         single((a.planes_count - 1) * a.queries * columns),
-        tiled(tiles ? a.planes_count * width * columns : 0),
+        tiled(together ? a.planes_count * width * columns : 0),
         digit_sum(size_t(a.planes_count * a.queries)),
         first_step(size_t(a.queries)),
         offset(first_step),
@@ -118,10 +129,13 @@ struct Queries {
         } else {
           first_square = double(square);
         }
-        if (tiles) {
-          const int64_t tile = plane * (width / TILE_QUERIES) + q / TILE_QUERIES;
-          uint8_t* const to = tiled.data() + tile * columns * TILE_QUERIES + q % TILE_QUERIES * 4;
-          for (int64_t c = 0; c < columns; c += 4) std::memcpy(to + c * TILE_QUERIES, &line[c], 4);
+        if (together) {
+          const int64_t tile = q / TILE_QUERIES, first = tile / together * together;
+          const int64_t count = std::min(together, width / TILE_QUERIES - first);
+          uint8_t* const to = tiled.data() + (plane * width + first * TILE_QUERIES) * columns +
+                              (tile - first) * STEP * TILE_QUERIES + q % TILE_QUERIES * 4;
+          for (int64_t c = 0; c < columns; c += 4)
+            std::memcpy(to + (c / STEP * STEP * count + c % STEP) * TILE_QUERIES, &line[c], 4);
         } else {
           uint8_t* const to = blocked.data() + (plane * blocks + q / block) * columns * block + q % block * STEP;
           for (int64_t c = 0; c < columns; c += STEP) std::memcpy(to + c * block, &line[c], STEP);
@@ -129,7 +143,7 @@ struct Queries {
       }
       for (double x : below) rest_square += x * x;
       const double first_power = std::ldexp(1.0, int(7 * (a.planes_count - 1)));
-      const double step = std::fabs(a.step[q]), excess = tiles || kernels.biased ? double(digit_sum[q]) : 0;
+      const double step = std::fabs(a.step[q]), excess = biased ? double(digit_sum[q]) : 0;
       first_step[q] = a.step[q] * first_power;
       offset[q] = a.bias[q] - excess * first_step[q];
       rest[q] = step * (std::sqrt(rest_square) + ROUNDING * first_power * std::sqrt(first_square));
@@ -156,7 +170,8 @@ struct Plan {
   const Queries& queries;
   const Levels& levels;
   Kernels kernels;
-  TileKernel tiles;
+  TileKernel tiles;   // for many queries, or null
+  CodeKernel packed;  // by tiles, or null
   bool direct;                          // rows are used where they lie
   int64_t rows;                         // of a tile
   Bounds bounds;
@@ -240,7 +255,7 @@ class Scan {
 
   // From the sums of all planes; of the later ones for `bytes` alone where they aren't known.
   float score(int64_t begin, int64_t r, int64_t q, const uint8_t* bytes) const {
-    const bool biased = p_.tiles || p_.kernels.biased;
+    const bool biased = p_.queries.biased;
     const int64_t at = r * p_.queries.width + q;
     int64_t dot = int64_t(sums_[at]) - (biased ? p_.queries.digit_sum[q] : 0);
     for (int64_t plane = 1; plane < a_.planes_count; ++plane) {
@@ -253,6 +268,10 @@ class Scan {
 
   // sums[row][query] = rows x a plane of the queries; with the first plane, the next rows are prefetched
   void multiply(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
+    if (p_.packed) {
+      multiply_codes(source, count, plane, sums, norms);
+      return;
+    }
     if (p_.tiles) {
       multiply_tiles(source, count, plane, sums, norms);
       return;
@@ -284,6 +303,13 @@ class Scan {
                                                         norms && block == 0 ? norm : nullptr);
         }
       }
+  }
+
+  void multiply_codes(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
+    const Queries& queries = p_.queries;
+    const CodeRows rows{source.bytes, count, source.stride, source.width, queries.columns, &p_.levels};
+    const int8_t* const digits = queries.tiled.digits() + plane * queries.width * queries.columns;
+    p_.packed(rows, digits, queries.width / TILE_QUERIES, sums, norms);
   }
 
   void multiply_tiles(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
@@ -368,17 +394,18 @@ class Scan {
 // Scans the rows in parts; returns the best of every group.
 std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Isa isa = choose_isa(a.isa);
-  const TileKernel tiles = choose_tile_kernel(isa, a.queries);
-  const Isa plain = tiles ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
+  const Isa plain = isa > Isa::avx512vnni ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
+  const CodeKernel packed = choose_code_kernel(isa, a.bits, a.queries);
+  const TileKernel tiles = packed ? nullptr : choose_tile_kernel(plain, a.queries);
   const Kernels kernels = choose_kernels(plain, a.bits, a.queries);
-  const Queries queries(a, tiles, kernels);
+  const Queries queries(a, packed ? CODE_BLOCKS : tiles ? 1 : 0, kernels);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
-  const bool direct = !tiles && (a.bits == 8 ? fits : kernels.codes != nullptr);
+  const bool direct = packed || (!tiles && (a.bits == 8 ? fits : kernels.codes != nullptr));
   const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
   const Bounds bounds{queries.first_step.data(), queries.offset.data(), queries.rest.data(), queries.slack.data()};
-  Plan plan{a, queries, levels, kernels, tiles, direct, std::max(rows, TILE_ROWS), bounds,
+  Plan plan{a, queries, levels, kernels, tiles, packed, direct, std::max(rows, TILE_ROWS), bounds,
             std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
   for (Shared& shared : plan.best) shared.best = Best(a.k);
   parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads,
