@@ -1,11 +1,15 @@
 """Hooks against autograd's full gradients, per document, for several architectures."""
 
+import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from jz3 import backend
 from jz3.gradients import (
     GradientPass,
     Tokens,
@@ -240,3 +244,21 @@ def test_adapter_without_a_wrapper_leaves_the_model_plain() -> None:
     assert plain_model(peft.get_peft_model(random_model("llama"), peft.LoraConfig())) is not model
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
     assert plain_model(model) is model
+
+
+def test_freed_memory_stays_while_a_pass_is_open() -> None:
+    if backend.extension_missing() or platform.libc_ver()[0] != "glibc":
+        pytest.skip("the allocator is left alone here")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    model, sink = random_model("llama"), Whole()
+    size = 1 << 27
+    with GradientPass(model, linear_layers(model), sink), GradientPass(model, linear_layers(model), sink):
+        pass
+    with GradientPass(model, linear_layers(model), sink):
+        before = resident()
+        torch.ones(size // 4)
+        held = resident()
+    assert held - before > size // 2 and held - resident() > size // 2
