@@ -27,3 +27,13 @@ def assert_as_accurate(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tens
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return normal random numbers."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return torch's x y with the inner dimension filled up with zeros.
+
+    With AMX torch reads past rows whose length is no multiple of 32, so that NaN behind them would spread.
+    """
+    rest = -x.shape[1] % 32
+    pad = torch.nn.functional.pad
+    return pad(x, (0, rest)) @ pad(y, (0, 0, 0, rest))

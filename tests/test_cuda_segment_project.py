@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate, normal
+from accuracy import assert_as_accurate, normal, product
 from simulated_cuda import SOURCES, SimulatedCuda, build_launchers, install
 
 from jz3 import backend
@@ -79,9 +79,9 @@ def expected(
     """Return plain torch's result in the inputs' dtype and that of the definition in float64."""
     rows = torch.zeros(len(g), matrix.shape[1], dtype=g.dtype)
     tokens = slice(bounds[0], bounds[-1])
-    rows[tokens] = g[tokens] @ matrix.to(g.dtype)
+    rows[tokens] = product(g[tokens], matrix.to(g.dtype))
     pairs = list(zip(bounds, bounds[1:], strict=False))
-    plain = torch.stack([rows[b:e].T @ a[b:e] for b, e in pairs])
+    plain = torch.stack([product(rows[b:e].T, a[b:e]) for b, e in pairs])
     return plain, segment_project_reference(a.double(), g.double(), matrix.double(), torch.tensor(bounds))
 
 
