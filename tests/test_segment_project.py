@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate, normal
+from accuracy import assert_as_accurate, normal, product
 
 from jz3 import backend
 from jz3.errors import Jz3Error
@@ -25,9 +25,9 @@ compiled = pytest.mark.skipif(bool(backend.extension_missing()), reason="the CPU
 
 
 def plain(a: torch.Tensor, g: torch.Tensor, left: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    rows = g @ left
+    rows = product(g, left)
     pairs = zip(bounds, bounds[1:], strict=False)
-    return torch.stack([(rows[b:e].T @ a[b:e]) for b, e in pairs])
+    return torch.stack([product(rows[b:e].T, a[b:e]) for b, e in pairs])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -145,10 +145,7 @@ def test_compiled_on_every_vector_unit(
     edges = torch.tensor(bounds)
     got = on_unit(unit, a, g, left, edges, None, given)
     exact = segment_project_reference(a.double(), g.double(), matrix.double(), edges)
-    rows = g[mine] @ matrix.to(dtype)
-    at = [b - bounds[0] for b in bounds]
-    pairs = zip(at, at[1:], strict=False)
-    expected = torch.stack([rows[b:e].T @ a[mine][b:e] for b, e in pairs])
+    expected = plain(a[mine], g[mine], matrix.to(dtype), [b - bounds[0] for b in bounds])
     assert_as_accurate(got, expected, exact)
     assert not got[1].any() and not got[5].any()
     long = slice(bounds[7], bounds[8])
