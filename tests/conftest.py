@@ -1,10 +1,11 @@
-"""Shared by all tests: the tiny model, kept in a cache of the test session's own."""
+"""Shared by all tests: the tiny model, real data, and what multiplies on a CPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+NO_TILES, EMULATED_TILES = 0, 2  # of csrc/cpu/ops.h
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -22,9 +23,6 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no folder shared/data beside the checkout: real maths sets are not at hand")
     return SHARED_DATA
-
-
-NO_TILES, EMULATED_TILES = 0, 2
 
 
 @pytest.fixture(params=["best", "vectors", "emulated_tiles"])

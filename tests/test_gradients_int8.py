@@ -148,6 +148,15 @@ def test_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(gradients(model, texts, fast=True)[0], exact)
 
 
+def test_groups_of_words_divide_a_block() -> None:
+    h, y = normal(1, 3, 64, dtype=torch.bfloat16), torch.arange(3)
+    layer = OutputLayer(normal(2, 300, 64, dtype=torch.bfloat16), (64, 256))
+    if layer._packed is None:
+        pytest.skip("the output layer is exact here")
+    with pytest.raises(ValueError, match="must divide 384, got 256"):
+        layer(h, y, torch.ones(3))
+
+
 @pytest.mark.parametrize("words", [16, 211, 1200])
 def test_output_layer(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses to within the logits' error; gradients as near as their sums of rounded terms allow."""

@@ -6,6 +6,8 @@
 // In 8 bits (cpu/int8.h) are both products or none; the target's own logit and row of W never are.
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/int8.h"
 #include "cpu/ops.h"
@@ -143,6 +145,9 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
 #pragma GCC pop_options
 
 void cross_entropy(const CrossEntropyArguments& a, int threads) {
+  if (a.backward_group && WORDS % a.backward_group)
+    throw std::invalid_argument("backward_group must divide " + std::to_string(WORDS) + ", got " +
+                                std::to_string(a.backward_group));
   const bool tiles = tile_unit() != TileUnit::none && !a.forward_group;
   const int64_t most = tiles ? TILES_ROWS : ROWS, unit = tiles ? 2 * TILE : 1;
   // As many for every thread.

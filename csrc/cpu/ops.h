@@ -225,9 +225,9 @@ struct CrossEntropyArguments {
   float *loss, *rest;              // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
   uint16_t* grad;                  // [rows][width], not finite where rest isn't
   int64_t rows, words, width;
-  int64_t forward_group, backward_group;  // of pack_int8, the latter a divisor of 512; 0 for pack_product
+  int64_t forward_group, backward_group;  // of pack_int8, the latter a divisor of 384; 0 for pack_product
 };
-void cross_entropy(const CrossEntropyArguments& arguments, int threads);
+void cross_entropy(const CrossEntropyArguments& arguments, int threads);  // throws for another group
 #endif
 
 }  // namespace jz3

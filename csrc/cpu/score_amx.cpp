@@ -54,7 +54,7 @@ struct Avx512Code {
 
   // Prefetches into the L2 cache: the L1 cache is for the queries.
   template <bool NORMS>
-  static JZ3_INLINE void unpack(Pair pair, const Levels& levels) {
+  static JZ3_INLINE void unpack(StepPair pair, const Levels& levels) {
     const __m512i table = table_of(levels.byte), squares = table_of(levels.square);
     const __mmask64 known = first_bytes(pair.row_bytes), rest = first_bytes(pair.row_bytes - PAIR_BYTES / 2);
     for (; pair.rows > 0; --pair.rows, pair.codes += pair.stride, pair.to += STEP, pair.norms += 16) {

@@ -33,7 +33,7 @@ struct PlainCode {
   static constexpr double NORM_UNIT = 1;
 
   template <bool NORMS>
-  static void unpack(const Pair& pair, const Levels& levels) {
+  static void unpack(const StepPair& pair, const Levels& levels) {
     for (int64_t r = 0; r < pair.rows; ++r)
       for (int64_t c = 0; c < PAIR; ++c) {
         const int64_t bit = (BITS == 4 ? c % STEP * 2 + c / STEP : c) * BITS;

@@ -18,7 +18,7 @@ namespace jz3 {
 constexpr int64_t PAIR = 2 * STEP;  // columns that are unpacked at a time
 
 // A pair of steps of some rows.
-struct Pair {
+struct StepPair {
   const uint8_t* codes;  // of the first row
   int64_t stride, rows;
   int64_t row_bytes;  // that there are: fewer than a pair's, or none, at the end of rows

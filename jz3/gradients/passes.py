@@ -122,6 +122,7 @@ class GradientPass:
         if fast and self._packed:
             raise ValueError("the fast pass can't run: it takes padded rows, packed ones are asked for")
         self._layout: Any = None
+        self._holds = False
         self._hooks: list[Any] = []
         self._fast = (
             None
@@ -162,18 +163,17 @@ class GradientPass:
         return hook
 
     def __enter__(self) -> "GradientPass":
-        self._hold_memory(True)
+        self._holds = next(self.model.parameters()).device.type == "cpu" and not backend.extension_missing()
+        if self._holds:
+            # What a batch frees the next one takes.
+            backend.extension().hold_memory(True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hold_memory(False)
+        if self._holds:
+            backend.extension().hold_memory(False)
         for hook in self._hooks:
             hook.remove()
-
-    def _hold_memory(self, hold: bool) -> None:
-        """Keep what a batch frees for the next one, on a CPU."""
-        if next(self.model.parameters()).device.type == "cpu" and not backend.extension_missing():
-            backend.extension().hold_memory(hold)
 
     def run(self, batch: Batch) -> PassResult:
         """Run one batch; the sink has seen every layer when this returns."""

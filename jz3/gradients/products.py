@@ -1,4 +1,4 @@
-"""Products of rows with fixed matrices: by jz3's own code where a CPU multiplies bfloat16 in vectors, else by torch."""
+"""Products of rows with fixed matrices: by jz3's own code on CPUs that are fast in bfloat16, else by torch."""
 
 import functools
 from typing import Any
@@ -25,7 +25,11 @@ def native_products() -> bool:
 
 
 def pack(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring a bfloat16 matrix [I, O] to the layout of jz3's own products: int32 [ceil(O / 64), ceil(I / 2), 64]."""
+    """Bring a bfloat16 matrix [I, O] to the layout of jz3's own products on this machine.
+
+    Returns:
+        int32 [ceil(O / 64), ceil(I / 2), 64]: pairs of numbers, in panels as csrc/cpu/tiles.h has them.
+    """
     depth, columns = matrix.shape
     packed = torch.empty(-(-columns // 64), -(-depth // 2), 64, dtype=torch.int32)
     pointers = (matrix.data_ptr(), packed.data_ptr())
@@ -203,6 +207,7 @@ def project_segments(
     (g, a), (left, right) = factors, turns
     rows, columns = len(left), len(right)
     strided = g.stride(1) == a.stride(1) == values.stride(1) == 1
+    strided = strided and all(x.is_contiguous() for x in (bounds, left, right, chosen))
     if g.device.type == "cpu" and native_products() and strided and backend.extension().BUCKETS == BUCKETS:
         sketches = (g[:, -BUCKETS:], a[:, -BUCKETS:])
         tensors = (g, sketches[0], a[:, begin:], sketches[1], bounds, left, right, chosen, square, values)
