@@ -3,7 +3,8 @@
 //
 // What a step multiplies, 2 KB of A and 2 KB of B, takes 64 cycles; from the second-level cache it comes in 88, with A in
 // the first in 62. So 32 rows of A, or a part of them that fits, stay there while B comes past it; it is packed in panels
-// of 32 columns without gaps. C is written row by row: its lines are on their way before they are needed.
+// of 32 columns without gaps. Sums are rounded while the next are formed, when the unit's last results are not waited for,
+// and the next rows of A are brought nearer meanwhile.
 #pragma once
 
 #include <cstring>
@@ -15,6 +16,9 @@ namespace {
 
 constexpr int64_t TILE = 16;        // rows of a tile, pairs or sums of its rows
 constexpr int64_t PART_TILES = 20;  // of A's pairs: 40 KB in 32 rows
+constexpr int64_t FOUR_TILES = 2 * TILE * 2 * TILE;
+
+constexpr int64_t parts_of(int64_t depth) { return (depth / TILE + PART_TILES - 1) / PART_TILES; }
 
 struct AmxTiles {
   static void shape(const TileShapes& shapes) { load_tile_shapes(shapes); }
@@ -87,10 +91,11 @@ struct EmulatedTiles {
 };
 
 // C[m][n] (+)= sum over k of A[m][k] B[k][n] of one or two tiles of rows by one or two of columns. A's pairs lie behind
-// one another, the rows of B `step` apart.
-template <class Tiles, int Rows, int Columns>
+// one another, the rows of B `step` apart. Between its steps the unit has time for other work: meanwhile() is called
+// after each.
+template <class Tiles, int Rows, int Columns, class Meanwhile>
 inline void sum_tiles(const Pair* a, int64_t row, const Pair* b, int64_t step, int64_t depth, float* c, int64_t stride,
-                      bool add) {
+                      bool add, Meanwhile&& meanwhile) {
   const auto each = [&](auto&& run) {
     run(std::integral_constant<int, 0>(), c);
     if constexpr (Columns == 2) run(std::integral_constant<int, 1>(), c + TILE);
@@ -116,40 +121,69 @@ inline void sum_tiles(const Pair* a, int64_t row, const Pair* b, int64_t step, i
       Tiles::template add<2, 5, 6>();
       if constexpr (Columns == 2) Tiles::template add<3, 5, 7>();
     }
+    meanwhile();
   }
   each([&](auto tile, float* sums) { Tiles::template store<tile()>(sums, stride); });
 }
 
-// Rounds the first `rows` rows of sums.
-template <int Columns>
-inline void round_tiles(int64_t rows, const float* sums, int64_t from, uint16_t* c, int64_t stride) {
-  for (int64_t m = 0; m < rows; ++m, sums += from, c += stride)
-    if constexpr (Columns == 2)
-      _mm512_storeu_si512(c, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums)));
-    else
-      Avx512Bf16::store(c, _mm512_loadu_ps(sums));
-}
+// Sums of one or two tiles of columns that are to be rounded, some rows at a time.
+struct Unrounded {
+  const float* sums = nullptr;
+  int64_t from = 0;  // stride of sums
+  uint16_t* c = nullptr;
+  int64_t stride = 0, rows = 0;
+  bool wide = false;
 
-// At most 2 TILE rows of C, in parts of the inner dimension; `sums` has room for these rows of float32 numbers.
+  void round(int64_t count) {
+    for (count = std::min(count, rows), rows -= count; count; --count, sums += from, c += stride)
+      if (wide)
+        _mm512_storeu_si512(c, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums)));
+      else
+        Avx512Bf16::store(c, _mm512_loadu_ps(sums));
+  }
+};
+
+// Lines that will be read next, brought to the second-level cache some at a time.
+struct Ahead {
+  const char* line;
+  int64_t left, most;  // lines, of these at a time
+
+  // Those of `bytes` from `begin` on, within `steps`.
+  Ahead(const void* begin, int64_t bytes, int64_t steps)
+      : line(static_cast<const char*>(begin)), left((bytes + 63) / 64), most(std::min<int64_t>((left + steps - 1) / steps, 4)) {}
+  void fetch() {
+    for (int64_t i = std::min(most, left); i > 0; --i, --left, line += 64) _mm_prefetch(line, _MM_HINT_T1);
+  }
+};
+
+// At most 2 TILE rows of C, in parts of the inner dimension; `sums` has room for two blocks of 2 TILE x 2 TILE sums or,
+// with several parts, for these rows of C.
 template <class Tiles, int Rows, class V, class Out>
 void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                   Out* c, int64_t stride, bool add, float* sums) {
+                   Out* c, int64_t stride, bool add, float* sums, Ahead ahead) {
   constexpr bool exact = std::is_same_v<Out, float>;
-  const int64_t parts = (depth / TILE + PART_TILES - 1) / PART_TILES;
+  const int64_t parts = parts_of(depth);
+  Unrounded late;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t k = depth / TILE * part / parts * TILE, end = depth / TILE * (part + 1) / parts * TILE;
+    const int64_t share = (2 * TILE * TILE + end - k - 1) / (end - k);  // of the rows of a block, for every step
     for (int64_t n = 0; n < columns; n += 2 * TILE) {
       const Pair* b = right.b + n / panel * right.panel + n % panel + k * right.step;
       const auto run = [&](auto wide) {
-        float* to = sums;
+        float* to = sums + n / (2 * TILE) % 2 * FOUR_TILES;
         int64_t row = 2 * TILE;
         if constexpr (exact)
           to = c + n, row = stride;
         else if (parts > 1)
           to = sums + n, row = columns + 2 * TILE;
-        sum_tiles<Tiles, Rows, wide()>(left.a + k, left.row, b, right.step, end - k, to, row, add || part);
-        if constexpr (!exact)
-          if (part == parts - 1) round_tiles<wide()>(rows, to, row, c + n, stride);
+        sum_tiles<Tiles, Rows, wide()>(left.a + k, left.row, b, right.step, end - k, to, row, add || part, [&] {
+          if constexpr (!exact) late.round(share);
+          ahead.fetch();
+        });
+        if constexpr (!exact) {
+          late.round(late.rows);
+          if (part == parts - 1) late = {to, row, c + n, stride, rows, wide() == 2};
+        }
       };
       if (columns - n > TILE)
         run(std::integral_constant<int, 2>());
@@ -157,21 +191,28 @@ void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& 
         run(std::integral_constant<int, 1>());
     }
   }
+  late.round(late.rows);
 }
 
-// As multiply_packed, for panels of `panel` columns and a depth of whole tiles.
+// As multiply_packed, for panels of `panel` columns and a depth of whole tiles. Behind the rows of A lie `next` more that
+// will be multiplied then.
 template <class Tiles, class V, class Out>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                    Out* c, int64_t stride, bool add) {
-  const bool parted = !std::is_same_v<Out, float> && depth > PART_TILES * TILE;
-  alignas(64) float few[2 * TILE * 2 * TILE];
+                    Out* c, int64_t stride, bool add, int64_t next) {
+  const bool parted = !std::is_same_v<Out, float> && parts_of(depth) > 1;
+  alignas(64) float few[2 * FOUR_TILES];
   Buffer<float> many(parted ? 2 * TILE * (columns + 2 * TILE) : 0);
   float* const sums = parted ? many.get() : few;
   const int64_t whole = rows / (2 * TILE) * 2 * TILE, rest = rows - whole;
+  const int64_t steps = std::max<int64_t>(depth / TILE * ((columns + 2 * TILE - 1) / (2 * TILE)), 1);
+  const auto behind = [&](int64_t m) {
+    const int64_t count = std::clamp<int64_t>(rows + next - m, 0, 2 * TILE);
+    return Ahead(left.a + m * left.row, count * left.row * int64_t(sizeof(Pair)), steps);
+  };
   Tiles::shape(TileShapes{});
   for (int64_t m = 0; m < whole; m += 2 * TILE)
     multiply_band<Tiles, 2>(2 * TILE, columns, depth, Left<V>{left.a + m * left.row, left.row, 1}, right, panel,
-                            c + m * stride, stride, add, sums);
+                            c + m * stride, stride, add, sums, behind(m + 2 * TILE));
   if (rest) {
     TileShapes shapes;
     for (const int tile : {0, 1, 4}) shapes.rows[tile] = uint8_t(std::min(rest, TILE));
@@ -179,9 +220,9 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
     Tiles::shape(shapes);
     const Left<V> own{left.a + whole * left.row, left.row, 1};
     if (rest > TILE)
-      multiply_band<Tiles, 2>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums);
+      multiply_band<Tiles, 2>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums, behind(rows));
     else
-      multiply_band<Tiles, 1>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums);
+      multiply_band<Tiles, 1>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums, behind(rows));
   }
   Tiles::release();
 }

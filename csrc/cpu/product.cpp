@@ -64,7 +64,7 @@ void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, i
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   PackedMatrix(a.w, a.depth)
       .multiply(end - begin, last - first, a.depth / 2, {x, a.x_stride / 2, 1}, 0, first,
-                a.y + begin * a.y_stride + first, a.y_stride, false);
+                a.y + begin * a.y_stride + first, a.y_stride, false, a.rows - end);
   if (a.signs && last == a.columns)
     for (int64_t m = begin; m < end; ++m)
       fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);

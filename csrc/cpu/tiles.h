@@ -38,13 +38,13 @@ constexpr int64_t PANEL = panel_of<Of<float>>;
 
 template <class Out>
 bool multiply_in_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<Of<bf16>>& left,
-                       const Right<Of<bf16>>& right, int64_t panel, Out* c, int64_t stride, bool add) {
+                       const Right<Of<bf16>>& right, int64_t panel, Out* c, int64_t stride, bool add, int64_t next = 0) {
   if (depth % TILE) return false;
   const TileUnit unit = tile_unit();
   if (unit == TileUnit::amx)
-    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, c, stride, add);
+    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, c, stride, add, next);
   else if (unit == TileUnit::emulated)
-    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, c, stride, add);
+    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, c, stride, add, next);
   return unit != TileUnit::none;
 }
 
@@ -69,12 +69,13 @@ struct PackedMatrix {
     return tile_unit() != TileUnit::none && depth % TILE == 0 ? 2 * TILE : PANEL;
   }
 
-  // C (+)= A times the rows from the pair `first` on, of the columns from `column` on, a multiple of 64.
+  // C (+)= A times the rows from the pair `first` on, of the columns from `column` on, a multiple of 64. Behind the rows
+  // of A lie `next` more that will be multiplied then.
   template <class Out>
   void multiply(int64_t rows, int64_t columns, int64_t count, const Left<Of<bf16>>& left, int64_t first, int64_t column,
-                Out* c, int64_t stride, bool add) const {
+                Out* c, int64_t stride, bool add, int64_t next = 0) const {
     const Right<Of<bf16>> right{pairs + column * depth + first * panel, depth * panel, panel};
-    if (!multiply_in_tiles(rows, columns, count, left, right, panel, c, stride, add))
+    if (!multiply_in_tiles(rows, columns, count, left, right, panel, c, stride, add, next))
       multiply_packed<Of<bf16>, true>(rows, columns, count, left, right, c, stride, add);
   }
 };
