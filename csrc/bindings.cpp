@@ -191,6 +191,18 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
   });
+  for (const bool backward : {false, true})
+    m.def(backward ? "gated_gradient_product" : "gated_product",
+          [backward](uintptr_t x, uintptr_t w, uintptr_t gate_up, uintptr_t y, int64_t rows, int64_t depth, int64_t width,
+                     int64_t x_stride, int threads) {
+            py::gil_scoped_release release;
+            const jz3::GatedArguments arguments{
+                at<const uint16_t>(x), at<const uint32_t>(w), at<uint16_t>(gate_up), at<uint16_t>(y), rows, depth, width, x_stride};
+            if (backward)
+              jz3::gated_gradient_product(arguments, threads);
+            else
+              jz3::gated_product(arguments, threads);
+          });
   m.def("project_segments", [](uintptr_t g, uintptr_t g_sketch, uintptr_t a, uintptr_t a_sketch, uintptr_t bounds,
                                uintptr_t turn_left, uintptr_t turn_right, uintptr_t chosen, uintptr_t square,
                                uintptr_t values, int64_t segments, int64_t rows, int64_t columns, int64_t count,

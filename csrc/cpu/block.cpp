@@ -6,6 +6,7 @@
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
 #include "cpu/pool.h"
+#include "cpu/silu.h"
 
 namespace jz3 {
 
@@ -23,26 +24,40 @@ namespace {
 
 constexpr int64_t PIECE = 128;  // rows at a time
 
-template <class T>
+// Stores past the caches or to them.
+template <bool Streamed, class T>
+inline void put(T* p, __m512 x) {
+  if constexpr (Streamed)
+    stream(p, x);
+  else
+    store(p, x);
+}
+
+inline __m512 rounded(const float*, __m512 x) { return x; }
+inline __m512 rounded(const bf16*, __m512 x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+template <bool Streamed, class T>
 void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T *x = a.x + row * a.width, *add = a.add ? a.add + row * a.width : nullptr;
     T *sum = a.sum + row * a.width, *y = a.y + row * a.width;
+    const auto total = [&](int64_t c) {
+      return add ? rounded(add, _mm512_add_ps(load(x + c), load(add + c))) : load(x + c);
+    };
     __m512 square = _mm512_setzero_ps();
     for (int64_t c = 0; c < a.width; c += 16) {
-      __m512 v = load(x + c);
-      if (add) {
-        store(sum + c, _mm512_add_ps(v, load(add + c)));
-        v = load(sum + c);
-      }
+      const __m512 v = total(c);
+      if (add) put<Streamed>(sum + c, v);
       square = _mm512_fmadd_ps(v, v, square);
     }
     const float scale = 1.0f / std::sqrt(_mm512_reduce_add_ps(square) / float(a.width) + a.epsilon);
     a.scale[row] = scale;
-    const T* from = add ? sum : x;
     for (int64_t c = 0; c < a.width; c += 16)
-      store(y + c, _mm512_mul_ps(_mm512_mul_ps(load(from + c), _mm512_set1_ps(scale)), load(a.weight + c)));
+      put<Streamed>(y + c, _mm512_mul_ps(_mm512_mul_ps(total(c), _mm512_set1_ps(scale)), load(a.weight + c)));
   }
+  if constexpr (Streamed) end_streams();
 }
 
 template <class T>
@@ -65,43 +80,24 @@ void norm_backward_rows(const NormBackwardArguments<T>& a, int64_t begin, int64_
   }
 }
 
-// 1 / (1 + exp(-x)); of bfloat16 by an estimated reciprocal and a step of Newton's, in half the time of a division.
-template <class T>
-inline __m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-  } else {
-    // Below, the reciprocal would underflow. NaN in the second operand survives min.
-    const __m512 power = _mm512_min_ps(_mm512_set1_ps(120.0f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)));
-    const __m512 sum = _mm512_add_ps(one, exp2_ps<T>(power)), guess = _mm512_rcp14_ps(sum);
-    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2.0f)));
-  }
-}
-
 template <class T>
 void swiglu_rows(const T* gate_up, T* y, int64_t width, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
-    for (int64_t c = 0; c < width; c += 16) {
-      const __m512 g = load(gate + c);
-      store(y + row * width + c, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid<T>(g)), load(up + c)));
-    }
+    for (int64_t c = 0; c < width; c += 16) store(y + row * width + c, gated<T>(load(gate + c), load(up + c)));
   }
 }
 
 template <class T>
 void swiglu_backward_rows(const T* gate_up, const T* dy, T* out, int64_t width, int64_t begin,
                           int64_t end) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t row = begin; row < end; ++row) {
     const T *gate = gate_up + row * 2 * width, *up = gate + width;
     T* d = out + row * 2 * width;
     for (int64_t c = 0; c < width; c += 16) {
-      const __m512 g = load(gate + c), s = sigmoid<T>(g), grad = load(dy + row * width + c);
-      const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
-      store(d + c, _mm512_mul_ps(_mm512_mul_ps(grad, load(up + c)), slope));
-      store(d + width + c, _mm512_mul_ps(grad, _mm512_mul_ps(g, s)));
+      const auto both = gated_gradient<T>(load(gate + c), load(up + c), load(dy + row * width + c));
+      store(d + c, both.gate);
+      store(d + width + c, both.up);
     }
   }
 }
@@ -150,7 +146,14 @@ void softmax_rows(const SoftmaxArguments<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void rms_norm(const NormArguments<T>& a, int threads) {
-  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) { norm_rows(a, begin, end); });
+  const int64_t row_bytes = a.width * int64_t(sizeof(T));
+  const bool streamed = streams(a.y, a.rows * row_bytes, row_bytes) && reinterpret_cast<uintptr_t>(a.sum) % 64 == 0;
+  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) {
+    if (streamed)
+      norm_rows<true>(a, begin, end);
+    else
+      norm_rows<false>(a, begin, end);
+  });
 }
 
 template <class T>

@@ -16,9 +16,8 @@ namespace {
 
 constexpr int64_t TILE = 16;        // rows of a tile, pairs or sums of its rows
 constexpr int64_t PART_TILES = 20;  // of A's pairs: 40 KB in 32 rows
-constexpr int64_t FOUR_TILES = 2 * TILE * 2 * TILE;
 
-constexpr int64_t parts_of(int64_t depth) { return (depth / TILE + PART_TILES - 1) / PART_TILES; }
+constexpr bool is_deep(int64_t depth) { return depth > 3 * PART_TILES * TILE; }  // in pairs
 
 struct AmxTiles {
   static void shape(const TileShapes& shapes) { load_tile_shapes(shapes); }
@@ -126,104 +125,163 @@ inline void sum_tiles(const Pair* a, int64_t row, const Pair* b, int64_t step, i
   each([&](auto tile, float* sums) { Tiles::template store<tile()>(sums, stride); });
 }
 
-// Sums of one or two tiles of columns that are to be rounded, some rows at a time.
-struct Unrounded {
+// What becomes of the sums of a block of 2 TILE rows and columns. `direct`: they are formed, or added to, where at(n) says.
+// Otherwise expect(n, rows) is called before the block at the column n is multiplied, take() when its sums lie in memory,
+// which stay there until `blocks` more blocks are formed, and work(count) between the steps of the next, that many rows'
+// worth. down(m) is the same for the rows from m on.
+struct Direct {
+  static constexpr bool direct = true;
+  static constexpr int64_t blocks = 0;
+  float* c;
+  int64_t stride;
+
+  Direct down(int64_t m) const { return {c + m * stride, stride}; }
+  float* at(int64_t n) const { return c + n; }
+};
+
+// Rows of sums that wait for their turn.
+struct Waiting {
   const float* sums = nullptr;
-  int64_t from = 0;  // stride of sums
-  uint16_t* c = nullptr;
-  int64_t stride = 0, rows = 0;
+  int64_t stride = 0, column = 0, row = 0, rows = 0;
   bool wide = false;
-
-  void round(int64_t count) {
-    for (count = std::min(count, rows), rows -= count; count; --count, sums += from, c += stride)
-      if (wide)
-        _mm512_storeu_si512(c, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums)));
-      else
-        Avx512Bf16::store(c, _mm512_loadu_ps(sums));
-  }
 };
 
-// Lines that will be read next, brought to the second-level cache some at a time.
-struct Ahead {
-  const char* line;
-  int64_t left, most;  // lines, of these at a time
+// Rounded to bfloat16.
+struct Rounded {
+  static constexpr bool direct = false;
+  static constexpr int64_t blocks = 1;
+  uint16_t* c;
+  int64_t stride;
+  bool streamed;
+  Waiting late = {};
 
-  // Those of `bytes` from `begin` on, within `steps`.
-  Ahead(const void* begin, int64_t bytes, int64_t steps)
-      : line(static_cast<const char*>(begin)), left((bytes + 63) / 64), most(std::min<int64_t>((left + steps - 1) / steps, 4)) {}
-  void fetch() {
-    for (int64_t i = std::min(most, left); i > 0; --i, --left, line += 64) _mm_prefetch(line, _MM_HINT_T1);
+  Rounded down(int64_t m) const { return {c + m * stride, stride, streamed}; }
+  void expect(int64_t, int64_t) {}
+  void take(const Waiting& block) {
+    work(2 * TILE);
+    late = block;
   }
-};
-
-// At most 2 TILE rows of C, in parts of the inner dimension; `sums` has room for two blocks of 2 TILE x 2 TILE sums or,
-// with several parts, for these rows of C.
-template <class Tiles, int Rows, class V, class Out>
-void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                   Out* c, int64_t stride, bool add, float* sums, Ahead ahead) {
-  constexpr bool exact = std::is_same_v<Out, float>;
-  const int64_t parts = parts_of(depth);
-  Unrounded late;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t k = depth / TILE * part / parts * TILE, end = depth / TILE * (part + 1) / parts * TILE;
-    const int64_t share = (2 * TILE * TILE + end - k - 1) / (end - k);  // of the rows of a block, for every step
-    for (int64_t n = 0; n < columns; n += 2 * TILE) {
-      const Pair* b = right.b + n / panel * right.panel + n % panel + k * right.step;
-      const auto run = [&](auto wide) {
-        float* to = sums + n / (2 * TILE) % 2 * FOUR_TILES;
-        int64_t row = 2 * TILE;
-        if constexpr (exact)
-          to = c + n, row = stride;
-        else if (parts > 1)
-          to = sums + n, row = columns + 2 * TILE;
-        sum_tiles<Tiles, Rows, wide()>(left.a + k, left.row, b, right.step, end - k, to, row, add || part, [&] {
-          if constexpr (!exact) late.round(share);
-          ahead.fetch();
-        });
-        if constexpr (!exact) {
-          late.round(late.rows);
-          if (part == parts - 1) late = {to, row, c + n, stride, rows, wide() == 2};
-        }
-      };
-      if (columns - n > TILE)
-        run(std::integral_constant<int, 2>());
+  void work(int64_t count) {
+    for (const int64_t end = std::min(late.row + count, late.rows); late.row < end; ++late.row) {
+      const float* sums = late.sums + late.row * late.stride;
+      uint16_t* to = c + late.row * stride + late.column;
+      if (!late.wide) {
+        Avx512Bf16::store(to, _mm512_loadu_ps(sums));
+        continue;
+      }
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums));
+      if (streamed)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
       else
-        run(std::integral_constant<int, 1>());
+        _mm512_storeu_si512(to, both);
     }
   }
-  late.round(late.rows);
+};
+
+// Rows that will be read next, brought to the second-level cache some lines at a time.
+class Ahead {
+ public:
+  // `bytes` of every row, within `steps`.
+  Ahead(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(begin)),
+        rows_(rows),
+        stride_(stride),
+        bytes_(bytes),
+        most_(std::min<int64_t>(((bytes + 63) / 64 * rows + steps - 1) / steps, 8)) {}
+  void fetch() {
+    for (int64_t i = most_; i > 0 && rows_; --i) {
+      _mm_prefetch(row_ + at_, _MM_HINT_T1);
+      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t rows_, stride_, bytes_, most_, at_ = 0;
+};
+
+// One part of the inner dimension of at most 2 TILE rows of C. Sums that aren't direct lie in `sums`: all of these rows,
+// or with a stride of 2 TILE the blocks that are not yet done with.
+template <class Tiles, int Rows, class V, class Result>
+void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
+                   Result result, float* sums, int64_t stride, bool add, bool last, Ahead ahead) {
+  constexpr int64_t WIDTH = 2 * TILE, MEMORY = 2 * Result::blocks;
+  // Of the rows of the blocks that wait, for every step.
+  const int64_t share = Result::direct ? 0 : (WIDTH * TILE + depth * Result::blocks - 1) / (depth * Result::blocks);
+  for (int64_t n = 0; n < columns; n += WIDTH) {
+    const Pair* b = right.b + n / panel * right.panel + n % panel;
+    const auto run = [&](auto wide) {
+      float* to = sums + n;
+      if constexpr (Result::direct)
+        to = result.at(n);
+      else if (stride == WIDTH)
+        to = sums + n / WIDTH % MEMORY * WIDTH * WIDTH;
+      if constexpr (!Result::direct)
+        if (last) result.expect(n, rows);
+      sum_tiles<Tiles, Rows, wide()>(left.a, left.row, b, right.step, depth, to, stride, add, [&] {
+        if constexpr (!Result::direct) result.work(share);
+        ahead.fetch();
+      });
+      if constexpr (!Result::direct)
+        if (last) result.take({to, stride, n, 0, rows, wide() == 2});
+    };
+    if (columns - n > TILE)
+      run(std::integral_constant<int, 2>());
+    else
+      run(std::integral_constant<int, 1>());
+  }
+  if constexpr (!Result::direct) result.work(WIDTH);
 }
 
 // As multiply_packed, for panels of `panel` columns and a depth of whole tiles. Behind the rows of A lie `next` more that
-// will be multiplied then.
-template <class Tiles, class V, class Out>
+// will be multiplied then. The inner dimension is taken in parts of which 2 TILE rows fit the first-level cache. Of a deep
+// product all rows take a part before the next, so that the second has to hold this part of B alone, and the rows are
+// copied to the first: those of some lengths meet in few of its sets.
+template <class Tiles, class V, class Result>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                    Out* c, int64_t stride, bool add, int64_t next) {
-  const bool parted = !std::is_same_v<Out, float> && parts_of(depth) > 1;
-  alignas(64) float few[2 * FOUR_TILES];
-  Buffer<float> many(parted ? 2 * TILE * (columns + 2 * TILE) : 0);
-  float* const sums = parted ? many.get() : few;
-  const int64_t whole = rows / (2 * TILE) * 2 * TILE, rest = rows - whole;
-  const int64_t steps = std::max<int64_t>(depth / TILE * ((columns + 2 * TILE - 1) / (2 * TILE)), 1);
-  const auto behind = [&](int64_t m) {
-    const int64_t count = std::clamp<int64_t>(rows + next - m, 0, 2 * TILE);
-    return Ahead(left.a + m * left.row, count * left.row * int64_t(sizeof(Pair)), steps);
-  };
-  Tiles::shape(TileShapes{});
-  for (int64_t m = 0; m < whole; m += 2 * TILE)
-    multiply_band<Tiles, 2>(2 * TILE, columns, depth, Left<V>{left.a + m * left.row, left.row, 1}, right, panel,
-                            c + m * stride, stride, add, sums, behind(m + 2 * TILE));
-  if (rest) {
-    TileShapes shapes;
-    for (const int tile : {0, 1, 4}) shapes.rows[tile] = uint8_t(std::min(rest, TILE));
-    for (const int tile : {2, 3, 5}) shapes.rows[tile] = uint8_t(std::max<int64_t>(rest - TILE, 1));
-    Tiles::shape(shapes);
-    const Left<V> own{left.a + whole * left.row, left.row, 1};
-    if (rest > TILE)
-      multiply_band<Tiles, 2>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums, behind(rows));
+                    const Result& result, bool add, int64_t next) {
+  constexpr int64_t BAND = 2 * TILE;
+  const int64_t parts = (depth / TILE + PART_TILES - 1) / PART_TILES, together = is_deep(depth) ? rows : BAND;
+  const bool kept = !Result::direct && parts > 1;
+  alignas(64) float few[std::max<int64_t>(2 * Result::blocks, 1) * BAND * BAND];
+  int64_t stride = kept ? round_up(columns, BAND) + TILE : BAND;
+  if constexpr (Result::direct) stride = result.stride;
+  Buffer<float> many(kept ? round_up(together, BAND) * stride : 0);
+  Buffer<uint32_t> copies(is_deep(depth) ? BAND * PART_TILES * TILE : 0);
+  auto* const copy = reinterpret_cast<Pair*>(copies.get());
+  int64_t shaped = 0;
+  const auto band = [&](int64_t m, int64_t part) {
+    const auto begin = [&](int64_t p) { return depth / TILE * p / parts * TILE; };
+    const int64_t k = begin(part), count = begin(part + 1) - k, some = std::min(BAND, rows - m);
+    const int64_t steps = std::max<int64_t>(count / TILE * ((columns + BAND - 1) / BAND), 1);
+    if (shaped != some) {
+      TileShapes shapes;
+      for (const int tile : {0, 1, 4}) shapes.rows[tile] = uint8_t(std::min(some, TILE));
+      for (const int tile : {2, 3, 5}) shapes.rows[tile] = uint8_t(std::max<int64_t>(some - TILE, 1));
+      Tiles::shape(shapes);
+      shaped = some;
+    }
+    Left<V> own{left.a + m * left.row + k, left.row, 1};
+    if (is_deep(depth)) {
+      for (int64_t i = 0; i < some; ++i) std::memcpy(copy + i * count, own.a + i * own.row, size_t(4 * count));
+      own = {copy, count, 1};
+    }
+    const Right<V> below{right.b + k * right.step, right.panel, right.step};
+    const Ahead ahead(left.a + (m + BAND) * left.row + k, std::clamp<int64_t>(rows + next - m - BAND, 0, BAND),
+                      4 * left.row, 4 * count, steps);
+    const auto run = [&](auto tiles) {
+      multiply_band<Tiles, tiles()>(some, columns, count, own, below, panel, result.down(m),
+                                    kept ? many.get() + m % together * stride : few, stride, add || part,
+                                    part == parts - 1, ahead);
+    };
+    if (some > TILE)
+      run(std::integral_constant<int, 2>());
     else
-      multiply_band<Tiles, 1>(rest, columns, depth, own, right, panel, c + whole * stride, stride, add, sums, behind(rows));
-  }
+      run(std::integral_constant<int, 1>());
+  };
+  for (int64_t first = 0; first < rows; first += together)
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t m = first; m < std::min(first + together, rows); m += BAND) band(m, part);
   Tiles::release();
 }
 

@@ -181,6 +181,19 @@ struct ProductArguments {
 template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);
 
+// Both products of a gated layer, where tile_unit() isn't none; depth is a multiple of 32, width one too. Forward, of G and
+// U, gate_up = [x G, x U] and y = SiLU(x G) * (x U); W has their columns in turn, 32 at a time. Backward, of the layer
+// behind it, the gradient of y is x W, and gate_up becomes that of itself.
+struct GatedArguments {
+  const uint16_t* x;   // [rows][x_stride]
+  const uint32_t* w;   // from pack_product, [depth][2 * width] or, backward, [depth][width]
+  uint16_t* gate_up;   // [rows][2 * width]
+  uint16_t* y;         // [rows][width]; forward alone
+  int64_t rows, depth, width, x_stride;
+};
+void gated_product(const GatedArguments& arguments, int threads);
+void gated_gradient_product(const GatedArguments& arguments, int threads);
+
 // Products in 8 bits (cpu/product_int8.cpp) on rows of float or bfloat16 (as uint16_t); only where has_int8_products().
 bool has_int8_products();
 constexpr int64_t INT8_HEAD = 64 * 8;  // bytes before the numbers of a group of 64 columns

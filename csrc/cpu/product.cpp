@@ -4,7 +4,7 @@
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
-#include "cpu/pool.h"
+#include "cpu/product_blocks.h"
 #include "cpu/tiles.h"
 
 namespace jz3 {
@@ -34,10 +34,6 @@ namespace {
 
 constexpr int64_t LANES = 16;
 
-// Numbers that stay in a core's second-level cache: of a block of rows, while W comes by; for tiles of a chunk of W's
-// columns, while rows come by.
-constexpr int64_t CACHED = 192 * 1024, TILES_CACHED = 512 * 1024;
-
 // The sums of one row's signed numbers, two neighbours' in the same lane of two vectors.
 template <class Out>
 void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
@@ -60,11 +56,12 @@ void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
 
 // Rows begin .. end of columns first .. last.
 template <class Out>
-void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed) {
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   PackedMatrix(a.w, a.depth)
       .multiply(end - begin, last - first, a.depth / 2, {x, a.x_stride / 2, 1}, 0, first,
-                a.y + begin * a.y_stride + first, a.y_stride, false, a.rows - end);
+                a.y + begin * a.y_stride + first, a.y_stride, false, a.rows - end, streamed);
+  end_streams();
   if (a.signs && last == a.columns)
     for (int64_t m = begin; m < end; ++m)
       fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);
@@ -110,15 +107,10 @@ void project_segment(const SegmentsArguments& a, int64_t segment) {
 
 template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
-  const bool tiles = tile_unit() != TileUnit::none;
-  const int64_t block = tiles ? 4 * TILE : std::clamp<int64_t>(CACHED / a.depth / 6 * 6, 48, 192);
-  const int64_t chunk = tiles ? std::max(TILES_CACHED / a.depth / PANEL * PANEL, PANEL) : a.columns;
-  int64_t first = 0;
-  do {  // once for signs without a W
-    share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) {
-      product_block(a, begin, end, first, std::min(first + chunk, a.columns));
-    });
-  } while ((first += chunk) < a.columns);
+  const bool streamed = streams(a.y, a.rows * a.y_stride * int64_t(sizeof(Out)), a.y_stride * int64_t(sizeof(Out)));
+  each_block(a.rows, a.depth, a.columns, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    product_block(a, begin, end, first, last, streamed);
+  });
 }
 
 void project_segments(const SegmentsArguments& a, int threads) {

@@ -36,15 +36,18 @@ constexpr int64_t units(int64_t numbers) {
 }
 constexpr int64_t PANEL = panel_of<Of<float>>;
 
-template <class Out>
+inline Direct result_in(float* c, int64_t stride, bool) { return {c, stride}; }
+inline Rounded result_in(bf16* c, int64_t stride, bool streamed) { return {c, stride, streamed}; }
+
+template <class Result>
 bool multiply_in_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<Of<bf16>>& left,
-                       const Right<Of<bf16>>& right, int64_t panel, Out* c, int64_t stride, bool add, int64_t next = 0) {
+                       const Right<Of<bf16>>& right, int64_t panel, const Result& result, bool add, int64_t next = 0) {
   if (depth % TILE) return false;
   const TileUnit unit = tile_unit();
   if (unit == TileUnit::amx)
-    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, c, stride, add, next);
+    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, result, add, next);
   else if (unit == TileUnit::emulated)
-    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, c, stride, add, next);
+    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, result, add, next);
   return unit != TileUnit::none;
 }
 
@@ -53,7 +56,7 @@ template <class T, bool Ahead, class Out>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<Of<T>>& left, const Right<Of<T>>& right, Out* c,
               int64_t stride, bool add) {
   if constexpr (std::is_same_v<T, bf16> && Ahead)
-    if (multiply_in_tiles(rows, columns, depth, left, right, PANEL, c, stride, add)) return;
+    if (multiply_in_tiles(rows, columns, depth, left, right, PANEL, result_in(c, stride, false), add)) return;
   multiply_packed<Of<T>, Ahead>(rows, columns, depth, left, right, c, stride, add);
 }
 
@@ -70,13 +73,21 @@ struct PackedMatrix {
   }
 
   // C (+)= A times the rows from the pair `first` on, of the columns from `column` on, a multiple of 64. Behind the rows
-  // of A lie `next` more that will be multiplied then.
+  // of A lie `next` more that will be multiplied then; `streamed` results are written past the caches where tiles form them.
   template <class Out>
   void multiply(int64_t rows, int64_t columns, int64_t count, const Left<Of<bf16>>& left, int64_t first, int64_t column,
-                Out* c, int64_t stride, bool add, int64_t next = 0) const {
+                Out* c, int64_t stride, bool add, int64_t next = 0, bool streamed = false) const {
     const Right<Of<bf16>> right{pairs + column * depth + first * panel, depth * panel, panel};
-    if (!multiply_in_tiles(rows, columns, count, left, right, panel, c, stride, add, next))
+    if (!multiply_in_tiles(rows, columns, count, left, right, panel, result_in(c, stride, streamed), add, next))
       multiply_packed<Of<bf16>, true>(rows, columns, count, left, right, c, stride, add);
+  }
+
+  // The same of all rows, for tiles alone: what becomes of the sums `result` says.
+  template <class Result>
+  void multiply_into(const Result& result, int64_t rows, int64_t columns, const Left<Of<bf16>>& left, int64_t column,
+                     int64_t next) const {
+    const Right<Of<bf16>> right{pairs + column * depth, depth * panel, panel};
+    multiply_in_tiles(rows, columns, depth, left, right, panel, result, false, next);
   }
 };
 

@@ -16,7 +16,14 @@ import torch
 import xxhash
 
 from jz3 import backend
-from jz3.gradients.products import Int8Product, OutputLayer, Product, native_products
+from jz3.gradients.products import (
+    GatedProducts,
+    Int8Product,
+    OutputLayer,
+    Product,
+    can_gate,
+    native_products,
+)
 from jz3.machine import fast_bfloat16_cpu
 
 log = logging.getLogger(__name__)
@@ -194,8 +201,7 @@ class _Block:
     mlp_norm: torch.Tensor
     qkv: "_Linear"
     o: "_Linear"
-    gate_up: "_Linear"
-    down: "_Linear"
+    mlp: "_Mlp"
 
 
 def group_of(depth: int) -> int:
@@ -203,25 +209,56 @@ def group_of(depth: int) -> int:
     return 128 if depth % GROUP else GROUP
 
 
+def _together(layers: list[Any], dtype: torch.dtype, field: str = "weight") -> Any:
+    """Return the layers' weights or biases one after the other, None if there are none."""
+    parts = [getattr(layer, field) for layer in layers]
+    if parts[0] is None:
+        return None
+    parts = [p.detach().to(dtype) for p in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product(matrix: torch.Tensor, int8: bool, bias: torch.Tensor | None = None) -> Any:
+    return Int8Product(matrix, group_of(len(matrix)), bias) if int8 else Product(matrix, bias)
+
+
 class _Linear:
     """Layers that share their input, as one product in either direction."""
 
     def __init__(self, layers: list[Any], dtype: torch.dtype, int8: bool) -> None:
-        def together(field: str) -> Any:
-            parts = [getattr(layer, field) for layer in layers]
-            if parts[0] is None:
-                return None
-            parts = [p.detach().to(dtype) for p in parts]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        weight = _together(layers, dtype)
+        self.forward: Any = _product(weight.T, int8, _together(layers, dtype, "bias"))
+        self.backward: Any = _product(weight, int8)
 
-        weight, bias = together("weight"), together("bias")
-        self.forward: Any
-        self.backward: Any
-        if int8:
-            self.forward = Int8Product(weight.T, group_of(weight.shape[1]), bias)
-            self.backward = Int8Product(weight, group_of(len(weight)))
+
+class _Mlp:
+    """A block's gated layer: both products in either direction, and what is element by element between them."""
+
+    def __init__(self, gate: Any, up: Any, down: Any, dtype: torch.dtype, int8: bool, native: _Native) -> None:
+        self._native = native
+        self._gated = None
+        both = _together([gate, up], dtype)
+        bias = _together([gate, up], dtype, "bias")
+        last = _together([down], dtype)
+        if not int8 and bias is None and can_gate(both.T):
+            self._gated = GatedProducts(both.T, last.T)
         else:
-            self.forward, self.backward = Product(weight.T, bias), Product(weight)
+            self._gate_up, self._back = _product(both.T, int8, bias), _product(last, int8)
+        self.down: Any = _product(last.T, int8, _together([down], dtype, "bias"))
+        self.backward: Any = _product(both, int8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gate and up of x, and SiLU(gate) * up, which `down` takes."""
+        if self._gated:
+            return self._gated.forward(x)
+        gate_up = self._gate_up(x)
+        return gate_up, self._native.swiglu(gate_up)
+
+    def through(self, g: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of gate and up, in their place, of that of `down`'s output; `backward` takes it."""
+        if self._gated:
+            return self._gated.backward(g, gate_up)
+        return self._native.swiglu_backward(gate_up, self._back(g))
 
 
 class Blocks:
@@ -246,13 +283,11 @@ class Blocks:
         self.names: list[dict[str, str]] = []
 
     def _block(self, block: Any, products: str) -> _Block:
-        def linear(*names: str) -> _Linear:
-            return _Linear([block.get_submodule(n) for n in names], self.dtype, products == "int8")
-
-        q, k, v, o, gate, up, down = PARTS
+        q, k, v, o, *mlp = (block.get_submodule(name) for name in PARTS)
+        kind = self.dtype, products == "int8"
         norm = block.input_layernorm.weight.detach().to(self.dtype)
         mlp_norm = block.post_attention_layernorm.weight.detach().to(self.dtype)
-        return _Block(norm, mlp_norm, linear(q, k, v), linear(o), linear(gate, up), linear(down))
+        return _Block(norm, mlp_norm, _Linear([q, k, v], *kind), _Linear([o], *kind), _Mlp(*mlp, *kind, self.native))
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
         """Note under which names a sink wants which layers."""
@@ -360,8 +395,7 @@ class Run:
         kept |= self._offer(mixed, [name[o]] if o in name else [])
         middle, y, mlp_scale = self.native.norm(x, block.o.forward(mixed), block.mlp_norm, own.epsilon)
         kept |= self._offer(y, [name[p] for p in (gate, up) if p in name])
-        gate_up = block.gate_up.forward(y)
-        y = self.native.swiglu(gate_up)
+        gate_up, y = block.mlp.forward(y)
         kept |= self._offer(y, [name[down]] if down in name else [])
         self.saved.append(
             {
@@ -376,7 +410,7 @@ class Run:
                 "kept": kept,
             }
         )
-        return middle, block.down.forward(y)
+        return middle, block.mlp.down(y)
 
     @torch.no_grad()
     def backward(self, grad: torch.Tensor) -> None:
@@ -397,10 +431,10 @@ class Run:
         own, native, kept = self.model, self.native, saved["kept"]
         q, k, v, o, gate, up, down = PARTS
         self._give(name, kept, g, [down], [g.shape[1]])
-        d = native.swiglu_backward(saved["gate_up"], block.down.backward(g))
+        d = block.mlp.through(g, saved["gate_up"])
         self._give(name, kept, d, [gate, up], [d.shape[1] // 2] * 2)
         g = native.norm_backward(
-            saved["middle"], block.mlp_norm, block.gate_up.backward(d), g, saved["mlp_scale"]
+            saved["middle"], block.mlp_norm, block.mlp.backward(d), g, saved["mlp_scale"]
         )
         self._give(name, kept, g, [o], [g.shape[1]])
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)

@@ -12,6 +12,8 @@ LANES = 16
 """The native code computes so many columns at least."""
 BUCKETS = 32
 """Sums that `fold_matrix` takes of a row."""
+GATED = 32
+"""Columns of gate and up projections that are computed in turn."""
 
 
 @functools.cache
@@ -178,6 +180,49 @@ class Int8Product:
         run(x.data_ptr(), self._matrix.data_ptr(), y.data_ptr(), *sizes, backend.threads())
         y = y[:, : self._columns]
         return y if self._bias is None else y.add_(self._bias)
+
+
+class GatedProducts:
+    """SiLU(x G) * (x U) for fixed matrices G and U [I, O], and the gradient of what a matrix D [O, I] makes of it.
+
+    What is element by element is done while the products are still being formed, which machines with tiles can do.
+    """
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Pack [G, U] [I, 2 O], for which `can_gate` is true, and D."""
+        self._width = gate_up.shape[1] // 2
+        # The columns of G and U in turn.
+        self._forward = pack(gate_up.unflatten(1, (2, -1, GATED)).transpose(1, 2).flatten(1))
+        self._backward = pack(down.T)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [x G, x U] [T, 2 O] and SiLU(x G) * (x U) [T, O], of x [T, I] bfloat16."""
+        gate_up, y = x.new_empty(len(x), 2 * self._width), x.new_empty(len(x), self._width)
+        self._run("gated_product", x, self._forward, gate_up, y.data_ptr())
+        return gate_up, y
+
+    def backward(self, g: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the gradient with respect to [x G, x U], in their place, of that of D's output g [T, I]."""
+        self._run("gated_gradient_product", g, self._backward, gate_up, 0)
+        return gate_up
+
+    def _run(self, name: str, x: torch.Tensor, packed: torch.Tensor, gate_up: torch.Tensor, y: int) -> None:
+        sizes = (len(x), x.shape[1], self._width, x.stride(0))
+        pointers = (x.data_ptr(), packed.data_ptr(), gate_up.data_ptr(), y)
+        getattr(backend.extension(), name)(*pointers, *sizes, backend.threads())
+
+
+def can_gate(gate_up: torch.Tensor) -> bool:
+    """Whether `GatedProducts` takes a matrix like this [G, U]."""
+    depth, columns = gate_up.shape
+    return (
+        gate_up.dtype == torch.bfloat16
+        and gate_up.device.type == "cpu"
+        and not depth % GATED
+        and not columns % (2 * GATED)
+        and native_products()
+        and bool(backend.extension().tile_unit())
+    )
 
 
 def project_segments(
