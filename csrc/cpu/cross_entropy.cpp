@@ -28,6 +28,45 @@ constexpr int64_t TILES_ROWS = 320;  // the same on machines with tiles, whose s
 constexpr int64_t WORDS = 384;  // at a time, a multiple of the groups of words in 8 bits
 constexpr int64_t LINE = WORDS + 32;  // of a row of them: rows of a tile must not meet in a few sets of the cache
 
+// Of 16 columns those that count: not the target's, and none from the column `end` on.
+inline __mmask16 others(int64_t target, int64_t end) {
+  const uint32_t inside = end < 16 ? (1u << end) - 1 : 0xffffu;
+  return __mmask16(0 <= target && target < 16 ? inside & ~(1u << target) : inside);
+}
+
+// exp(z - z_target) of logits, while tiles form the next.
+struct Exponents {
+  static constexpr bool direct = false;
+  static constexpr int64_t blocks = 1;
+  bf16* e;                // [rows][LINE]
+  __m512* rest;           // [rows], the sums of them
+  const float* own;       // [rows], the target's logits
+  const int64_t* target;  // [rows]
+  int64_t word, count;    // of the first column, of columns
+  Waiting late = {};
+
+  Exponents down(int64_t m) const { return {e + m * LINE, rest + m, own + m, target + m, word, count}; }
+  void expect(int64_t, int64_t) {}
+  void take(const Waiting& block) {
+    work(2 * TILE);
+    late = block;
+  }
+  void work(int64_t rows) {
+    for (const int64_t end = std::min(late.row + rows, late.rows); late.row < end; ++late.row) {
+      const float* logits = late.sums + late.row * late.stride;
+      const __m512 shift = _mm512_set1_ps(own[late.row]);
+      const int64_t left = count - late.column, skipped = target[late.row] - word - late.column;
+      const auto power = [&](int64_t c) {
+        const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + c), shift);
+        return _mm512_maskz_mov_ps(others(skipped - c, left - c), exp_ps(z));
+      };
+      const __m512 low = power(0), high = late.wide ? power(TILE) : _mm512_setzero_ps();
+      rest[late.row] = _mm512_add_ps(rest[late.row], _mm512_add_ps(low, high));
+      _mm512_storeu_si512(e + late.row * LINE + late.column, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+};
+
 // Both products of a block of rows in bfloat16.
 class Exact {
  public:
@@ -41,13 +80,27 @@ class Exact {
     const int64_t pairs = a_.width / 2;
     PackedMatrix(a_.forward, a_.width).multiply(rows_, count, pairs, {h_, pairs, 1}, 0, word, logits, LINE, false);
   }
+  // e = exp(z - z_target) and rests += their sums; false if that isn't done here.
+  bool exponents(Number* e, __m512* rests, const float* own, const int64_t* target, int64_t word, int64_t count) {
+    if (tile_unit() == TileUnit::none || a_.width % (2 * TILE)) return false;
+    const Exponents result{e, rests, own, target, word, count};
+    PackedMatrix(a_.forward, a_.width).multiply_into(result, rows_, count, {h_, a_.width / 2, 1}, word, NOTHING,
+                       PackedMatrix(a_.backward, a_.words).units(word / 2, count / 2, a_.width, steps()));
+    return true;
+  }
   // sums[rows][stride] += e[rows][LINE] W.
   void backward(int64_t word, int64_t count, const Number* e, float* sums, int64_t stride) {
     const Left<Of<bf16>> left{reinterpret_cast<const Pair*>(e), LINE / 2, 1};
-    PackedMatrix(a_.backward, a_.words).multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, stride, true);
+    PackedMatrix(a_.backward, a_.words)
+        .multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, stride, true, NOTHING, false,
+                 PackedMatrix(a_.forward, a_.width).columns(word + count, std::min(WORDS, a_.words - word - count), steps()));
   }
 
  private:
+  // Of either product, each bringing the other's matrix nearer: the rows are near as it is.
+  int64_t steps() const { return round_up(rows_, 2 * TILE) * WORDS / (2 * TILE) * a_.width / (2 * TILE) / (2 * TILE); }
+  static constexpr int64_t NOTHING = -TILES_ROWS;
+
   const CrossEntropyArguments& a_;
   int64_t rows_;
   const Pair* h_;
@@ -65,6 +118,7 @@ class Int8 {
         e_(rows, WORDS, a.backward_group),
         h_(hidden_.fill(a.h + first * a.width, rows, a.width, a.width)) {}
 
+  bool exponents(Number*, __m512*, const float*, const int64_t*, int64_t, int64_t) { return false; }
   void forward(int64_t word, int64_t count, float* logits) {
     product(a_.forward, a_.forward_group, h_.groups, word, count, 0, h_, logits, LINE, false);
   }
@@ -105,34 +159,35 @@ void cross_entropy_block(const CrossEntropyArguments& a, int64_t first, int64_t 
   Buffer<Number> e_buffer(rows * LINE);  // exp(z - z_target)
   float *logits = logit_buffer.get(), *sums = sum_buffer.get();
   Number* e = e_buffer.get();
-  float own[TILES_ROWS], rest[TILES_ROWS] = {};
-  for (int64_t i = 0; i < rows; ++i)
-    own[i] = dot(a.h + (first + i) * a.width, a.w + a.target[first + i] * a.width, a.width);
+  float own[TILES_ROWS];
+  __m512 rests[TILES_ROWS];
+  const int64_t* target = a.target + first;
+  for (int64_t i = 0; i < rows; ++i) {
+    own[i] = dot(a.h + (first + i) * a.width, a.w + target[i] * a.width, a.width);
+    rests[i] = _mm512_setzero_ps();
+  }
   std::memset(sums, 0, size_t(rows * stride) * sizeof(float));
   for (int64_t word = 0; word < a.words; word += WORDS) {
-    const int64_t count = std::min(WORDS, a.words - word), padded = round_up(count, 16);
-    products.forward(word, count, logits);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t target = a.target[first + i] - word;
-      if (0 <= target && target < count) logits[i * LINE + target] = -INFINITY;
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t c = 0; c < padded; c += 16) {
-        const __mmask16 inside = __mmask16((1u << std::min<int64_t>(16, count - c)) - 1);
-        const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + i * LINE + c), _mm512_set1_ps(own[i]));
-        const __m512 p = _mm512_maskz_mov_ps(inside, exp_ps(z));
-        sum = _mm512_add_ps(sum, p);
-        store(e + i * LINE + c, p);
-      }
-      rest[i] += _mm512_reduce_add_ps(sum);
+    const int64_t count = std::min(WORDS, a.words - word);
+    if (!products.exponents(e, rests, own, target, word, count)) {
+      products.forward(word, count, logits);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < count; c += 16) {
+          const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + i * LINE + c), _mm512_set1_ps(own[i]));
+          const __m512 p = _mm512_maskz_mov_ps(others(target[i] - word - c, count - c), exp_ps(z));
+          rests[i] = _mm512_add_ps(rests[i], p);
+          store(e + i * LINE + c, p);
+        }
     }
     products.backward(word, count, e, sums, stride);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = first + i;
-    a.rest[row] = rest[i];
-    a.loss[row] = std::log1p(rest[i]);
+    const float rest = _mm512_reduce_add_ps(rests[i]);
+    a.rest[row] = rest;
+    a.loss[row] = std::log1p(rest);
     const bf16* w = a.w + a.target[row] * a.width;
-    const __m512 factor = _mm512_set1_ps(a.weight[row] / (1.0f + rest[i])), others = _mm512_set1_ps(rest[i]);
+    const __m512 factor = _mm512_set1_ps(a.weight[row] / (1.0f + rest)), others = _mm512_set1_ps(rest);
     for (int64_t c = 0; c < a.width; c += 16) {
       const __m512 sum = _mm512_fnmadd_ps(others, load(w + c), _mm512_loadu_ps(sums + i * stride + c));
       store(a.grad + row * a.width + c, _mm512_mul_ps(factor, sum));

@@ -181,6 +181,7 @@ struct Rounded {
 // Rows that will be read next, brought to the second-level cache some lines at a time.
 class Ahead {
  public:
+  Ahead() : Ahead(nullptr, 0, 0, 0, 1) {}
   // `bytes` of every row, within `steps`.
   Ahead(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
       : row_(static_cast<const char*>(begin)),
@@ -204,7 +205,7 @@ class Ahead {
 // or with a stride of 2 TILE the blocks that are not yet done with.
 template <class Tiles, int Rows, class V, class Result>
 void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                   Result result, float* sums, int64_t stride, bool add, bool last, Ahead ahead) {
+                   Result result, float* sums, int64_t stride, bool add, bool last, Ahead ahead, Ahead& also) {
   constexpr int64_t WIDTH = 2 * TILE, MEMORY = 2 * Result::blocks;
   // Of the rows of the blocks that wait, for every step.
   const int64_t share = Result::direct ? 0 : (WIDTH * TILE + depth * Result::blocks - 1) / (depth * Result::blocks);
@@ -221,6 +222,7 @@ void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& 
       sum_tiles<Tiles, Rows, wide()>(left.a, left.row, b, right.step, depth, to, stride, add, [&] {
         if constexpr (!Result::direct) result.work(share);
         ahead.fetch();
+        also.fetch();
       });
       if constexpr (!Result::direct)
         if (last) result.take({to, stride, n, 0, rows, wide() == 2});
@@ -239,7 +241,7 @@ void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& 
 // copied to the first: those of some lengths meet in few of its sets.
 template <class Tiles, class V, class Result>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                    const Result& result, bool add, int64_t next) {
+                    const Result& result, bool add, int64_t next, Ahead also = {}) {
   constexpr int64_t BAND = 2 * TILE;
   const int64_t parts = (depth / TILE + PART_TILES - 1) / PART_TILES, together = is_deep(depth) ? rows : BAND;
   const bool kept = !Result::direct && parts > 1;
@@ -272,7 +274,7 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
     const auto run = [&](auto tiles) {
       multiply_band<Tiles, tiles()>(some, columns, count, own, below, panel, result.down(m),
                                     kept ? many.get() + m % together * stride : few, stride, add || part,
-                                    part == parts - 1, ahead);
+                                    part == parts - 1, ahead, also);
     };
     if (some > TILE)
       run(std::integral_constant<int, 2>());

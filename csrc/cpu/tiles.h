@@ -41,13 +41,13 @@ inline Rounded result_in(bf16* c, int64_t stride, bool streamed) { return {c, st
 
 template <class Result>
 bool multiply_in_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<Of<bf16>>& left,
-                       const Right<Of<bf16>>& right, int64_t panel, const Result& result, bool add, int64_t next = 0) {
+                       const Right<Of<bf16>>& right, int64_t panel, const Result& result, bool add, int64_t next = 0, Ahead also = {}) {
   if (depth % TILE) return false;
   const TileUnit unit = tile_unit();
   if (unit == TileUnit::amx)
-    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, result, add, next);
+    multiply_tiles<AmxTiles>(rows, columns, depth, left, right, panel, result, add, next, also);
   else if (unit == TileUnit::emulated)
-    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, result, add, next);
+    multiply_tiles<EmulatedTiles>(rows, columns, depth, left, right, panel, result, add, next, also);
   return unit != TileUnit::none;
 }
 
@@ -72,22 +72,32 @@ struct PackedMatrix {
     return tile_unit() != TileUnit::none && depth % TILE == 0 ? 2 * TILE : PANEL;
   }
 
+  // Columns from a multiple of 64 on, or of all columns the pairs from `first` on, to be brought nearer within `steps`.
+  Ahead columns(int64_t first, int64_t count, int64_t steps) const {
+    return {pairs + first * depth, count > 0, 0, count * depth * int64_t(sizeof(Pair)), steps};
+  }
+  Ahead units(int64_t first, int64_t count, int64_t columns, int64_t steps) const {
+    const int64_t size = panel * int64_t(sizeof(Pair));
+    return {pairs + first * panel, (columns + panel - 1) / panel, depth * size, count * size, steps};
+  }
+
   // C (+)= A times the rows from the pair `first` on, of the columns from `column` on, a multiple of 64. Behind the rows
-  // of A lie `next` more that will be multiplied then; `streamed` results are written past the caches where tiles form them.
+  // of A lie `next` more that will be multiplied then (less than none: they are near). Where tiles form them, `streamed`
+  // results are written past the caches, and `also` is brought nearer meanwhile.
   template <class Out>
   void multiply(int64_t rows, int64_t columns, int64_t count, const Left<Of<bf16>>& left, int64_t first, int64_t column,
-                Out* c, int64_t stride, bool add, int64_t next = 0, bool streamed = false) const {
+                Out* c, int64_t stride, bool add, int64_t next = 0, bool streamed = false, Ahead also = {}) const {
     const Right<Of<bf16>> right{pairs + column * depth + first * panel, depth * panel, panel};
-    if (!multiply_in_tiles(rows, columns, count, left, right, panel, result_in(c, stride, streamed), add, next))
+    if (!multiply_in_tiles(rows, columns, count, left, right, panel, result_in(c, stride, streamed), add, next, also))
       multiply_packed<Of<bf16>, true>(rows, columns, count, left, right, c, stride, add);
   }
 
   // The same of all rows, for tiles alone: what becomes of the sums `result` says.
   template <class Result>
   void multiply_into(const Result& result, int64_t rows, int64_t columns, const Left<Of<bf16>>& left, int64_t column,
-                     int64_t next) const {
+                     int64_t next, Ahead also = {}) const {
     const Right<Of<bf16>> right{pairs + column * depth, depth * panel, panel};
-    multiply_in_tiles(rows, columns, depth, left, right, panel, result, false, next);
+    multiply_in_tiles(rows, columns, depth, left, right, panel, result, false, next, also);
   }
 };
 
