@@ -251,9 +251,10 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
   Buffer<float> many(kept ? round_up(together, BAND) * stride : 0);
   Buffer<uint32_t> copies(is_deep(depth) ? BAND * PART_TILES * TILE : 0);
   auto* const copy = reinterpret_cast<Pair*>(copies.get());
+  const auto begin = [&](int64_t part) { return depth / TILE * part / parts * TILE; };
+  Ahead coming = also;
   int64_t shaped = 0;
   const auto band = [&](int64_t m, int64_t part) {
-    const auto begin = [&](int64_t p) { return depth / TILE * p / parts * TILE; };
     const int64_t k = begin(part), count = begin(part + 1) - k, some = std::min(BAND, rows - m);
     const int64_t steps = std::max<int64_t>(count / TILE * ((columns + BAND - 1) / BAND), 1);
     if (shaped != some) {
@@ -274,7 +275,7 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
     const auto run = [&](auto tiles) {
       multiply_band<Tiles, tiles()>(some, columns, count, own, below, panel, result.down(m),
                                     kept ? many.get() + m % together * stride : few, stride, add || part,
-                                    part == parts - 1, ahead, also);
+                                    part == parts - 1, ahead, coming);
     };
     if (some > TILE)
       run(std::integral_constant<int, 2>());
@@ -282,8 +283,16 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
       run(std::integral_constant<int, 1>());
   };
   for (int64_t first = 0; first < rows; first += together)
-    for (int64_t part = 0; part < parts; ++part)
+    for (int64_t part = 0; part < parts; ++part) {
+      if (is_deep(depth) && part + 1 < parts) {
+        const int64_t k = begin(part + 1), blocks = (columns + BAND - 1) / BAND;
+        coming = Ahead(right.b + k * right.step, (columns + panel - 1) / panel, 4 * right.panel, 4 * (begin(part + 2) - k) * panel,
+                       std::max<int64_t>(blocks * (rows + BAND - 1) / BAND * (k - begin(part)) / TILE, 1));
+      } else if (is_deep(depth)) {
+        coming = also;
+      }
       for (int64_t m = first; m < std::min(first + together, rows); m += BAND) band(m, part);
+    }
   Tiles::release();
 }
 

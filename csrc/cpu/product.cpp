@@ -56,11 +56,11 @@ void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
 
 // Rows begin .. end of columns first .. last.
 template <class Out>
-void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed) {
+void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed, Ahead also) {
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   PackedMatrix(a.w, a.depth)
       .multiply(end - begin, last - first, a.depth / 2, {x, a.x_stride / 2, 1}, 0, first,
-                a.y + begin * a.y_stride + first, a.y_stride, false, a.rows - end, streamed);
+                a.y + begin * a.y_stride + first, a.y_stride, false, a.rows - end, streamed, also);
   end_streams();
   if (a.signs && last == a.columns)
     for (int64_t m = begin; m < end; ++m)
@@ -108,8 +108,8 @@ void project_segment(const SegmentsArguments& a, int64_t segment) {
 template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
   const bool streamed = streams(a.y, a.rows * a.y_stride * int64_t(sizeof(Out)), a.y_stride * int64_t(sizeof(Out)));
-  each_block(a.rows, a.depth, a.columns, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    product_block(a, begin, end, first, last, streamed);
+  each_block(a.w, a.rows, a.depth, a.columns, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, Ahead also) {
+    product_block(a, begin, end, first, last, streamed, also);
   });
 }
 

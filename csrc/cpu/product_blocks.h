@@ -11,9 +11,10 @@ namespace jz3 {
 // Calls body(begin, end, first, last), rows and columns, for all blocks of a product, on several threads: one after the
 // other for a chunk of columns, multiples of 64, of which all rows come by. Once if there are no columns.
 template <class Body>
-void each_block(int64_t rows, int64_t depth, int64_t columns, int threads, const Body& body) {
+void each_block(const void* packed, int64_t rows, int64_t depth, int64_t columns, int threads, const Body& body) {
+  const char* matrix = static_cast<const char*>(packed);
   // Numbers that stay in a second-level cache: of the rows while the matrix comes by; of the matrix for tiles.
-  constexpr int64_t of_rows = 192 * 1024, of_matrix = 480 * 1024;
+  constexpr int64_t of_rows = 192 * 1024, of_matrix = 320 * 1024;
   int64_t block = std::clamp<int64_t>(of_rows / depth / 6 * 6, 48, 192), chunk = columns;
   if (tile_unit() != TileUnit::none) {
     const bool deep = is_deep(depth / 2);
@@ -24,8 +25,14 @@ void each_block(int64_t rows, int64_t depth, int64_t columns, int threads, const
   }
   int64_t first = 0;
   do {
+    const int64_t last = std::min(first + chunk, columns), coming = std::min(chunk, columns - last);
+    // Of the next chunk, which every core reads as a whole, each block brings a part nearer.
+    const int64_t blocks = ((rows + block - 1) / block + threads - 1) / threads;
     share_rows(rows, block, threads, [&](int64_t begin, int64_t end) {
-      body(begin, end, first, std::min(first + chunk, columns));
+      const int64_t i = begin / block % blocks, bytes = coming * depth * 2, from = bytes * i / blocks / 64 * 64;
+      body(begin, end, first, last,
+           Ahead(matrix + last * depth * 2 + from, bytes > 0, 0, bytes * (i + 1) / blocks - from,
+                 std::max<int64_t>((end - begin + 31) / 32 * ((last - first) / 32) * (depth / 32), 1)));
     });
   } while ((first += chunk) < columns);
 }
