@@ -165,9 +165,48 @@ struct Block {
   int64_t end() const { return round_up(seen(), 32); }  // of the keys that there are scores for
 };
 
+// What the next block of queries reads, or after the last the next task, brought nearer while this block is computed: a
+// head's rows are short and lie far apart.
+template <class T>
+class Coming {
+ public:
+  // Within `steps`; the backward pass reads outputs and their gradients too.
+  Coming(const Task<T>& task, int64_t index, int64_t first, int64_t steps, bool backward) {
+    const AttentionArguments<T>& a = task.a;
+    if (first < a.tokens) {
+      queries(task, first, steps, backward);
+    } else if (index + 1 < a.texts * a.key_heads) {
+      const Task<T> next(a, index + 1);
+      for (const T* x : {next.keys, next.values}) add(x, a.tokens, next.stride, a.width, steps);
+      queries(next, 0, steps, backward);
+    }
+  }
+  void fetch() {
+    for (int i = 0; i < count_; ++i) rows_[i].fetch();
+  }
+
+ private:
+  void queries(const Task<T>& task, int64_t first, int64_t steps, bool backward) {
+    const AttentionArguments<T>& a = task.a;
+    const int64_t count = std::min(task.block(), a.tokens - first), width = task.group() * a.width;
+    const int64_t row = a.heads * a.width, place = (task.text * a.tokens + first) * row + task.head * width;
+    add(task.queries + first * task.stride, count, task.stride, width, steps);
+    if (backward)
+      for (const T* x : {static_cast<const T*>(a.out), a.dout}) add(x + place, count, row, width, steps);
+  }
+  void add(const T* x, int64_t rows, int64_t stride, int64_t width, int64_t steps) {
+    constexpr int64_t size = sizeof(T);
+    rows_[count_++] = Ahead(x, rows, stride * size, width * size, steps);
+  }
+
+  Ahead rows_[5];
+  int count_ = 0;
+};
+
 // Rows of unnormalised probabilities exp(scale * (score - top)); sums in float32.
 template <class T>
-void softmax_block(float* scores, int64_t stride, const Block& block, float scale, T* p, float* top, float* sum) {
+void softmax_block(float* scores, int64_t stride, const Block& block, float scale, T* p, float* top, float* sum,
+                   Coming<T> coming) {
   const __m512 factor = _mm512_set1_ps(scale * LOG2E);
   const int64_t end = block.end();
   for (int64_t i = 0; i < block.rows; ++i) {
@@ -185,6 +224,7 @@ void softmax_block(float* scores, int64_t stride, const Block& block, float scal
       store(p + i * stride + c, e);
     }
     sum[i] = _mm512_reduce_add_ps(total);
+    coming.fetch();
   }
 }
 
@@ -212,7 +252,8 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
       task.rotated(task.queries + h * width, first, count, queries.get() + h * count * width);
     multiply<T, true>(block.rows, block.seen(), depth, {as_units(queries.get()), depth, 1},
                       {keys.get(), depth * PANEL, PANEL}, scores.get(), line, false);
-    softmax_block(scores.get(), line, block, a.scale, p.get(), top.get(), sum.get());
+    softmax_block(scores.get(), line, block, a.scale, p.get(), top.get(), sum.get(),
+                  Coming<T>(task, index, first + count, block.rows, false));
     multiply<T, true>(block.rows, width, units<T>(round_up(block.seen(), fill)), {as_units(p.get()), units<T>(line), 1},
                       {values.get(), PANEL, width}, out.get(), width, false);
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -279,13 +320,15 @@ struct BackwardRows {
 
   // For the keys first .. first + end; `ds` is the first one's column.
   template <class Unit>
-  void run(int64_t first, int64_t end, T* ds, int64_t line, Unit* p_units, Unit* ds_units) const {
+  void run(int64_t first, int64_t end, T* ds, int64_t line, Unit* p_units, Unit* ds_units, Coming<T>& coming) const {
     const bool whole = first + end <= block.first + 1;  // every query sees all these keys
-    for (int64_t i = 0; i < rows; i += Of<T>::count)
+    for (int64_t i = 0; i < rows; i += Of<T>::count) {
       if (whole && i + Of<T>::count <= block.rows)
         run<false>(first, i, end, ds, line, p_units, ds_units);
       else
         run<true>(first, i, end, ds, line, p_units, ds_units);
+      coming.fetch();
+    }
   }
 };
 
@@ -332,6 +375,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
     turn_units(row_units.get(), units<T>(rows), width, query_columns.get(), turned);
     pack_rows(grads.get(), width, block.rows, rows, width, row_units.get());
     turn_units(row_units.get(), units<T>(rows), width, grad_columns.get(), turned);
+    Coming<T> coming(task, index, first + count, units<T>(rows) * ((block.seen() + PANEL - 1) / PANEL), true);
     for (int64_t key = 0; key < block.seen(); key += PANEL) {
       const int64_t count = std::min(PANEL, block.seen() - key), end = std::min(PANEL, block.end() - key);
       multiply<T, true>(block.rows, count, depth, {as_units(queries.get()), depth, 1},
@@ -339,7 +383,7 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
       multiply<T, true>(block.rows, count, depth, {as_units(grads.get()), depth, 1},
                         {values.get() + key * depth, depth * PANEL, PANEL}, dp.get(), PANEL, false);
       BackwardRows<T>{scores.get(), dp.get(), block, rows, a.scale, log2_sum.get(), delta.get()}.run(
-          key, end, ds.get() + key, line, p_units.get(), ds_pairs.get());
+          key, end, ds.get() + key, line, p_units.get(), ds_pairs.get(), coming);
       multiply<T, true>(width, count, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, PANEL},
                         dv.get() + key, line, true);
       // Single numbers are their own units.
