@@ -176,6 +176,7 @@ def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, flo
         timed.wrap(llama._Native, "attention", "attention"),
         timed.wrap(llama._Native, "norm", "norms and activations"),
         timed.wrap(llama._Native, "norm_backward", "norms and activations"),
+        # Where tiles multiply, these are part of the products.
         timed.wrap(llama._Native, "swiglu", "norms and activations"),
         timed.wrap(llama._Native, "swiglu_backward", "norms and activations"),
         timed.wrap(OutputLayer, "__call__", "loss and output layer"),

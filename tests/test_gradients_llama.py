@@ -157,8 +157,8 @@ def test_disagreement_is_told_and_switches_it_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, texts = small_model("llama", torch.float32), small_texts()
-    real = llama._Native.swiglu
-    monkeypatch.setattr(llama._Native, "swiglu", lambda self, x: real(self, x) * 1.5)
+    real = llama._Mlp.through
+    monkeypatch.setattr(llama._Mlp, "through", lambda self, g, gate_up: real(self, g, gate_up) * 1.5)
     found, _ = gradients(model, texts)
     plain, _ = gradients(model, texts, fast=False)
     assert "differs by" in caplog.text

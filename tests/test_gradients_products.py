@@ -8,11 +8,13 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 
-from jz3.gradients import products
+from jz3.gradients import llama, products
 from jz3.gradients.products import (
     BUCKETS,
+    GatedProducts,
     OutputLayer,
     Product,
+    can_gate,
     fold_matrix,
     project_segments,
 )
@@ -32,7 +34,19 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("result", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(1, 2, 1), (7, 64, 48), (203, 38, 67), (500, 576, 130), (20, 8192, 130)], ids=str
+    "sizes",
+    [
+        (1, 2, 1),
+        (7, 64, 48),
+        (203, 38, 67),
+        (500, 576, 130),
+        (20, 8192, 130),
+        (70, 960, 66),  # in two parts of the inner dimension
+        (70, 3072, 98),  # deep: all rows take a part before the next
+        (70, 576, 1200),  # in chunks of columns
+        (1100, 64, 1024),  # more than the caches hold
+    ],
+    ids=str,
 )
 def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -> None:
     rows, depth, columns = sizes
@@ -61,6 +75,51 @@ def test_folded_rows_stand_beside_the_product(sizes: tuple[int, int, int], resul
     assert_as_accurate(got[:, columns:], plain, exact)
     if columns:
         assert_as_accurate(got[:, :columns], x @ w, x.double() @ w.double())
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 32, 32), (37, 64, 96), (70, 576, 640), (70, 2048, 64), (1100, 64, 512)], ids=str
+)
+def test_gated_products(sizes: tuple[int, int, int]) -> None:
+    rows, depth, width = sizes
+    both = normal(1, depth, 2 * width, dtype=torch.bfloat16) * depth**-0.5
+    if not can_gate(both):
+        pytest.skip("done where tiles multiply")
+    down = normal(2, width, depth, dtype=torch.bfloat16)
+    x, g = (normal(seed, rows, depth + 2, dtype=torch.bfloat16)[:, :depth] for seed in (3, 4))
+    gated = GatedProducts(both, down)
+    gate_up, y = gated.forward(x)
+    assert_as_accurate(gate_up, x @ both, x.double() @ both.double())
+
+    def layer(z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(z[:, :width]) * z[:, width:]
+
+    def gradient(z: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        z = z.requires_grad_()
+        return torch.autograd.grad(layer(z), z, grad)[0]
+
+    assert_as_accurate(y, layer(gate_up), layer(gate_up.double()))
+    exact = gradient(gate_up.double(), g.double() @ down.T.double())
+    plain = gradient(gate_up.clone(), g @ down.T)
+    assert_as_accurate(gated.backward(g, gate_up), plain, exact)
+
+
+def test_gated_products_refuse_other_sizes() -> None:
+    assert not can_gate(normal(1, 48, 128, dtype=torch.bfloat16))
+    assert not can_gate(normal(1, 64, 96, dtype=torch.bfloat16))
+    assert not can_gate(normal(1, 64, 128))
+
+
+def test_norms_of_many_rows_are_those_of_few() -> None:
+    if not products.native_products():
+        pytest.skip("jz3's own code is not used")
+    native = llama._Native(torch.bfloat16)
+    x, add = (normal(seed, 2100, 576, dtype=torch.bfloat16) for seed in (1, 2))
+    weight = normal(3, 576, dtype=torch.bfloat16)
+    for begin, many in ((1000, native.norm(x, add, weight, 1e-5)), (5, native.norm(x, None, weight, 1e-5))):
+        rows = slice(begin, begin + 40)
+        few = native.norm(x[rows], None if begin == 5 else add[rows], weight, 1e-5)
+        assert all(torch.equal(a[rows], b) for a, b in zip(many, few, strict=True))
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

@@ -234,7 +234,9 @@ class _Linear:
 class _Mlp:
     """A block's gated layer: both products in either direction, and what is element by element between them."""
 
-    def __init__(self, gate: Any, up: Any, down: Any, dtype: torch.dtype, int8: bool, native: _Native) -> None:
+    def __init__(
+        self, gate: Any, up: Any, down: Any, dtype: torch.dtype, int8: bool, native: _Native
+    ) -> None:
         self._native = native
         self._gated = None
         both = _together([gate, up], dtype)
@@ -287,7 +289,9 @@ class Blocks:
         kind = self.dtype, products == "int8"
         norm = block.input_layernorm.weight.detach().to(self.dtype)
         mlp_norm = block.post_attention_layernorm.weight.detach().to(self.dtype)
-        return _Block(norm, mlp_norm, _Linear([q, k, v], *kind), _Linear([o], *kind), _Mlp(*mlp, *kind, self.native))
+        return _Block(
+            norm, mlp_norm, _Linear([q, k, v], *kind), _Linear([o], *kind), _Mlp(*mlp, *kind, self.native)
+        )
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
         """Note under which names a sink wants which layers."""
