@@ -196,10 +196,10 @@ class Coming {
   }
   void add(const T* x, int64_t rows, int64_t stride, int64_t width, int64_t steps) {
     constexpr int64_t size = sizeof(T);
-    rows_[count_++] = Ahead(x, rows, stride * size, width * size, steps);
+    rows_[count_++] = Nearer(x, rows, stride * size, width * size, steps);
   }
 
-  Ahead rows_[5];
+  Nearer rows_[5];
   int count_ = 0;
 };
 

@@ -91,9 +91,10 @@ class Exact {
   // sums[rows][stride] += e[rows][LINE] W.
   void backward(int64_t word, int64_t count, const Number* e, float* sums, int64_t stride) {
     const Left<Of<bf16>> left{reinterpret_cast<const Pair*>(e), LINE / 2, 1};
+    const int64_t next = word + count;
+    const Nearer coming = PackedMatrix(a_.forward, a_.width).columns(next, std::min(WORDS, a_.words - next), steps());
     PackedMatrix(a_.backward, a_.words)
-        .multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, stride, true, NOTHING, false,
-                 PackedMatrix(a_.forward, a_.width).columns(word + count, std::min(WORDS, a_.words - word - count), steps()));
+        .multiply(rows_, a_.width, (count + 1) / 2, left, word / 2, 0, sums, stride, true, NOTHING, false, coming);
   }
 
  private:

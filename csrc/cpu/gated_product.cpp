@@ -109,18 +109,22 @@ Left<Of<bf16>> rows_of(const GatedArguments& a, int64_t begin) {
 void gated_product(const GatedArguments& a, int threads) {
   const int64_t row_bytes = a.width * int64_t(sizeof(bf16));
   const bool streamed = streams(a.gate_up, 2 * a.rows * row_bytes, row_bytes) && streams(a.y, INT64_MAX, row_bytes);
-  each_block(a.w, a.rows, a.depth, 2 * a.width, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, Ahead also) {
+  const auto block = [&](int64_t begin, int64_t end, int64_t first, int64_t last, Nearer also) {
     const Gate result{a.gate_up + begin * 2 * a.width + first / 2, a.y + begin * a.width + first / 2, a.width, streamed};
-    PackedMatrix(a.w, a.depth).multiply_into(result, end - begin, last - first, rows_of(a, begin), first, a.rows - end, also);
+    PackedMatrix(a.w, a.depth)
+        .multiply_into(result, end - begin, last - first, rows_of(a, begin), first, a.rows - end, also);
     end_streams();
-  });
+  };
+  each_block(a.w, a.rows, a.depth, 2 * a.width, threads, block);
 }
 
 void gated_gradient_product(const GatedArguments& a, int threads) {
-  each_block(a.w, a.rows, a.depth, a.width, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, Ahead also) {
+  const auto block = [&](int64_t begin, int64_t end, int64_t first, int64_t last, Nearer also) {
     const GateGradient result{a.gate_up + begin * 2 * a.width + first, a.width};
-    PackedMatrix(a.w, a.depth).multiply_into(result, end - begin, last - first, rows_of(a, begin), first, a.rows - end, also);
-  });
+    PackedMatrix(a.w, a.depth)
+        .multiply_into(result, end - begin, last - first, rows_of(a, begin), first, a.rows - end, also);
+  };
+  each_block(a.w, a.rows, a.depth, a.width, threads, block);
 }
 
 #endif

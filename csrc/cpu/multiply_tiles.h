@@ -179,11 +179,11 @@ struct Rounded {
 };
 
 // Rows that will be read next, brought to the second-level cache some lines at a time.
-class Ahead {
+class Nearer {
  public:
-  Ahead() : Ahead(nullptr, 0, 0, 0, 1) {}
+  Nearer() : Nearer(nullptr, 0, 0, 0, 1) {}
   // `bytes` of every row, within `steps`.
-  Ahead(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+  Nearer(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
       : row_(static_cast<const char*>(begin)),
         rows_(rows),
         stride_(stride),
@@ -205,7 +205,7 @@ class Ahead {
 // or with a stride of 2 TILE the blocks that are not yet done with.
 template <class Tiles, int Rows, class V, class Result>
 void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                   Result result, float* sums, int64_t stride, bool add, bool last, Ahead ahead, Ahead& also) {
+                   Result result, float* sums, int64_t stride, bool add, bool last, Nearer ahead, Nearer& also) {
   constexpr int64_t WIDTH = 2 * TILE, MEMORY = 2 * Result::blocks;
   // Of the rows of the blocks that wait, for every step.
   const int64_t share = Result::direct ? 0 : (WIDTH * TILE + depth * Result::blocks - 1) / (depth * Result::blocks);
@@ -236,12 +236,12 @@ void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& 
 }
 
 // As multiply_packed, for panels of `panel` columns and a depth of whole tiles. Behind the rows of A lie `next` more that
-// will be multiplied then. The inner dimension is taken in parts of which 2 TILE rows fit the first-level cache. Of a deep
+// will be multiplied then; `also` is brought nearer meanwhile. The inner dimension is taken in parts of which 2 TILE rows fit the first-level cache. Of a deep
 // product all rows take a part before the next, so that the second has to hold this part of B alone, and the rows are
 // copied to the first: those of some lengths meet in few of its sets.
 template <class Tiles, class V, class Result>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
-                    const Result& result, bool add, int64_t next, Ahead also = {}) {
+                    const Result& result, bool add, int64_t next, Nearer also = {}) {
   constexpr int64_t BAND = 2 * TILE;
   const int64_t parts = (depth / TILE + PART_TILES - 1) / PART_TILES, together = is_deep(depth) ? rows : BAND;
   const bool kept = !Result::direct && parts > 1;
@@ -252,7 +252,7 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
   Buffer<uint32_t> copies(is_deep(depth) ? BAND * PART_TILES * TILE : 0);
   auto* const copy = reinterpret_cast<Pair*>(copies.get());
   const auto begin = [&](int64_t part) { return depth / TILE * part / parts * TILE; };
-  Ahead coming = also;
+  Nearer coming = also;
   int64_t shaped = 0;
   const auto band = [&](int64_t m, int64_t part) {
     const int64_t k = begin(part), count = begin(part + 1) - k, some = std::min(BAND, rows - m);
@@ -270,7 +270,7 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
       own = {copy, count, 1};
     }
     const Right<V> below{right.b + k * right.step, right.panel, right.step};
-    const Ahead ahead(left.a + (m + BAND) * left.row + k, std::clamp<int64_t>(rows + next - m - BAND, 0, BAND),
+    const Nearer ahead(left.a + (m + BAND) * left.row + k, std::clamp<int64_t>(rows + next - m - BAND, 0, BAND),
                       4 * left.row, 4 * count, steps);
     const auto run = [&](auto tiles) {
       multiply_band<Tiles, tiles()>(some, columns, count, own, below, panel, result.down(m),
@@ -286,7 +286,8 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>&
     for (int64_t part = 0; part < parts; ++part) {
       if (is_deep(depth) && part + 1 < parts) {
         const int64_t k = begin(part + 1), blocks = (columns + BAND - 1) / BAND;
-        coming = Ahead(right.b + k * right.step, (columns + panel - 1) / panel, 4 * right.panel, 4 * (begin(part + 2) - k) * panel,
+        coming = Nearer(right.b + k * right.step, (columns + panel - 1) / panel, 4 * right.panel,
+                       4 * (begin(part + 2) - k) * panel,
                        std::max<int64_t>(blocks * (rows + BAND - 1) / BAND * (k - begin(part)) / TILE, 1));
       } else if (is_deep(depth)) {
         coming = also;

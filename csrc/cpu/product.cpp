@@ -56,7 +56,8 @@ void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
 
 // Rows begin .. end of columns first .. last.
 template <class Out>
-void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed, Ahead also) {
+void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed,
+                   Nearer also) {
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   PackedMatrix(a.w, a.depth)
       .multiply(end - begin, last - first, a.depth / 2, {x, a.x_stride / 2, 1}, 0, first,
@@ -108,9 +109,10 @@ void project_segment(const SegmentsArguments& a, int64_t segment) {
 template <class Out>
 void product(const ProductArguments<Out>& a, int threads) {
   const bool streamed = streams(a.y, a.rows * a.y_stride * int64_t(sizeof(Out)), a.y_stride * int64_t(sizeof(Out)));
-  each_block(a.w, a.rows, a.depth, a.columns, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, Ahead also) {
+  const auto block = [&](int64_t begin, int64_t end, int64_t first, int64_t last, Nearer also) {
     product_block(a, begin, end, first, last, streamed, also);
-  });
+  };
+  each_block(a.w, a.rows, a.depth, a.columns, threads, block);
 }
 
 void project_segments(const SegmentsArguments& a, int threads) {

@@ -9,7 +9,8 @@
 namespace jz3 {
 
 // Calls body(begin, end, first, last), rows and columns, for all blocks of a product, on several threads: one after the
-// other for a chunk of columns, multiples of 64, of which all rows come by. Once if there are no columns.
+// other for a chunk of columns, multiples of 64, by which all rows come. Once if there are no columns. The last argument
+// is what to bring nearer meanwhile.
 template <class Body>
 void each_block(const void* packed, int64_t rows, int64_t depth, int64_t columns, int threads, const Body& body) {
   const char* matrix = static_cast<const char*>(packed);
@@ -31,7 +32,7 @@ void each_block(const void* packed, int64_t rows, int64_t depth, int64_t columns
     share_rows(rows, block, threads, [&](int64_t begin, int64_t end) {
       const int64_t i = begin / block % blocks, bytes = coming * depth * 2, from = bytes * i / blocks / 64 * 64;
       body(begin, end, first, last,
-           Ahead(matrix + last * depth * 2 + from, bytes > 0, 0, bytes * (i + 1) / blocks - from,
+           Nearer(matrix + last * depth * 2 + from, bytes > 0, 0, bytes * (i + 1) / blocks - from,
                  std::max<int64_t>((end - begin + 31) / 32 * ((last - first) / 32) * (depth / 32), 1)));
     });
   } while ((first += chunk) < columns);

@@ -41,7 +41,8 @@ inline Rounded result_in(bf16* c, int64_t stride, bool streamed) { return {c, st
 
 template <class Result>
 bool multiply_in_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<Of<bf16>>& left,
-                       const Right<Of<bf16>>& right, int64_t panel, const Result& result, bool add, int64_t next = 0, Ahead also = {}) {
+                       const Right<Of<bf16>>& right, int64_t panel, const Result& result, bool add, int64_t next = 0,
+                       Nearer also = {}) {
   if (depth % TILE) return false;
   const TileUnit unit = tile_unit();
   if (unit == TileUnit::amx)
@@ -73,10 +74,10 @@ struct PackedMatrix {
   }
 
   // Columns from a multiple of 64 on, or of all columns the pairs from `first` on, to be brought nearer within `steps`.
-  Ahead columns(int64_t first, int64_t count, int64_t steps) const {
+  Nearer columns(int64_t first, int64_t count, int64_t steps) const {
     return {pairs + first * depth, count > 0, 0, count * depth * int64_t(sizeof(Pair)), steps};
   }
-  Ahead units(int64_t first, int64_t count, int64_t columns, int64_t steps) const {
+  Nearer units(int64_t first, int64_t count, int64_t columns, int64_t steps) const {
     const int64_t size = panel * int64_t(sizeof(Pair));
     return {pairs + first * panel, (columns + panel - 1) / panel, depth * size, count * size, steps};
   }
@@ -86,7 +87,7 @@ struct PackedMatrix {
   // results are written past the caches, and `also` is brought nearer meanwhile.
   template <class Out>
   void multiply(int64_t rows, int64_t columns, int64_t count, const Left<Of<bf16>>& left, int64_t first, int64_t column,
-                Out* c, int64_t stride, bool add, int64_t next = 0, bool streamed = false, Ahead also = {}) const {
+                Out* c, int64_t stride, bool add, int64_t next = 0, bool streamed = false, Nearer also = {}) const {
     const Right<Of<bf16>> right{pairs + column * depth + first * panel, depth * panel, panel};
     if (!multiply_in_tiles(rows, columns, count, left, right, panel, result_in(c, stride, streamed), add, next, also))
       multiply_packed<Of<bf16>, true>(rows, columns, count, left, right, c, stride, add);
@@ -95,7 +96,7 @@ struct PackedMatrix {
   // The same of all rows, for tiles alone: what becomes of the sums `result` says.
   template <class Result>
   void multiply_into(const Result& result, int64_t rows, int64_t columns, const Left<Of<bf16>>& left, int64_t column,
-                     int64_t next, Ahead also = {}) const {
+                     int64_t next, Nearer also = {}) const {
     const Right<Of<bf16>> right{pairs + column * depth, depth * panel, panel};
     multiply_in_tiles(rows, columns, depth, left, right, panel, result, false, next, also);
   }

@@ -2,7 +2,8 @@
 
 The model's own code spends about half of its time outside of matrix products: in attention, in a dozen
 element-wise operations per block, in autograd. Here a block is eight products, with the native parts
-of csrc/cpu/block.cpp and csrc/cpu/attention.cpp between them; queries, keys and values, and gate and
+of csrc/cpu/block.cpp and csrc/cpu/attention.cpp between them or, of the gated layer and where tiles
+multiply, within them (csrc/cpu/gated_product.cpp); queries, keys and values, and gate and
 up, are one product each. It is used if it agrees with the model's own code on a small input.
 """
 
