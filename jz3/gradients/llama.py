@@ -286,12 +286,14 @@ class Blocks:
         self.names: list[dict[str, str]] = []
 
     def _block(self, block: Any, products: str) -> _Block:
-        q, k, v, o, *mlp = (block.get_submodule(name) for name in PARTS)
-        kind = self.dtype, products == "int8"
-        norm = block.input_layernorm.weight.detach().to(self.dtype)
-        mlp_norm = block.post_attention_layernorm.weight.detach().to(self.dtype)
+        q, k, v, o, gate, up, down = (block.get_submodule(name) for name in PARTS)
+        dtype, int8 = self.dtype, products == "int8"
         return _Block(
-            norm, mlp_norm, _Linear([q, k, v], *kind), _Linear([o], *kind), _Mlp(*mlp, *kind, self.native)
+            block.input_layernorm.weight.detach().to(dtype),
+            block.post_attention_layernorm.weight.detach().to(dtype),
+            _Linear([q, k, v], dtype, int8),
+            _Linear([o], dtype, int8),
+            _Mlp(gate, up, down, dtype, int8, self.native),
         )
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:
