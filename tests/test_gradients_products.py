@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 
+from jz3 import backend
 from jz3.gradients import llama, products
 from jz3.gradients.products import (
     BUCKETS,
@@ -86,7 +87,8 @@ def test_gated_products(sizes: tuple[int, int, int]) -> None:
     if not can_gate(both):
         pytest.skip("done where tiles multiply")
     down = normal(2, width, depth, dtype=torch.bfloat16)
-    x, g = (normal(seed, rows, depth + 2, dtype=torch.bfloat16)[:, :depth] for seed in (3, 4))
+    # Rows with gaps between them, of odd numbers too.
+    x, g = (normal(n, rows, depth + n, dtype=torch.bfloat16)[:, :depth] for n in (1, 2))
     gated = GatedProducts(both, down)
     gate_up, y = gated.forward(x)
     assert_as_accurate(gate_up, x @ both, x.double() @ both.double())
@@ -102,6 +104,20 @@ def test_gated_products(sizes: tuple[int, int, int]) -> None:
     exact = gradient(gate_up.double(), g.double() @ down.T.double())
     plain = gradient(gate_up.clone(), g @ down.T)
     assert_as_accurate(gated.backward(g, gate_up), plain, exact)
+
+
+def test_gated_products_without_tiles_are_refused() -> None:
+    both = normal(1, 64, 128, dtype=torch.bfloat16)
+    if not can_gate(both):
+        pytest.skip("done where tiles multiply")
+    gated, extension = GatedProducts(both, both[:, :64]), backend.extension()
+    unit = extension.tile_unit()
+    extension.choose_tile_unit(0)
+    try:
+        with pytest.raises(ValueError, match="need tiles"):
+            gated.forward(normal(2, 5, 64, dtype=torch.bfloat16))
+    finally:
+        extension.choose_tile_unit(unit)
 
 
 def test_gated_products_refuse_other_sizes() -> None:

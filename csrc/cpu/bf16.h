@@ -37,6 +37,21 @@ inline void stream(bf16* p, __m512 x) {
 }
 inline void end_streams() { _mm_sfence(); }
 
+// To the caches or past them: 16 numbers, and 32 as they are.
+template <class T>
+inline void put(T* p, __m512 x, bool streamed) {
+  if (streamed)
+    stream(p, x);
+  else
+    store(p, x);
+}
+inline void put(bf16* p, __m512i x, bool streamed) {
+  if (streamed)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
+  else
+    _mm512_storeu_si512(p, x);
+}
+
 // Whether an output is worth it: `bytes` that the next reader finds in no near cache, in rows that may be streamed.
 inline bool streams(const void* p, int64_t bytes, int64_t row_bytes) {
   constexpr int64_t near = 2 << 20;

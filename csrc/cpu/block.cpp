@@ -24,22 +24,13 @@ namespace {
 
 constexpr int64_t PIECE = 128;  // rows at a time
 
-// Stores past the caches or to them.
-template <bool Streamed, class T>
-inline void put(T* p, __m512 x) {
-  if constexpr (Streamed)
-    stream(p, x);
-  else
-    store(p, x);
-}
-
 inline __m512 rounded(const float*, __m512 x) { return x; }
 inline __m512 rounded(const bf16*, __m512 x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
 }
 
-template <bool Streamed, class T>
-void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end) {
+template <class T>
+void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end, bool streamed) {
   for (int64_t row = begin; row < end; ++row) {
     const T *x = a.x + row * a.width, *add = a.add ? a.add + row * a.width : nullptr;
     T *sum = a.sum + row * a.width, *y = a.y + row * a.width;
@@ -49,15 +40,15 @@ void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end) {
     __m512 square = _mm512_setzero_ps();
     for (int64_t c = 0; c < a.width; c += 16) {
       const __m512 v = total(c);
-      if (add) put<Streamed>(sum + c, v);
+      if (add) put(sum + c, v, streamed);
       square = _mm512_fmadd_ps(v, v, square);
     }
     const float scale = 1.0f / std::sqrt(_mm512_reduce_add_ps(square) / float(a.width) + a.epsilon);
     a.scale[row] = scale;
     for (int64_t c = 0; c < a.width; c += 16)
-      put<Streamed>(y + c, _mm512_mul_ps(_mm512_mul_ps(total(c), _mm512_set1_ps(scale)), load(a.weight + c)));
+      put(y + c, _mm512_mul_ps(_mm512_mul_ps(total(c), _mm512_set1_ps(scale)), load(a.weight + c)), streamed);
   }
-  if constexpr (Streamed) end_streams();
+  end_streams();
 }
 
 template <class T>
@@ -148,12 +139,7 @@ template <class T>
 void rms_norm(const NormArguments<T>& a, int threads) {
   const int64_t row_bytes = a.width * int64_t(sizeof(T));
   const bool streamed = streams(a.y, a.rows * row_bytes, row_bytes) && reinterpret_cast<uintptr_t>(a.sum) % 64 == 0;
-  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) {
-    if (streamed)
-      norm_rows<true>(a, begin, end);
-    else
-      norm_rows<false>(a, begin, end);
-  });
+  share_rows(a.rows, PIECE, threads, [&](int64_t begin, int64_t end) { norm_rows(a, begin, end, streamed); });
 }
 
 template <class T>

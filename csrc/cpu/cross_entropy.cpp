@@ -34,37 +34,31 @@ inline __mmask16 others(int64_t target, int64_t end) {
   return __mmask16(0 <= target && target < 16 ? inside & ~(1u << target) : inside);
 }
 
-// exp(z - z_target) of logits, while tiles form the next.
-struct Exponents {
-  static constexpr bool direct = false;
-  static constexpr int64_t blocks = 1;
-  bf16* e;                // [rows][LINE]
-  __m512* rest;           // [rows], the sums of them
-  const float* own;       // [rows], the target's logits
-  const int64_t* target;  // [rows]
-  int64_t word, count;    // of the first column, of columns
-  Waiting late = {};
+// exp(z - z_target) of a block of words' logits, while tiles form the next.
+class Exponents : public RowByRow<Exponents> {
+ public:
+  // e[rows][LINE] and, by rows, their sums `rests`, the targets' logits `own` and the targets; `word` is the first of these
+  // `count` words.
+  Exponents(bf16* e, __m512* rests, const float* own, const int64_t* target, int64_t word, int64_t count)
+      : e_(e), rests_(rests), own_(own), target_(target), word_(word), count_(count) {}
+  Exponents down(int64_t m) const { return {e_ + m * LINE, rests_ + m, own_ + m, target_ + m, word_, count_}; }
+  void put(int64_t row, int64_t column, const float* logits, bool wide) const {
+    const __m512 shift = _mm512_set1_ps(own_[row]);
+    const auto power = [&](int64_t c) {
+      const __mmask16 seen = others(target_[row] - word_ - column - c, count_ - column - c);
+      return _mm512_maskz_mov_ps(seen, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(logits + c), shift)));
+    };
+    const __m512 low = power(0), high = wide ? power(TILE) : _mm512_setzero_ps();
+    rests_[row] = _mm512_add_ps(rests_[row], _mm512_add_ps(low, high));
+    _mm512_storeu_si512(e_ + row * LINE + column, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
 
-  Exponents down(int64_t m) const { return {e + m * LINE, rest + m, own + m, target + m, word, count}; }
-  void expect(int64_t, int64_t) {}
-  void take(const Waiting& block) {
-    work(2 * TILE);
-    late = block;
-  }
-  void work(int64_t rows) {
-    for (const int64_t end = std::min(late.row + rows, late.rows); late.row < end; ++late.row) {
-      const float* logits = late.sums + late.row * late.stride;
-      const __m512 shift = _mm512_set1_ps(own[late.row]);
-      const int64_t left = count - late.column, skipped = target[late.row] - word - late.column;
-      const auto power = [&](int64_t c) {
-        const __m512 z = _mm512_sub_ps(_mm512_loadu_ps(logits + c), shift);
-        return _mm512_maskz_mov_ps(others(skipped - c, left - c), exp_ps(z));
-      };
-      const __m512 low = power(0), high = late.wide ? power(TILE) : _mm512_setzero_ps();
-      rest[late.row] = _mm512_add_ps(rest[late.row], _mm512_add_ps(low, high));
-      _mm512_storeu_si512(e + late.row * LINE + late.column, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-  }
+ private:
+  bf16* e_;
+  __m512* rests_;
+  const float* own_;
+  const int64_t* target_;
+  int64_t word_, count_;
 };
 
 // Both products of a block of rows in bfloat16.

@@ -139,43 +139,51 @@ struct Direct {
   float* at(int64_t n) const { return c + n; }
 };
 
-// Rows of sums that wait for their turn.
+// A block's sums, of whose rows those from `row` on wait for their turn.
 struct Waiting {
   const float* sums = nullptr;
   int64_t stride = 0, column = 0, row = 0, rows = 0;
   bool wide = false;
 };
 
-// Rounded to bfloat16.
-struct Rounded {
+// For results of which every block is worked off by itself: Own has put(row, column, sums, wide) for a row of it.
+template <class Own>
+class RowByRow {
+ public:
   static constexpr bool direct = false;
   static constexpr int64_t blocks = 1;
-  uint16_t* c;
-  int64_t stride;
-  bool streamed;
-  Waiting late = {};
 
-  Rounded down(int64_t m) const { return {c + m * stride, stride, streamed}; }
   void expect(int64_t, int64_t) {}
   void take(const Waiting& block) {
     work(2 * TILE);
-    late = block;
+    late_ = block;
   }
   void work(int64_t count) {
-    for (const int64_t end = std::min(late.row + count, late.rows); late.row < end; ++late.row) {
-      const float* sums = late.sums + late.row * late.stride;
-      uint16_t* to = c + late.row * stride + late.column;
-      if (!late.wide) {
-        Avx512Bf16::store(to, _mm512_loadu_ps(sums));
-        continue;
-      }
-      const auto both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums));
-      if (streamed)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
-      else
-        _mm512_storeu_si512(to, both);
-    }
+    for (const int64_t end = std::min(late_.row + count, late_.rows); late_.row < end; ++late_.row)
+      static_cast<Own*>(this)->put(late_.row, late_.column, late_.sums + late_.row * late_.stride, late_.wide);
   }
+
+ private:
+  Waiting late_;
+};
+
+// Rounded to bfloat16.
+class Rounded : public RowByRow<Rounded> {
+ public:
+  Rounded(uint16_t* c, int64_t stride, bool streamed) : c_(c), stride_(stride), streamed_(streamed) {}
+  Rounded down(int64_t m) const { return {c_ + m * stride_, stride_, streamed_}; }
+  void put(int64_t row, int64_t column, const float* sums, bool wide) const {
+    uint16_t* to = c_ + row * stride_ + column;
+    if (wide)
+      jz3::put(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + TILE), _mm512_loadu_ps(sums)), streamed_);
+    else
+      Avx512Bf16::store(to, _mm512_loadu_ps(sums));
+  }
+
+ private:
+  uint16_t* c_;
+  int64_t stride_;
+  bool streamed_;
 };
 
 // Rows that will be read next, brought to the second-level cache some lines at a time.

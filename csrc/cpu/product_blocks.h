@@ -14,6 +14,7 @@ namespace jz3 {
 template <class Body>
 void each_block(const void* packed, int64_t rows, int64_t depth, int64_t columns, int threads, const Body& body) {
   const char* matrix = static_cast<const char*>(packed);
+  constexpr int64_t WIDE = 2 * TILE;  // rows, columns and numbers of a step
   // Numbers that stay in a second-level cache: of the rows while the matrix comes by; of the matrix for tiles.
   constexpr int64_t of_rows = 192 * 1024, of_matrix = 320 * 1024;
   int64_t block = std::clamp<int64_t>(of_rows / depth / 6 * 6, 48, 192), chunk = columns;
@@ -33,7 +34,7 @@ void each_block(const void* packed, int64_t rows, int64_t depth, int64_t columns
       const int64_t i = begin / block % blocks, bytes = coming * depth * 2, from = bytes * i / blocks / 64 * 64;
       body(begin, end, first, last,
            Nearer(matrix + last * depth * 2 + from, bytes > 0, 0, bytes * (i + 1) / blocks - from,
-                 std::max<int64_t>((end - begin + 31) / 32 * ((last - first) / 32) * (depth / 32), 1)));
+                  std::max<int64_t>(round_up(end - begin, WIDE) / WIDE * ((last - first) / WIDE) * (depth / WIDE), 1)));
     });
   } while ((first += chunk) < columns);
 }

@@ -105,8 +105,7 @@ class Product:
         depth, columns, signs, width = 2 * self._packed.shape[1], _lanes(self._columns), 0, self._columns
         if self._signs is not None:
             signs, width = self._signs.data_ptr(), width + BUCKETS
-        if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
-            x = x.contiguous()
+        x = _rows_of_pairs(x)
         y = torch.empty(len(x), _lanes(width), dtype=dtype)
         run = getattr(backend.extension(), f"product_{str(dtype).removeprefix('torch.')}")
         pointers = (x.data_ptr(), self._packed.data_ptr(), signs, y.data_ptr())
@@ -114,6 +113,11 @@ class Product:
         run(*pointers, *sizes, backend.threads())
         y = y[:, :width]
         return y if self._bias is None else y.add_(self._bias)
+
+
+def _rows_of_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Return x in rows of pairs of numbers behind one another, which the native code takes."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4 else x
 
 
 def _lanes(columns: int) -> int:
@@ -207,6 +211,7 @@ class GatedProducts:
         return gate_up
 
     def _run(self, name: str, x: torch.Tensor, packed: torch.Tensor, gate_up: torch.Tensor, y: int) -> None:
+        x = _rows_of_pairs(x)
         sizes = (len(x), x.shape[1], self._width, x.stride(0))
         pointers = (x.data_ptr(), packed.data_ptr(), gate_up.data_ptr(), y)
         getattr(backend.extension(), name)(*pointers, *sizes, backend.threads())
