@@ -126,16 +126,22 @@ def test_gated_products_refuse_other_sizes() -> None:
     assert not can_gate(normal(1, 64, 128))
 
 
-def test_norms_of_many_rows_are_those_of_few() -> None:
+@pytest.mark.parametrize("rows", [40, 2100])  # the latter more than the caches hold
+def test_norm(rows: int) -> None:
     if not products.native_products():
         pytest.skip("jz3's own code is not used")
     native = llama._Native(torch.bfloat16)
-    x, add = (normal(seed, 2100, 576, dtype=torch.bfloat16) for seed in (1, 2))
+    x, add = (normal(seed, rows, 576, dtype=torch.bfloat16) for seed in (1, 2))
     weight = normal(3, 576, dtype=torch.bfloat16)
-    for begin, many in ((1000, native.norm(x, add, weight, 1e-5)), (5, native.norm(x, None, weight, 1e-5))):
-        rows = slice(begin, begin + 40)
-        few = native.norm(x[rows], None if begin == 5 else add[rows], weight, 1e-5)
-        assert all(torch.equal(a[rows], b) for a, b in zip(many, few, strict=True))
+    total, y, scale = native.norm(x, add, weight, 1e-5)
+    assert torch.equal(total, x + add)
+    for begin in range(0, rows, 40):  # as the rounded sum's, and a few rows' as many's
+        part = slice(begin, begin + 40)
+        _, few, few_scale = native.norm(total[part], None, weight, 1e-5)
+        assert torch.equal(y[part], few) and torch.equal(scale[part], few_scale)
+    wide = total.double()
+    exact = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    assert_as_accurate(y, torch.nn.functional.rms_norm(total, (576,), weight, 1e-5), exact)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
