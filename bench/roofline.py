@@ -294,23 +294,26 @@ def segment_project(gpu: str) -> list[Case]:
 
 def segments_of_kind(gpu: str, kind: str) -> list[Case]:
     """One kind of L on the layers' shapes."""
-    hopper = gpu == "H100" and kind == "dense"  # the others run on the kernel for sm_80 everywhere
+    # Signs and the identity run on the kernels for sm_80 everywhere.
+    exact, hopper = kind == "identity", kind == "dense" and gpu == "H100"
     slots, threads = (256, 384) if hopper else (128, 256)
-    shared = 3 * 49152 + 65536 + 1024 if hopper else 3 * 128 * 256
+    shared = 3 * 49152 + (65536 + 1024 if hopper else 0) if hopper or exact else 3 * 128 * 256
     file, symbol = (
         ("segment_project_sm90.cu", "jz3_segment_project_sm90_bf16")
         if hopper
+        else ("segment_exact.cu", "jz3_segment_exact_bf16_256")
+        if exact
         else ("segment_project.cu", f"jz3_segment_project_{kind}_bf16_128")
     )
     module, reports = compiled(file, GPUS[gpu], threads, shared)
     machine = reports[symbol]
 
     def plan_of(bounds: np.ndarray, width: int) -> Plan:
-        outputs = width if kind == "identity" else PROJECTED
+        outputs = width if exact else PROJECTED
         return plan_segments(bounds, piece_limit(width, outputs, PROJECTED, slots), slots)
 
     def run(width: int, *ends: int) -> tuple[Run, int, float]:
-        outputs, tokens = width if kind == "identity" else PROJECTED, ends[-1]
+        outputs, tokens = width if exact else PROJECTED, ends[-1]
         plan = plan_of(np.array([0, *ends]), width)
         device = Device()
         ones = [
@@ -334,7 +337,7 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
             TensorMap(g, 2, (width, tokens), 2 * width, (64, 16)),
             TensorMap(left, 2, (width, PROJECTED), 2 * width, (64, 128)),
         ]
-        parts = -(-outputs // PROJECTED)
+        parts = -(-width // 256) if exact else 1
         done = device.launch(
             module.kernels[symbol],
             ((len(plan.groups) - 1) * parts,),
@@ -346,13 +349,12 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
         formula = segment_traffic(kind, len(ends), tokens, width, plan)
         return done, (len(plan.tiles) - 1) * parts, roofline.counts(done)["dram_bytes"] / formula
 
-    # Counts of a tile are those of its blocks of 64 columns, which it lacks without L, of the results that it
-    # completes, and fixed ones. Full tiles of one document or of several differ in their results alone.
-    width = 128 if kind == "identity" else 192
+    # Counts of a tile are those of its blocks of 64 columns, of which it has up to four without L, of the results
+    # that it completes, and fixed ones. Full tiles of one document or of several differ in their results alone.
+    width = 256 if exact else 192
     (one, tiles, _), (several, _, _) = run(width, 512), run(width, 128, 256, 384, 512)
-    result, slope = difference(one, several, 3), dict.fromkeys(COUNTS, 0.0)
-    if kind != "identity":
-        slope = difference(one, run(width + 128, 512)[0], 2 * tiles)
+    result, more = difference(one, several, 3), -128 if exact else 128
+    slope = difference(one, run(width + more, 512)[0], more // 64 * tiles)
     counted = roofline.counts(one)
     fixed = {x: (counted[x] - result[x]) / tiles - width // 64 * slope[x] for x in COUNTS}
     ratio = run(width, 64, 192, 448)[2]
@@ -363,14 +365,17 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
         while sum(lengths) < tokens:
             lengths.append(min(DOCUMENTS[len(lengths) % len(DOCUMENTS)], tokens - sum(lengths)))
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        plan, parts = plan_of(bounds, width), -(-width // PROJECTED) if kind == "identity" else 1
-        blocks = -(-width // 64)
+        plan, parts = plan_of(bounds, width), -(-width // 256) if exact else 1
+        blocks = -(-width // 64) / parts
         # The loop over columns leaves the last two blocks to the code after it; a tile's second product has 128 slots
-        # in steps of 16; the copies of a tile are unrolled by four.
-        trips = {4: blocks} if hopper else {64: blocks - 2, 32: 4, 0: 2}
+        # in steps of 16; the copies of a tile are unrolled by four. Without L, a step is half a tile, two times two
+        # products unrolled.
+        trips = {4: blocks} if hopper else {64: 2} if exact else {64: blocks - 2, 32: 4, 0: 2}
+        halves, filled = (2, blocks / 4) if exact else (1, 1.0)
         tiles = len(plan.tiles) - 1
         results = int(plan.pieces[:, 3].sum()) / tiles  # that a tile completes
-        cycles = loop_cycles(machine, max(loop_products(machine)), trips, results)
+        cycles = loop_cycles(machine, max(loop_products(machine)), trips, results / halves)
+        cycles = {pipe: c * halves for pipe, c in cycles.items()}
         if hopper:  # 8 of the 12 warps multiply; that the others copy meanwhile is left out
             cycles = {pipe: c * 8 / 12 for pipe, c in cycles.items()}
         outer = 2.0 * tokens * PROJECTED
@@ -381,11 +386,11 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
                 gpu,
                 segment_traffic(kind, len(lengths), tokens, width),
                 segment_traffic(kind, len(lengths), tokens, width, plan),
-                outer * width if kind == "identity" else outer * (width + PROJECTED),
+                outer * width if exact else outer * (width + PROJECTED),
                 "bf16",
                 tiles * parts,
                 cycles,
-                {x: fixed[x] + results * result[x] + blocks * slope[x] for x in COUNTS},
+                {x: fixed[x] + results * filled * result[x] + blocks * slope[x] for x in COUNTS},
                 machine.warps_per_sm,
                 ratio,
             )

@@ -34,7 +34,7 @@ def memory(address: int, kind: Any, count: int) -> np.ndarray:
 def build_launchers(folder: Path) -> Any:
     """Build the launchers on a CUDA runtime that takes notes instead of launching (recorded_launches.cpp)."""
     sources = [Path(__file__).with_name("recorded_launches.cpp")]
-    names = ("segment_project", "segment_project_sm90", "score_topk")
+    names = ("segment_project", "segment_exact", "segment_project_sm90", "score_topk")
     sources += [SOURCES / "cuda" / f"{name}.cu" for name in names]
     library = folder / "launchers.so"
     options = ["-O1", "-std=c++17", "-gencode", "arch=compute_90a,code=compute_90a", "-I", str(SOURCES)]

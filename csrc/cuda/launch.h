@@ -53,6 +53,8 @@ struct SegmentProject {
 };
 cudaError_t launch_segment_project(const SegmentProject& arguments, int left, bool bf16, int64_t groups,
                                    cudaStream_t stream);
+// The same without left.
+cudaError_t launch_segment_exact(const SegmentProject& arguments, bool bf16, int64_t groups, cudaStream_t stream);
 // The same on sm_90a, for packed documents (the tokens of a piece follow each other), a dense left, scale 1 and
 // tiles of SEGMENT_SLOTS_SM90 slots; `tokens` is T.
 cudaError_t launch_segment_project_sm90(const SegmentProject& arguments, int64_t tokens, bool bf16, int64_t groups,

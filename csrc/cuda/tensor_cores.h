@@ -21,6 +21,11 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
+// bytes of up to 8 columns
+__device__ __forceinline__ int bytes_left(int64_t columns) {
+  return columns <= 0 ? 0 : columns >= 8 ? 16 : 2 * int(columns);
+}
+
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
