@@ -368,7 +368,7 @@ void choose_pair(Kernels& k, int bits) {
 }
 
 Kernels avx512_kernels(int bits, int64_t queries) {
-  Kernels k = choose_kernels(Isa::avx2, bits, queries);
+  Kernels k = choose_kernels(Isa::scalar, bits, queries);
   (queries <= 1 ? choose_pair<1> : queries <= 2 ? choose_pair<2> : queries <= 4 ? choose_pair<4> : choose_pair<8>)(k, bits);
   k.any_width = k.biased = true;
   k.single = single_avx512;

@@ -30,7 +30,8 @@ struct RowPair {
 };
 
 // sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels or a little more
-// (unless null). queries: [steps][queries of a block][64].
+// (unless null). queries: [steps][queries of a block][64] digits of a plane; where a kernel is `wide`, int16 numbers of
+// two planes, with the even columns of every 32 first.
 using PairKernel = void (*)(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
                             double* norms[2]);
 
@@ -61,6 +62,7 @@ struct Kernels {
   int64_t block;         // queries of a block
   bool any_width;        // `bytes` takes widths that are no multiple of a step
   bool biased;           // the products are with level + 128 instead of the level
+  bool wide;             // up to two planes are multiplied as one number, in at most WIDE_COLUMNS columns at a time
   // one row of whole steps and one query, its columns in a row
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
   // the squared norm of the levels of a row of bytes, or a little more
@@ -71,8 +73,11 @@ struct Kernels {
   void (*unpack)(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes);
 };
 
+constexpr int64_t WIDE_COLUMNS = 2048;  // whose sums fit 32 bits, whatever the planes
+
 // For `isa`, which is none of the tile kinds, codes of `bits` and that many queries.
 Kernels choose_kernels(Isa isa, int bits, int64_t queries);
+Kernels avx2_kernels(int bits, int64_t queries);
 Kernels avx512_kernels(int bits, int64_t queries);
 
 constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;

@@ -90,7 +90,9 @@ int64_t tiles_of(int64_t queries, int64_t together) {
 struct Queries {
   int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
   bool biased;                            // the products are with level + 128
-  Lines blocked;                          // [plane][block][step][queries of a block][64]
+  bool wide;                              // all planes are one, of int16
+  int64_t planes;
+  Lines blocked;                   // [plane][block][step][queries of a block][64]
   Lines single;                    // [plane][query][columns], without the first plane
   Lines tiled;                     // for the tile kernels, then `blocked` is empty: [plane], as these want them
   std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
@@ -104,24 +106,30 @@ struct Queries {
         blocks((a.queries + block - 1) / block),
         width(together ? tiles_of(a.queries, together) * TILE_QUERIES : blocks * block),
         biased(together || kernels.biased),
-        blocked(together ? 0 : a.planes_count * blocks * block * columns),
-        single((a.planes_count - 1) * a.queries * columns),
-        tiled(together ? a.planes_count * width * columns : 0),
-        digit_sum(size_t(a.planes_count * a.queries)),
+        wide(kernels.wide),
+        planes(wide ? 1 : a.planes_count),
+        blocked(together ? 0 : planes * blocks * block * columns * digit_bytes()),
+        single((planes - 1) * a.queries * columns),
+        tiled(together ? planes * width * columns : 0),
+        digit_sum(size_t(planes * a.queries)),
         first_step(size_t(a.queries)),
         offset(first_step),
         rest(first_step),
         slack(first_step) {
-    std::vector<int8_t> line(static_cast<size_t>(columns));
+    std::vector<int16_t> line(static_cast<size_t>(columns));
     std::vector<double> below(static_cast<size_t>(columns));  // the planes after the first as one number
     for (int64_t q = 0; q < a.queries; ++q) {
       double first_square = 0, rest_square = 0;
       std::fill(below.begin(), below.end(), 0.0);
-      for (int64_t plane = 0; plane < a.planes_count; ++plane) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
         const int8_t* const digits = a.planes + (plane * a.queries + q) * a.dim;
-        for (int64_t c = 0; c < a.dim; ++c) line[a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c] = digits[c];
+        const int8_t* const lower = wide && a.planes_count == 2 ? digits + a.queries * a.dim : nullptr;
         int64_t sum = 0, square = 0;
-        for (int64_t c = 0; c < a.dim; ++c) sum += digits[c], square += int64_t(digits[c]) * digits[c];
+        for (int64_t c = 0; c < a.dim; ++c) {
+          const int64_t digit = lower ? 128 * digits[c] + lower[c] : digits[c];
+          line[a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c] = int16_t(digit);
+          sum += digit, square += digit * digit;
+        }
         digit_sum[plane * a.queries + q] = 128 * sum;
         if (plane) {
           for (int64_t c = 0; c < a.dim; ++c) below[c] = below[c] * 128 + digits[c];
@@ -135,20 +143,35 @@ struct Queries {
           uint8_t* const to = tiled.data() + (plane * width + first * TILE_QUERIES) * columns +
                               (tile - first) * STEP * TILE_QUERIES + q % TILE_QUERIES * 4;
           for (int64_t c = 0; c < columns; c += 4)
-            std::memcpy(to + (c / STEP * STEP * count + c % STEP) * TILE_QUERIES, &line[c], 4);
+            std::copy_n(&line[c], 4, to + (c / STEP * STEP * count + c % STEP) * TILE_QUERIES);
         } else {
-          uint8_t* const to = blocked.data() + (plane * blocks + q / block) * columns * block + q % block * STEP;
-          for (int64_t c = 0; c < columns; c += STEP) std::memcpy(to + c * block, &line[c], STEP);
+          const int64_t at = (plane * blocks + q / block) * columns * block + q % block * STEP;
+          for (int64_t c = 0; c < columns; c += STEP) {
+            if (wide)
+              put_wide(&line[c], blocked.data() + 2 * (at + c * block));
+            else
+              std::copy_n(&line[c], STEP, blocked.data() + at + c * block);
+          }
         }
       }
       for (double x : below) rest_square += x * x;
-      const double first_power = std::ldexp(1.0, int(7 * (a.planes_count - 1)));
+      const double first_power = std::ldexp(1.0, int(7 * (planes - 1)));
       const double step = std::fabs(a.step[q]), excess = biased ? double(digit_sum[q]) : 0;
       first_step[q] = a.step[q] * first_power;
       offset[q] = a.bias[q] - excess * first_step[q];
       rest[q] = step * (std::sqrt(rest_square) + ROUNDING * first_power * std::sqrt(first_square));
       slack[q] = ROUNDING * (std::fabs(a.bias[q]) + std::fabs(excess * first_step[q]));
     }
+  }
+
+  int64_t digit_bytes() const { return wide ? 2 : 1; }
+
+ private:
+  // A step of one query, of every 32 columns the even ones first.
+  static void put_wide(const int16_t* step, uint8_t* to) {
+    int16_t ordered[STEP];
+    for (int64_t c = 0; c < STEP; ++c) ordered[c / 32 * 32 + c % 2 * 16 + c % 32 / 2] = step[c];
+    std::memcpy(to, ordered, sizeof ordered);
   }
 };
 
@@ -238,8 +261,8 @@ class Scan {
     const int64_t open = a_.scores ? 0 : choose(begin, count);
     const bool all = a_.scores || open * 4 > count * a_.queries;
     if (all) {
-      rest_.resize(size_t((a_.planes_count - 1) * p_.rows * queries.width));
-      for (int64_t plane = 1; plane < a_.planes_count; ++plane)
+      rest_.resize(size_t((queries.planes - 1) * p_.rows * queries.width));
+      for (int64_t plane = 1; plane < queries.planes; ++plane)
         multiply(source, count, plane, rest_.data() + (plane - 1) * p_.rows * queries.width, nullptr);
     }
     if (a_.scores)
@@ -258,7 +281,7 @@ class Scan {
     const bool biased = p_.queries.biased;
     const int64_t at = r * p_.queries.width + q;
     int64_t dot = int64_t(sums_[at]) - (biased ? p_.queries.digit_sum[q] : 0);
-    for (int64_t plane = 1; plane < a_.planes_count; ++plane) {
+    for (int64_t plane = 1; plane < p_.queries.planes; ++plane) {
       const int64_t sum = bytes ? single(bytes, plane, q)
                                 : int64_t(rest_[(plane - 1) * p_.rows * p_.queries.width + at]);
       dot = dot * 128 + sum - ((bytes ? p_.kernels.biased : biased) ? p_.queries.digit_sum[plane * a_.queries + q] : 0);
@@ -278,7 +301,9 @@ class Scan {
     }
     const Queries& queries = p_.queries;
     const bool codes = p_.direct && a_.bits < 8;
-    const int64_t per_byte = codes ? 8 / a_.bits : 1, span = CACHED / queries.block / per_byte;
+    const int64_t most = CACHED / queries.block / queries.digit_bytes();  // columns
+    const int64_t per_byte = codes ? 8 / a_.bits : 1;
+    const int64_t span = (queries.wide ? std::min(most, WIDE_COLUMNS) : most) / per_byte;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
     const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
@@ -289,7 +314,8 @@ class Scan {
     for (int64_t begin = 0; begin < source.width; begin += span)
       for (int64_t block = 0; block < queries.blocks; ++block) {
         const int8_t* digits = queries.blocked.digits() +
-                               ((plane * queries.blocks + block) * queries.columns + begin * per_byte) * width;
+                               ((plane * queries.blocks + block) * queries.columns + begin * per_byte) * width *
+                                   queries.digit_bytes();
         for (int64_t r = 0; r < count; r += 2) {
           const int64_t second = std::min(r + 1, count - 1);
           RowPair rows{source.bytes + r * source.stride + begin, source.bytes + second * source.stride + begin,
@@ -347,7 +373,7 @@ class Scan {
       for (; i < open && open_[i].row == r; ++i) {
         const int64_t q = open_[i].query;
         if (open_[i].most < limit_[q]) continue;
-        if (!bytes && !rest_known && a_.planes_count > 1) bytes = unpacked(begin, r, source);
+        if (!bytes && !rest_known && p_.queries.planes > 1) bytes = unpacked(begin, r, source);
         const float value = score(begin, r, q, bytes);
         const int64_t group = a_.groups[q];
         if (seen_[group] != begin + r) {
@@ -397,7 +423,8 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Isa plain = isa > Isa::avx512vnni ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
   const CodeKernel packed = choose_code_kernel(isa, a.bits, a.queries);
   const TileKernel tiles = packed ? nullptr : choose_tile_kernel(plain, a.queries);
-  const Kernels kernels = choose_kernels(plain, a.bits, a.queries);
+  Kernels kernels = choose_kernels(plain, a.bits, a.queries);
+  if (kernels.wide && (packed || a.planes_count > 2)) kernels = choose_kernels(Isa::scalar, a.bits, a.queries);
   const Queries queries(a, packed ? CODE_BLOCKS : tiles ? 1 : 0, kernels);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;

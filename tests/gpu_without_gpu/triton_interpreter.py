@@ -7,9 +7,12 @@
         kernel[grid](x, y, ...)
 
 bf16: the interpreter keeps bf16 as uint16 and computes on the bit patterns, without a warning. install()
-makes tl.dot, binary and unary operations and fma work in fp32 with rounding to nearest even; tl.reduce and
+makes binary and unary operations and fma work in fp32 with rounding to nearest even; tl.reduce and
 tl.associative_scan on bf16 (tl.sum, tl.max, ...) would still be wrong and therefore raise TypeError: cast
 to fp32 first, as a kernel should anyway. Loads, stores and casts are right as they are.
+
+tl.dot: with an fp32 accumulator the product is formed in double precision and rounded once, so that a row's result
+doesn't depend on the rows beside it, as it doesn't on tensor cores.
 
 guard: the interpreter dereferences host pointers; an overrun corrupts memory or goes unnoticed. Inside
 guard(...) every unmasked load, store and atomic is compared with the storages of the given tensors.
@@ -72,12 +75,13 @@ def _patch_bf16() -> None:
     bitwise = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        if not (is_bf16(a) or is_bf16(b)):
-            return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         if is_bf16(d):
             raise TypeError("tl.dot with a bf16 accumulator is not supported")
-        product = np.matmul(value(a), value(b), dtype=np.float32)
-        return Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+        if d.data.dtype != np.float32 or 8 in (a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth):
+            return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        # In double precision: a row of numpy's float32 product depends on where in the matrix it lies.
+        product = np.matmul(value(a), value(b), dtype=np.float64)
+        return Handle(product.astype(np.float32) + d.data, d.dtype.scalar)
 
     def binary_op(self, lhs, rhs, op):
         if not (is_bf16(lhs) or is_bf16(rhs)) or op in bitwise:
