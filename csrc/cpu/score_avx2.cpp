@@ -1,4 +1,4 @@
-// The kernels for AVX2: a row x 1, 2, 4 or 8 queries whose planes are one number of 16 bits. vpmaddwd multiplies as
+// The kernels for AVX2: two rows x 1, 2 or 4 queries whose planes are one number of 16 bits. vpmaddwd multiplies as
 // many pairs a cycle as vpmaddubsw with what it takes to add up in 32 bits, neither has room for levels of 8 bits with
 // a sign and digits of 7, and with both planes at once nothing is left to bound or to multiply later. In 32 columns
 // the queries' even ones come first, so that bytes become words by a mask and a shift.
@@ -16,10 +16,12 @@
 namespace jz3 {
 namespace {
 
-// Of N queries; a chain of structures, because GCC keeps arrays in memory.
+constexpr int64_t MOST_DIRECT = 8;  // queries for which 4-bit codes aren't unpacked first
+
+// Of two rows with N queries; a chain of structures, because GCC keeps arrays in memory.
 template <int N>
 struct Sums {
-  __m256i lanes;
+  __m256i a, b;
   Sums<N - 1> rest;
 };
 template <>
@@ -27,44 +29,58 @@ struct Sums<0> {};
 
 template <int N>
 JZ3_INLINE void clear(Sums<N>& sums) {
-  sums.lanes = _mm256_setzero_si256();
+  sums.a = sums.b = _mm256_setzero_si256();
   if constexpr (N > 1) clear(sums.rest);
 }
 
 JZ3_INLINE __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+// Sixteen bytes in either half.
+JZ3_INLINE __m256i table_of(const Levels& levels) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.byte)));
+}
+
 // As instructions and not as intrinsics, whose sums GCC orders anew until they need more registers than there are.
-JZ3_INLINE void add_products(__m256i& total, __m256i words, const int16_t* digits) {
+JZ3_INLINE void add_products(__m256i& total, __m256i words, __m256i digits) {
   __m256i products;
-  __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(words), "m"(*reinterpret_cast<const int16_t(*)[16]>(digits)));
+  __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(words), "x"(digits));
   __asm__("vpaddd %1, %0, %0" : "+x"(total) : "x"(products));
 }
 
-template <int N>
-JZ3_INLINE void multiply(Sums<N>& sums, __m256i even, __m256i odd, const int16_t* query) {
-  add_products(sums.lanes, even, query);
-  add_products(sums.lanes, odd, query + 16);
-  if constexpr (N > 1) multiply(sums.rest, even, odd, query + STEP);
+// 32 columns of level + 128 as words.
+struct Words {
+  __m256i even, odd;
+};
+
+JZ3_INLINE Words words_of(__m256i bytes) {
+  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
 
-// 32 columns of level + 128
 template <int N>
-JZ3_INLINE void multiply(Sums<N>& sums, __m256i bytes, const int16_t* query) {
-  multiply(sums, _mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8), query);
+JZ3_INLINE void multiply(Sums<N>& sums, const Words& first, const Words& second, const int16_t* query) {
+  const __m256i even = load(query);
+  add_products(sums.a, first.even, even);
+  add_products(sums.b, second.even, even);
+  const __m256i odd = load(query + 16);
+  add_products(sums.a, first.odd, odd);
+  add_products(sums.b, second.odd, odd);
+  if constexpr (N > 1) multiply(sums.rest, first, second, query + STEP);
 }
 
-// A step of a row: 64 bytes of levels, or of 4-bit codes.
+// A step of both rows: 64 bytes of levels, or of 4-bit codes.
 template <int BITS, int N>
-JZ3_INLINE void step(Sums<N>& sums, const uint8_t* bytes, const int16_t* query, __m256i table) {
+JZ3_INLINE void step(Sums<N>& sums, const uint8_t* first, const uint8_t* second, const int16_t* query, __m256i table) {
   for (int half = 0; half < 64; half += 32) {
-    const __m256i x = load(bytes + half);
+    const __m256i x = load(first + half), y = load(second + half);
     if constexpr (BITS == 4) {
       const __m256i mask = _mm256_set1_epi8(15);
-      multiply(sums, _mm256_shuffle_epi8(table, _mm256_and_si256(x, mask)), query + half);
-      multiply(sums, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), mask)),
-               query + N * STEP + half);
+      const auto levels = [&](__m256i codes) JZ3_AVX2 {
+        return words_of(_mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask)));
+      };
+      multiply(sums, levels(x), levels(y), query + half);
+      multiply(sums, levels(_mm256_srli_epi16(x, 4)), levels(_mm256_srli_epi16(y, 4)), query + N * STEP + half);
     } else {
-      multiply(sums, x, query + half);
+      multiply(sums, words_of(x), words_of(y), query + half);
     }
   }
 }
@@ -82,49 +98,47 @@ JZ3_INLINE double total(__m256i lanes) {
 }
 
 template <int N>
-JZ3_INLINE void add_sums(const Sums<N>& sums, double* to) {
-  if constexpr (N >= 4) {
-    const auto &second = sums.rest, &third = second.rest, &fourth = third.rest;
-    const __m256d x = _mm256_hadd_pd(halves(sums.lanes), halves(second.lanes));
-    const __m256d y = _mm256_hadd_pd(halves(third.lanes), halves(fourth.lanes));
-    const __m256d each = _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
-    _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), each));
-    if constexpr (N > 4) add_sums(fourth.rest, to + 4);
-  } else {
-    *to += total(sums.lanes);
-    if constexpr (N > 1) add_sums(sums.rest, to + 1);
-  }
+JZ3_INLINE void add_sums(const Sums<N>& sums, double* first, double* second) {
+  *first += total(sums.a);
+  *second += total(sums.b);
+  if constexpr (N > 1) add_sums(sums.rest, first + 1, second + 1);
+}
+
+JZ3_INLINE __m256d four_totals(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256d x = _mm256_hadd_pd(halves(a), halves(b)), y = _mm256_hadd_pd(halves(c), halves(d));
+  return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+}
+
+JZ3_INLINE void add_sums(const Sums<4>& sums, double* first, double* second) {
+  const Sums<3>& b = sums.rest;
+  const Sums<2>& c = b.rest;
+  const Sums<1>& d = c.rest;
+  _mm256_storeu_pd(first, _mm256_add_pd(_mm256_loadu_pd(first), four_totals(sums.a, b.a, c.a, d.a)));
+  _mm256_storeu_pd(second, _mm256_add_pd(_mm256_loadu_pd(second), four_totals(sums.b, b.b, c.b, d.b)));
 }
 
 template <int BITS, int N>
-JZ3_AVX2 void multiply_row(const uint8_t* bytes, int64_t width, const int16_t* query, const Levels& levels,
-                           const uint8_t* ahead, int64_t ahead_step, double* to) {
-  constexpr int64_t digits = 8 / BITS * N;  // per byte of a row
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.byte)));
-  Sums<N> sums;
-  clear(sums);
-  int64_t b = 0;
-  for (; b + STEP <= width; b += STEP, ahead += ahead_step) {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-    step<BITS, N>(sums, bytes + b, query + b * digits, table);
-  }
-  if (b < width) {
-    uint8_t last[STEP] = {};  // digits are 0 there
-    std::memcpy(last, bytes + b, size_t(width - b));
-    step<BITS, N>(sums, last, query + b * digits, table);
-  }
-  add_sums(sums, to);
-}
-
-template <int BITS, int N>
-void pair(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2], double* norms[2]) {
+JZ3_AVX2 void pair(const RowPair& rows, const int8_t* queries, const Levels& levels, double* const sums[2],
+                   double* norms[2]) {
+  constexpr int64_t per_byte = 8 / BITS * N;  // digits
+  const __m256i table = table_of(levels);
   const auto* const digits = reinterpret_cast<const int16_t*>(queries);
-  const int64_t step = rows.ahead_step / 2, steps = (rows.width + STEP - 1) / STEP;
-  multiply_row<BITS, N>(rows.first, rows.width, digits, levels, rows.ahead, step, sums[0]);
-  if (rows.second == rows.first)
-    for (int q = 0; q < N; ++q) sums[1][q] = sums[0][q];
-  else
-    multiply_row<BITS, N>(rows.second, rows.width, digits, levels, rows.ahead + steps * step, step, sums[1]);
+  const auto* ahead = reinterpret_cast<const char*>(rows.ahead);
+  Sums<N> total;
+  clear(total);
+  int64_t b = 0;
+  for (; b + STEP <= rows.width; b += STEP, ahead += rows.ahead_step) {
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    _mm_prefetch(ahead + rows.ahead_step / 2, _MM_HINT_T1);
+    step<BITS>(total, rows.first + b, rows.second + b, digits + b * per_byte, table);
+  }
+  if (b < rows.width) {
+    uint8_t first[STEP] = {}, second[STEP] = {};  // digits are 0 there
+    std::memcpy(first, rows.first + b, size_t(rows.width - b));
+    std::memcpy(second, rows.second + b, size_t(rows.width - b));
+    step<BITS>(total, first, second, digits + b * per_byte, table);
+  }
+  add_sums(total, sums[0], sums[1]);
   for (int r = 0; norms && r < 2; ++r) *norms[r] += 128.0 * 128.0 * 8 / BITS * double(rows.width);
 }
 
@@ -160,6 +174,24 @@ JZ3_AVX2 int64_t choose_avx2(const Products& products, const Bounds& bounds, con
   return count;
 }
 
+JZ3_AVX2 void unpack_4bit(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes) {
+  const __m256i table = table_of(levels), mask = _mm256_set1_epi8(15);
+  const auto step = [&](const uint8_t* from, uint8_t* to) JZ3_AVX2 {
+    for (int half = 0; half < 64; half += 32) {
+      const __m256i x = load(from + half);
+      auto* const low = reinterpret_cast<__m256i*>(to + half);
+      _mm256_storeu_si256(low, _mm256_shuffle_epi8(table, _mm256_and_si256(x, mask)));
+      _mm256_storeu_si256(low + 2, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), mask)));
+    }
+  };
+  int64_t b = 0;
+  for (; b + STEP <= row_bytes; b += STEP) step(codes + b, bytes + 2 * b);
+  if (b == row_bytes) return;
+  uint8_t last[STEP] = {};  // digits are 0 there
+  std::memcpy(last, codes + b, size_t(row_bytes - b));
+  step(last, bytes + 2 * b);
+}
+
 template <int N>
 void choose_pair(Kernels& k, int bits) {
   k.block = N;
@@ -171,9 +203,11 @@ void choose_pair(Kernels& k, int bits) {
 
 Kernels avx2_kernels(int bits, int64_t queries) {
   Kernels k = choose_kernels(Isa::scalar, bits, queries);
-  (queries <= 1 ? choose_pair<1> : queries <= 2 ? choose_pair<2> : queries <= 4 ? choose_pair<4> : choose_pair<8>)(k, bits);
+  (queries <= 1 ? choose_pair<1> : queries <= 2 ? choose_pair<2> : choose_pair<4>)(k, bits);
   k.any_width = k.biased = k.wide = true;
   k.choose = choose_avx2;
+  if (bits == 4) k.unpack = unpack_4bit;
+  if (queries > MOST_DIRECT) k.codes = nullptr;
   return k;
 }
 
