@@ -114,6 +114,23 @@ def test_rows_may_lie_in_pieces(on: str, monkeypatch: pytest.MonkeyPatch, kind: 
     assert empty[1].shape == (queries, 0)
 
 
+@pytest.mark.parametrize("digits", [(127, 63), (-128, -128)], ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 4, 30])
+def test_largest_levels_and_digits_do_not_overflow(digits: tuple[int, int], queries: int) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    rows, dim = 33, 20_000
+    codes = torch.full((rows, dim), 255, dtype=torch.uint8)
+    codes[::3] = 0
+    planes = torch.tensor(digits, dtype=torch.int8)[:, None, None].expand(2, queries, dim).contiguous()
+    step, bias = torch.ones(queries, dtype=torch.float64), torch.zeros(queries, dtype=torch.float64)
+    arguments = (codes, "int8", planes, step, bias, torch.ones(rows))
+    expected = score_codes_reference(*arguments)
+    assert torch.equal(score_codes_cpu(*arguments), expected)
+    found = (torch.arange(rows), torch.zeros(queries, dtype=torch.long), 1, rows)
+    assert torch.equal(score_topk_cpu(*arguments, *found)[0], score_topk_reference(*arguments, *found)[0])
+
+
 @pytest.mark.parametrize("planes", [1, 3])
 def test_any_number_of_planes(planes: int) -> None:
     if backend.extension_missing():
