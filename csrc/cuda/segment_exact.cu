@@ -27,11 +27,9 @@ constexpr int STAGE_BYTES = HALF * (Q + P) * 2;
 
 template <class T, int Q, int P>
 __device__ __forceinline__ void segment_exact(const SegmentProject& p) {
-  constexpr int MT = Q / 64, NT = P / 16;  // rows / 16 and columns / 8 of a warp
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = shared_address(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane >> 2, t = lane & 3;
-  const int warp_m = warp >> 1, warp_n = warp & 1;
+  const int lane = threadIdx.x & 31;
   const int64_t q_tiles = (p.outputs + Q - 1) / Q, p_tiles = (p.columns + P - 1) / P;
   const int64_t group = blockIdx.x / (q_tiles * p_tiles), part = blockIdx.x % (q_tiles * p_tiles);
   const int64_t q0 = part % q_tiles * Q, p0 = part / q_tiles * P;
@@ -67,7 +65,7 @@ __device__ __forceinline__ void segment_exact(const SegmentProject& p) {
     look_up(step + 1);
   };
 
-  float acc[MT][NT][4] = {};
+  OuterProduct<T, Q, P> outer;
   look_up(0);
   load_step(0);
   load_step(1);
@@ -80,37 +78,8 @@ __device__ __forceinline__ void segment_exact(const SegmentProject& p) {
     for (int i = p.tiles[tile]; i < p.tiles[tile + 1]; ++i) {
       const int4 piece = p.pieces[i];  // first slot, end, where to, whether the sums are complete
       const int end = min(piece.y - begin, HALF);
-      for (int k = max(piece.x - begin, 0); k < end; k += 16) {
-        uint32_t x[MT][4];
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-          const uint32_t row = k + (lane & 7) + ((lane >> 4) << 3);
-          const uint32_t unit = warp_m * (2 * MT) + m * 2 + ((lane >> 3) & 1);
-          ldmatrix_transposed(x[m], rows + row * (Q * 2) + ((unit ^ (row & 7)) << 4));
-        }
-#pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-          const uint32_t row = k + (lane & 15), unit = warp_n * NT + n + (lane >> 4);
-          uint32_t y[4];
-          ldmatrix_transposed(y, a_rows + row * (P * 2) + ((unit ^ (row & 7)) << 4));
-#pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            T::mma(acc[m][n], x[m], y[0], y[1]);
-            T::mma(acc[m][n + 1], x[m], y[2], y[3]);
-          }
-        }
-      }
-      if (piece.w && piece.y > begin && piece.y <= begin + HALF) {
-        float* out = block_of(p, piece.z);
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              store_pair(p, out, q0 + (warp_m * MT + m) * 16 + h * 8 + quad, p0 + (warp_n * NT + n) * 8 + t * 2,
-                         acc[m][n] + 2 * h);
-      }
+      for (int k = max(piece.x - begin, 0); k < end; k += 16) outer.add(rows, a_rows, k);
+      if (piece.w && piece.y > begin && piece.y <= begin + HALF) outer.store(p, piece.z, q0, p0);
     }
   }
 }

@@ -34,7 +34,6 @@ template <class T, int LEFT, int B>
 __device__ __forceinline__ void segment_project(const SegmentProject& p) {
   constexpr int STAGE = STAGE_BYTES<B>;
   constexpr int NT = B / 16;  // columns / 8 of a warp, in both products
-  constexpr int MT2 = B / 64;  // rows / 16 of a warp in the second product
   constexpr int UNITS = B / 8;  // of a row of the tiles of a and g L
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = shared_address(shared);
@@ -44,7 +43,7 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
   const int64_t group = blockIdx.x / (q_tiles * p_tiles), part = blockIdx.x % (q_tiles * p_tiles);
   const int64_t q0 = part % q_tiles * B, p0 = part / q_tiles * B;
   const int blocks = int((p.width + COLUMNS - 1) / COLUMNS);
-  float acc[MT2][NT][4] = {};
+  OuterProduct<T, B, B> outer;
 
   for (int tile = p.groups[group]; tile < p.groups[group + 1]; ++tile) {
     const int32_t* slots = p.slots + int64_t(tile) * SLOTS;
@@ -196,37 +195,8 @@ __device__ __forceinline__ void segment_project(const SegmentProject& p) {
 
     for (int i = p.tiles[tile]; i < p.tiles[tile + 1]; ++i) {
       const int4 piece = p.pieces[i];  // first slot, end, where to, whether the sums are complete
-      for (int k = piece.x; k < piece.y; k += 16) {
-        uint32_t x[MT2][4];
-#pragma unroll
-        for (int m = 0; m < MT2; ++m) {
-          const uint32_t row = k + (lane & 7) + ((lane >> 4) << 3);
-          const uint32_t unit = warp_m * (2 * MT2) + m * 2 + ((lane >> 3) & 1);
-          ldmatrix_transposed(x[m], rows_tile + row * (B * 2) + ((unit ^ (row & 7)) << 4));
-        }
-#pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-          const uint32_t row = k + (lane & 15), unit = warp_n * NT + n + (lane >> 4);
-          uint32_t y[4];
-          ldmatrix_transposed(y, a_tile + row * (B * 2) + ((unit ^ (row & 7)) << 4));
-#pragma unroll
-          for (int m = 0; m < MT2; ++m) {
-            T::mma(acc[m][n], x[m], y[0], y[1]);
-            T::mma(acc[m][n + 1], x[m], y[2], y[3]);
-          }
-        }
-      }
-      if (piece.w) {
-        float* out = block_of(p, piece.z);
-#pragma unroll
-        for (int m = 0; m < MT2; ++m)
-#pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              store_pair(p, out, q0 + (warp_m * MT2 + m) * 16 + h * 8 + quad,
-                         p0 + (warp_n * NT + n) * 8 + t * 2, acc[m][n] + 2 * h);
-      }
+      for (int k = piece.x; k < piece.y; k += 16) outer.add(rows_tile, a_tile, k);
+      if (piece.w) outer.store(p, piece.z, q0, p0);
     }
     __syncthreads();  // the next tile's loads overwrite a and g L
   }

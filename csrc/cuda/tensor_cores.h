@@ -88,4 +88,49 @@ struct Fp16 {
   }
 };
 
+// Of Q x P sums that 4 x 2 warps share: those of this thread, Q / 64 x P / 16 fragments of a warp. The factors lie in
+// shared memory, slots by columns, with unit u of 16 bytes of row r at u ^ (r mod 8).
+template <class T, int Q, int P>
+struct OuterProduct {
+  static constexpr int MT = Q / 64, NT = P / 16;
+  float sums[MT][NT][4] = {};
+
+  // + the outer products of the slots k .. k + 16 of [slots][Q] and [slots][P]
+  __device__ __forceinline__ void add(uint32_t left, uint32_t right, int k) {
+    const int lane = threadIdx.x & 31, warp_m = threadIdx.x >> 6, warp_n = threadIdx.x >> 5 & 1;
+    uint32_t x[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const uint32_t row = k + (lane & 7) + ((lane >> 4) << 3);
+      const uint32_t unit = warp_m * (2 * MT) + m * 2 + ((lane >> 3) & 1);
+      ldmatrix_transposed(x[m], left + row * (Q * 2) + ((unit ^ (row & 7)) << 4));
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      const uint32_t row = k + (lane & 15), unit = warp_n * NT + n + (lane >> 4);
+      uint32_t y[4];
+      ldmatrix_transposed(y, right + row * (P * 2) + ((unit ^ (row & 7)) << 4));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        T::mma(sums[m][n], x[m], y[0], y[1]);
+        T::mma(sums[m][n + 1], x[m], y[2], y[3]);
+      }
+    }
+  }
+
+  // to the document's or partial block, from the row q0 and the column p0 on; the sums are zero then
+  __device__ __forceinline__ void store(const SegmentProject& p, int where, int64_t q0, int64_t p0) {
+    const int lane = threadIdx.x & 31, warp_m = threadIdx.x >> 6, warp_n = threadIdx.x >> 5 & 1;
+    float* block = block_of(p, where);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          store_pair(p, block, q0 + (warp_m * MT + m) * 16 + h * 8 + (lane >> 2),
+                     p0 + (warp_n * NT + n) * 8 + (lane & 3) * 2, sums[m][n] + 2 * h);
+  }
+};
+
 }  // namespace jz3
