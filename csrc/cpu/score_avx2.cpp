@@ -1,7 +1,7 @@
-// The kernels for AVX2: two rows x 1, 2 or 4 queries whose planes are one number of 16 bits. vpmaddwd multiplies as
-// many pairs a cycle as vpmaddubsw with what it takes to add up in 32 bits, neither has room for levels of 8 bits with
-// a sign and digits of 7, and with both planes at once nothing is left to bound or to multiply later. In 32 columns
-// the queries' even ones come first, so that bytes become words by a mask and a shift.
+// The kernels for AVX2: two rows x 1, 2 or 4 queries, both planes of a query as one number of 16 bits. Levels of 8 bits
+// times digits of 7 are more than vpmaddubsw can add up, unless the levels' signs go over to the digits first. vpmaddwd
+// has room for them, takes as many instructions, and with both planes at once nothing is left to bound or to multiply
+// later. Of every 32 columns the queries' even ones come first, so that bytes become words by a mask and a shift.
 #include "cpu/score_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
