@@ -246,6 +246,30 @@ def test_adapter_without_a_wrapper_leaves_the_model_plain() -> None:
     assert plain_model(model) is model
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_passes_that_are_open_together_do_not_mix(name: str, packed: bool) -> None:
+    model, texts = random_model(name), random_texts()
+    layers = linear_layers(model)
+    first, second = make_batches(texts[:2], 100), make_batches(texts[2:], 100)
+    expected = []
+    for batches in (first, second):
+        sink = Whole()
+        [_] = run_pass(model, layers, sink, batches, packed=packed)
+        expected.append(sink.gradients)
+    one, other = Whole(), Whole()
+    with (
+        GradientPass(model, layers, one, packed=packed) as a,
+        GradientPass(model, layers, other, packed=packed) as b,
+    ):
+        a.run(first[0])
+        b.run(second[0])
+        model(torch.tensor([[1, 2, 3]]))
+    for sink, alone in zip((one, other), expected, strict=True):
+        assert alone and set(sink.gradients) == set(alone)
+        assert all(torch.equal(sink.gradients[n], g) for n, g in alone.items())
+
+
 def test_freed_memory_stays_while_a_pass_is_open() -> None:
     if backend.extension_missing() or platform.libc_ver()[0] != "glibc":
         pytest.skip("the allocator is left alone here")

@@ -153,7 +153,9 @@ class GradientPass:
         from jz3.gradients.experts import ExpertLinear
 
         def hook(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            layout: _Layout = self._layout
+            layout: _Layout | None = self._layout
+            if layout is None:  # somebody else runs the model, perhaps another pass
+                return
             # Experts lay their tokens out themselves; routers return their logits first.
             rows = (lambda x: x) if isinstance(layer, ExpertLinear) else layout.rows
             kept = self.sink.forward(name, rows(inputs[0].detach()))
@@ -250,8 +252,11 @@ class GradientPass:
             self._layout = _Layout(owner.repeat_interleave(ids.shape[1]), texts)
             embedded = embed(ids).detach().requires_grad_()
         # The experts' backward pass needs nothing of the context: it is recorded by then.
-        with by_document(model, self._layout.document) if self._hooks else nullcontext():
-            states = model.base_model(inputs_embeds=embedded, **options).last_hidden_state
+        try:
+            with by_document(model, self._layout.document) if self._hooks else nullcontext():
+                states = model.base_model(inputs_embeds=embedded, **options).last_hidden_state
+        finally:
+            self._layout = None
         if not self._packed:
             return states.detach(), states.backward
         padded = states.new_zeros(*ids.shape, states.shape[-1])
