@@ -101,17 +101,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+def own_formats() -> list[str]:
+    """Return the number formats worth measuring: an emulated product of two such matrices takes a minute."""
+    return sorted({best_dtype(), "float32"})
+
+
 def peak_gflops() -> dict[str, float]:
     """Return the fastest of ten products of 2048 x 2048 matrices per number format that this machine has."""
     found = {}
-    for dtype in {getattr(torch, best_dtype()), torch.float32}:  # emulated, one takes a minute
-        a = torch.randn(2048, 2048).to(dtype)
+    for name in own_formats():
+        a = torch.randn(2048, 2048).to(getattr(torch, name))
         times = []
         for _ in range(10):
             start = time.perf_counter()
             torch.mm(a, a)
             times.append(time.perf_counter() - start)
-        found[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / min(times) / 1e9
+        found[name] = 2 * 2048**3 / min(times) / 1e9
     return found
 
 
@@ -205,7 +210,11 @@ def main() -> None:
         "--dtype", default=best_dtype(), help="of the model: bfloat16 or float32; the faster here"
     )
     parser.add_argument(
-        "--peers", nargs="*", choices=[p.name for p in peers.PEERS], help="which to run; all by default"
+        "--peers",
+        nargs="*",
+        choices=[p.name for p in peers.PEERS],
+        default=[p.name for p in peers.PEERS if p.dtype in own_formats()],
+        help="which to run; by default all in number formats that aren't emulated here",
     )
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
@@ -225,7 +234,7 @@ def main() -> None:
     if set_products(model, "auto") != "exact":
         kinds.append("int8")
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
-    wanted = [p for p in peers.PEERS if arguments.peers is None or p.name in arguments.peers]
+    wanted = [p for p in peers.PEERS if p.name in arguments.peers]
     # Ours, the peer's and the machine's best take turns, so that a slower hour of the machine is everyone's.
     threads = torch.get_num_threads()
     running = {p.name: peers.Running(p, folder, texts, threads) for p in wanted if not p.texts}

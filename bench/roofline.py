@@ -41,6 +41,8 @@ LAYERS = {
 DOCUMENTS = (64, 128, 256, 512, 1024, 2048)
 PROJECTED = 128
 """Rows of L and columns of the projected a."""
+EXACT = 256
+"""Columns of g that a block takes where there is no L."""
 COUNTS = ("l2_bytes", "smem_wavefronts", "smem_wavefronts_ideal", "warp_instructions")
 """What is counted per step."""
 PIECE = 128 * 128
@@ -294,17 +296,16 @@ def segment_project(gpu: str) -> list[Case]:
 
 def segments_of_kind(gpu: str, kind: str) -> list[Case]:
     """One kind of L on the layers' shapes."""
-    # Signs and the identity run on the kernels for sm_80 everywhere.
     exact, hopper = kind == "identity", kind == "dense" and gpu == "H100"
-    slots, threads = (256, 384) if hopper else (128, 256)
-    shared = 3 * 49152 + (65536 + 1024 if hopper else 0) if hopper or exact else 3 * 128 * 256
-    file, symbol = (
-        ("segment_project_sm90.cu", "jz3_segment_project_sm90_bf16")
-        if hopper
-        else ("segment_exact.cu", "jz3_segment_exact_bf16_256")
-        if exact
-        else ("segment_project.cu", f"jz3_segment_project_{kind}_bf16_128")
-    )
+    if hopper:
+        file, symbol = "segment_project_sm90.cu", "jz3_segment_project_sm90_bf16"
+        slots, threads, shared = 256, 384, 3 * 49152 + 65536 + 1024
+    elif exact:  # as signs, by a kernel for sm_80 everywhere
+        file, symbol = "segment_exact.cu", f"jz3_segment_exact_bf16_{EXACT}"
+        slots, threads, shared = 128, 256, 3 * 49152
+    else:
+        file, symbol = "segment_project.cu", f"jz3_segment_project_{kind}_bf16_128"
+        slots, threads, shared = 128, 256, 3 * 128 * 256
     module, reports = compiled(file, GPUS[gpu], threads, shared)
     machine = reports[symbol]
 
@@ -337,7 +338,7 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
             TensorMap(g, 2, (width, tokens), 2 * width, (64, 16)),
             TensorMap(left, 2, (width, PROJECTED), 2 * width, (64, 128)),
         ]
-        parts = -(-width // 256) if exact else 1
+        parts = -(-width // EXACT) if exact else 1
         done = device.launch(
             module.kernels[symbol],
             ((len(plan.groups) - 1) * parts,),
@@ -351,7 +352,7 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
 
     # Counts of a tile are those of its blocks of 64 columns, of which it has up to four without L, of the results
     # that it completes, and fixed ones. Full tiles of one document or of several differ in their results alone.
-    width = 256 if exact else 192
+    width = EXACT if exact else 192
     (one, tiles, _), (several, _, _) = run(width, 512), run(width, 128, 256, 384, 512)
     result, more = difference(one, several, 3), -128 if exact else 128
     slope = difference(one, run(width + more, 512)[0], more // 64 * tiles)
@@ -365,7 +366,7 @@ def segments_of_kind(gpu: str, kind: str) -> list[Case]:
         while sum(lengths) < tokens:
             lengths.append(min(DOCUMENTS[len(lengths) % len(DOCUMENTS)], tokens - sum(lengths)))
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        plan, parts = plan_of(bounds, width), -(-width // 256) if exact else 1
+        plan, parts = plan_of(bounds, width), -(-width // EXACT) if exact else 1
         blocks = -(-width // 64) / parts
         # The loop over columns leaves the last two blocks to the code after it; a tile's second product has 128 slots
         # in steps of 16; the copies of a tile are unrolled by four. Without L, a step is half a tile, two times two

@@ -244,9 +244,9 @@ void multiply_band(int64_t rows, int64_t columns, int64_t depth, const Left<V>& 
 }
 
 // As multiply_packed, for panels of `panel` columns and a depth of whole tiles. Behind the rows of A lie `next` more that
-// will be multiplied then; `also` is brought nearer meanwhile. The inner dimension is taken in parts of which 2 TILE rows fit the first-level cache. Of a deep
-// product all rows take a part before the next, so that the second has to hold this part of B alone, and the rows are
-// copied to the first: those of some lengths meet in few of its sets.
+// will be multiplied then; `also` is brought nearer meanwhile. The inner dimension is taken in parts of which 2 TILE rows
+// fit the first-level cache. Of a deep product all rows take a part before the next, so that the second has to hold this
+// part of B alone, and the rows are copied to the first: those of some lengths meet in few of its sets.
 template <class Tiles, class V, class Result>
 void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const Left<V>& left, const Right<V>& right, int64_t panel,
                     const Result& result, bool add, int64_t next, Nearer also = {}) {

@@ -182,9 +182,8 @@ template <class Out>
 void product(const ProductArguments<Out>& arguments, int threads);
 
 // Both products of a gated layer, where tile_unit() isn't none; depth and width are multiples of 32, x_stride is even, else
-// they throw. Forward, of G and
-// U, gate_up = [x G, x U] and y = SiLU(x G) * (x U); W has their columns in turn, 32 at a time. Backward, of the layer
-// behind it, the gradient of y is x W, and gate_up becomes that of itself.
+// they throw. Forward, of G and U, gate_up = [x G, x U] and y = SiLU(x G) * (x U); W has their columns in turn, 32 at a
+// time. Backward, of the layer behind it, the gradient of y is x W, and gate_up becomes that of itself.
 struct GatedArguments {
   const uint16_t* x;   // [rows][x_stride]
   const uint32_t* w;   // from pack_product, [depth][2 * width] or, backward, [depth][width]

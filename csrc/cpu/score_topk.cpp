@@ -91,7 +91,7 @@ struct Queries {
   int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
   bool biased;                            // the products are with level + 128
   bool wide;                              // all planes are one, of int16
-  int64_t planes;
+  int64_t planes;                         // multiplied one by one
   Lines blocked;                   // [plane][block][step][queries of a block][64]
   Lines single;                    // [plane][query][columns], without the first plane
   Lines tiled;                     // for the tile kernels, then `blocked` is empty: [plane], as these want them
