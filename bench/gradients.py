@@ -230,9 +230,7 @@ def main() -> None:
     fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
     weight = next(model.parameters())
     sink = open_sink(fit, weight.dtype, weight.device)
-    kinds = ["exact"]
-    if set_products(model, "auto") != "exact":
-        kinds.append("int8")
+    kinds = list(dict.fromkeys(["exact", set_products(model, "auto")]))
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
     wanted = [p for p in peers.PEERS if p.name in arguments.peers]
     # Ours, the peer's and the machine's best take turns, so that a slower hour of the machine is everyone's.

@@ -63,26 +63,57 @@ void bind_block(py::module_& module, const std::string& type) {
     jz3::softmax_residual<T>(
         {at<T>(logits), at<const int64_t>(target), at<float>(loss), at<float>(total), rows, width, stride}, threads);
   });
-  module.def(m("product").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t signs, uintptr_t y, int64_t rows,
-                                      int64_t columns, int64_t depth, int64_t x_stride, int64_t y_stride,
-                                      int64_t first, int threads) {
+  module.def(m("cross_entropy").c_str(), [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
+                                            uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,
+                                            int64_t words, int64_t width, int64_t forward_group, int64_t backward_group,
+                                            int threads) {
     py::gil_scoped_release release;
-    jz3::product<T>({at<const uint16_t>(x), at<const uint32_t>(w), at<const uint16_t>(signs), at<T>(y), rows, columns,
-                     depth, x_stride, y_stride, first},
-                    threads);
+    jz3::cross_entropy<T>({at<const T>(h), at<const T>(w), at<const void>(forward), at<const void>(backward),
+                           at<const int64_t>(target), at<const float>(weight), at<float>(loss), at<float>(rest), at<T>(grad),
+                           rows, words, width, forward_group, backward_group},
+                          threads);
   });
-  module.def(m("pack_int8").c_str(), [](uintptr_t w, uintptr_t out, int64_t group, int64_t depth, int64_t columns,
-                                        int64_t row_stride, int64_t column_stride, int threads) {
+}
+
+// Products of rows of T with results of Out.
+template <class T, class Out>
+void bind_product(py::module_& module, const std::string& types) {
+  module.def(("product_" + types).c_str(), [](uintptr_t x, uintptr_t w, uintptr_t signs, uintptr_t y, int64_t rows,
+                                              int64_t columns, int64_t depth, int64_t x_stride, int64_t y_stride,
+                                              int64_t first, int threads) {
     py::gil_scoped_release release;
-    jz3::pack_int8(at<const T>(w), at<uint8_t>(out), group, depth, columns, row_stride, column_stride, threads);
+    const jz3::ProductArguments<T, Out> arguments{at<const T>(x), at<const void>(w), at<const T>(signs), at<Out>(y), rows,
+                                                  columns, depth, x_stride, y_stride, first};
+    jz3::product(arguments, threads);
   });
-  module.def(m("product_int8").c_str(), [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t group, int64_t rows,
-                                           int64_t columns, int64_t depth, int64_t x_stride, int64_t y_stride,
-                                           int threads) {
+}
+template <class T, class Unit>
+void bind_packing(py::module_& module, const std::string& type) {
+  module.def(("pack_product_" + type).c_str(), [](uintptr_t w, uintptr_t out, int64_t depth, int64_t columns,
+                                                  int64_t row_stride, int64_t column_stride, int threads) {
     py::gil_scoped_release release;
-    jz3::product_int8<T>(
-        {at<const T>(x), at<const uint8_t>(w), at<T>(y), group, rows, columns, depth, x_stride, y_stride}, threads);
+    jz3::pack_product(at<const T>(w), at<Unit>(out), depth, columns, row_stride, column_stride, threads);
   });
+}
+
+// Products with whole numbers, of one width and type of rows.
+template <class T>
+void bind_whole(py::module_& module, const std::string& width, const std::string& type,
+                void (*pack)(const T*, uint8_t*, const jz3::WholeShape&, int),
+                void (*product)(const jz3::WholeArguments<T>&, int)) {
+  module.def(("pack_" + width + "_" + type).c_str(),
+             [pack](uintptr_t w, uintptr_t out, int64_t group, int64_t depth, int64_t columns, int64_t row_stride,
+                    int64_t column_stride, int threads) {
+               py::gil_scoped_release release;
+               pack(at<const T>(w), at<uint8_t>(out), {group, depth, columns, row_stride, column_stride}, threads);
+             });
+  module.def(("product_" + width + "_" + type).c_str(),
+             [product](uintptr_t x, uintptr_t w, uintptr_t y, int64_t group, int64_t rows, int64_t columns, int64_t depth,
+                       int64_t x_stride, int64_t y_stride, int threads) {
+               py::gil_scoped_release release;
+               product({at<const T>(x), at<const uint8_t>(w), at<T>(y), group, rows, columns, depth, x_stride, y_stride},
+                       threads);
+             });
 }
 #endif
 
@@ -182,15 +213,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("tokens"), py::arg("documents"), py::arg("width"), py::arg("outputs"), py::arg("columns"),
       py::arg("stride_a"), py::arg("stride_g"), py::arg("stride_left"), py::arg("scale"), py::arg("signs"),
       py::arg("bf16"), py::arg("unit"), py::arg("threads"));
-  m.def("has_bf16", &jz3::has_bf16);
+  m.def("vector_unit", [] { return int(jz3::vector_unit()); });
+  m.def("choose_vector_unit", &jz3::choose_vector_unit);
   m.def("has_int8_products", &jz3::has_int8_products);
+  m.def("has_int16_products", &jz3::has_int16_products);
+  m.def("int8_bytes", &jz3::int8_bytes);
+  m.def("int16_bytes", &jz3::int16_bytes);
+  m.attr("INT8_PANEL") = jz3::INT8_PANEL;
+  m.attr("INT16_PANEL") = jz3::INT16_PANEL;
   m.attr("BUCKETS") = jz3::BUCKETS;
-  m.attr("INT8_HEAD") = jz3::INT8_HEAD;
-  m.def("pack_product", [](uintptr_t w, uintptr_t out, int64_t depth, int64_t columns, int64_t row_stride,
-                           int64_t column_stride, int threads) {
-    py::gil_scoped_release release;
-    jz3::pack_product(at<const uint16_t>(w), at<uint32_t>(out), depth, columns, row_stride, column_stride, threads);
-  });
   for (const bool backward : {false, true})
     m.def(backward ? "gated_gradient_product" : "gated_product",
           [backward](uintptr_t x, uintptr_t w, uintptr_t gate_up, uintptr_t y, int64_t rows, int64_t depth, int64_t width,
@@ -214,17 +245,15 @@ PYBIND11_MODULE(_C, m) {
          at<float>(square), at<float>(values), segments, rows, columns, count, g_stride, a_stride, values_stride},
         threads);
   });
-  m.def("cross_entropy", [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
-                            uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,
-                            int64_t words, int64_t width, int64_t forward_group, int64_t backward_group,
-                            int threads) {
-    py::gil_scoped_release release;
-    jz3::cross_entropy({at<const uint16_t>(h), at<const uint16_t>(w), at<const void>(forward), at<const void>(backward),
-                        at<const int64_t>(target), at<const float>(weight), at<float>(loss), at<float>(rest),
-                        at<uint16_t>(grad), rows, words, width, forward_group, backward_group},
-                       threads);
-  });
   bind_block<float>(m, "float32");
   bind_block<uint16_t>(m, "bfloat16");
+  bind_packing<float, float>(m, "float32");
+  bind_packing<uint16_t, uint32_t>(m, "bfloat16");
+  bind_product<float, float>(m, "float32_float32");
+  bind_product<uint16_t, float>(m, "bfloat16_float32");
+  bind_product<uint16_t, uint16_t>(m, "bfloat16_bfloat16");
+  bind_whole<float>(m, "int8", "float32", jz3::pack_int8, jz3::product_int8);
+  bind_whole<uint16_t>(m, "int8", "bfloat16", jz3::pack_int8, jz3::product_int8);
+  bind_whole<float>(m, "int16", "float32", jz3::pack_int16, jz3::product_int16);
 #endif
 }

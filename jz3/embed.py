@@ -87,7 +87,7 @@ class Features:
     completion: Completion | None = field(default=None, repr=False)
     """What completes queries, of Adapted."""
     products: str = "exact"
-    """In what the passes multiplied, and do for queries: `exact` or `int8`."""
+    """In what the passes multiplied, and do for queries: `exact`, `int8` or `int16`."""
 
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries.
@@ -151,15 +151,15 @@ def featurize(
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
-        products: in what the passes multiply: `exact` (the model's dtype), `int8` (8 bits, of Llama-like
-            models on a CPU with AVX-512 VNNI), or `auto` (`int8` where it is faster here, else `exact`).
+        products: in what the passes multiply: `exact` (the model's dtype); `int8` or `int16` (8 or 16 bits, of
+            Llama-like models on a CPU with AVX-512 VNNI or AVX2); or `auto`, what is fastest here.
 
     Returns:
         The features, in the texts' order.
 
     Raises:
         ValueError: there is no text, one is too short, or its gradient is not finite.
-        Jz3Error: a checkpoint that Less names doesn't fit, or `int8` can't be had.
+        Jz3Error: a checkpoint that Less names doesn't fit, or `int8` or `int16` can't be had.
     """
     kind = kind or Adapted()
     if not docs:

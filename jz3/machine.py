@@ -3,9 +3,9 @@
 import functools
 from pathlib import Path
 
-PRODUCTS = ("auto", "exact", "int8")
-"""In what a gradient pass multiplies: `exact`, the model's number format; `int8`, 8 bits in the products of Llama-like
-models (jz3/gradients/llama.py); `auto`, `int8` where it is faster on this machine, else `exact`."""
+PRODUCTS = ("auto", "exact", "int8", "int16")
+"""In what a gradient pass multiplies: `exact`, the model's number format; `int8` or `int16`, 8 or 16 bits in the
+products of Llama-like models (jz3/gradients/llama.py); `auto`, what is fastest of these on this machine."""
 
 
 @functools.cache
@@ -37,24 +37,38 @@ def best_dtype() -> str:
     return "bfloat16" if fast_bfloat16() else "float32"
 
 
+def avx2_alone() -> bool:
+    """Whether the best vectors of this CPU that torch uses are those of AVX2."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 @functools.cache
-def int8_obstacle() -> str:
-    """Return why this machine has no products in 8 bits, or an empty string."""
+def products_obstacle(products: str) -> str:
+    """Return why this machine has no products in `int8` or `int16`, or an empty string."""
     from jz3 import backend
 
+    if products == "exact":
+        return ""
     if missing := backend.extension_missing():
         return missing
-    if not getattr(backend.extension(), "has_int8_products", bool)():
-        return "this CPU has no AVX-512 with VNNI and bfloat16 (or jz3._C was built without it)"
+    if not getattr(backend.extension(), f"has_{products}_products", bool)():
+        needed = {"int8": "AVX-512 with VNNI and bfloat16", "int16": "AVX2 with FMA"}[products]
+        return f"this CPU has no {needed} (or jz3._C was built without it)"
     return ""
 
 
 def best_products() -> str:
-    """Return what the setting `auto` of a gradient pass's products stands for here: `int8` or `exact`."""
+    """Return what the setting `auto` of a gradient pass's products stands for here: `exact`, `int8` or `int16`."""
     import torch
 
-    faster = not torch.cuda.is_available() and not torch.cpu._is_amx_tile_supported()
-    return "int8" if faster and not int8_obstacle() else "exact"
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
+        return "exact"
+    if not products_obstacle("int8"):
+        return "int8"
+    # With AVX-512 torch's products of float32 are as fast.
+    return "int16" if avx2_alone() and not products_obstacle("int16") else "exact"
 
 
 def _cpu_info() -> str:

@@ -24,11 +24,18 @@ from jz3.ops.ce_hidden_grad import ce_hidden_grad_reference
 pytestmark = pytest.mark.usefixtures("tile_unit")
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
 @pytest.fixture(params=["own", "torch"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.bfloat16
     if request.param == "torch":
-        monkeypatch.setattr(products, "native_products", lambda: False)
-    elif not products.native_products():
+        monkeypatch.setattr(products, "native_products", lambda *_: False)
+        monkeypatch.setattr(products, "native_segments", lambda: False)
+    elif not products.native_products(numbers):
         pytest.skip("jz3's own products are not the faster ones here")
 
 
@@ -49,11 +56,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
     ids=str,
 )
-def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -> None:
+def test_product(sizes: tuple[int, int, int], dtype: torch.dtype, result: torch.dtype, bias: bool) -> None:
+    if dtype == torch.float32 != result:
+        pytest.skip("sums of float32 are not rounded")
     rows, depth, columns = sizes
-    x = normal(1, rows, depth + 6, dtype=torch.bfloat16)[:, 2 : depth + 2]
-    w = normal(2, columns, depth, dtype=torch.bfloat16).T
-    b = normal(3, columns, dtype=torch.bfloat16) if bias else None
+    x = normal(1, rows, depth + 6, dtype=dtype)[:, 2 : depth + 2]
+    w = normal(2, columns, depth, dtype=dtype).T
+    b = normal(3, columns, dtype=dtype) if bias else None
     got = Product(w, b)(x, result)
     assert got.dtype == result
     plain = x @ w if b is None else torch.addmm(b, x, w)
@@ -63,10 +72,14 @@ def test_product(sizes: tuple[int, int, int], result: torch.dtype, bias: bool) -
 
 @pytest.mark.parametrize("result", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 48, 0), (7, 64, 48), (50, 576, 29), (20, 38, 5)], ids=str)
-def test_folded_rows_stand_beside_the_product(sizes: tuple[int, int, int], result: torch.dtype) -> None:
+def test_folded_rows_stand_beside_the_product(
+    sizes: tuple[int, int, int], dtype: torch.dtype, result: torch.dtype
+) -> None:
+    if dtype == torch.float32 != result:
+        pytest.skip("sums of float32 are not rounded")
     rows, depth, columns = sizes
-    x = normal(1, rows, depth + 6, dtype=torch.bfloat16)[:, 2 : depth + 2]
-    w, signs = normal(2, depth, columns, dtype=torch.bfloat16), normal(3, depth).sign()
+    x = normal(1, rows, depth + 6, dtype=dtype)[:, 2 : depth + 2]
+    w, signs = normal(2, depth, columns, dtype=dtype), normal(3, depth).sign()
     got = Product(w, signs=signs)(x, result)
     assert got.shape == (rows, columns + BUCKETS)
     exact = torch.zeros(rows, BUCKETS).double()
@@ -127,12 +140,12 @@ def test_gated_products_refuse_other_sizes() -> None:
 
 
 @pytest.mark.parametrize("rows", [40, 2100])  # the latter more than the caches hold
-def test_norm(rows: int) -> None:
-    if not products.native_products():
+def test_norm(rows: int, dtype: torch.dtype) -> None:
+    if not products.native_products(dtype):
         pytest.skip("jz3's own code is not used")
-    native = llama._Native(torch.bfloat16)
-    x, add = (normal(seed, rows, 576, dtype=torch.bfloat16) for seed in (1, 2))
-    weight = normal(3, 576, dtype=torch.bfloat16)
+    native = llama._Native(dtype)
+    x, add = (normal(seed, rows, 576, dtype=dtype) for seed in (1, 2))
+    weight = normal(3, 576, dtype=dtype)
     total, y, scale = native.norm(x, add, weight, 1e-5)
     assert torch.equal(total, x + add)
     for begin in range(0, rows, 40):  # as the rounded sum's, and a few rows' as many's
@@ -144,15 +157,15 @@ def test_norm(rows: int) -> None:
     assert_as_accurate(y, torch.nn.functional.rms_norm(total, (576,), weight, 1e-5), exact)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    x, product = normal(1, 301, 64, dtype=torch.bfloat16), Product(normal(2, 64, 96, dtype=torch.bfloat16))
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    x, product = normal(1, 301, 64, dtype=dtype), Product(normal(2, 64, 96, dtype=dtype))
     if product._packed is None:
         pytest.skip("torch's products do")
     assert torch.equal(product(x)[200:], product(x[200:]))
 
 
 @pytest.mark.parametrize("sizes", [(13, 21, 4), (40, 7, 0), (1, 1, 5), (0, 0, 3), (33, 70, 9)], ids=str)
-def test_project_segments(sizes: tuple[int, int, int]) -> None:
+def test_project_segments(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, columns, begin = sizes
     tokens, bounds = 90, torch.tensor([0, 40, 40, 41, 90])
     g = normal(1, tokens, rows + 3 + BUCKETS)
@@ -203,22 +216,22 @@ def test_output_layer_keeps_nan_in_its_row_and_names_bad_targets() -> None:
         OutputLayer(w)(h, torch.arange(9) + 32, torch.ones(9))
 
 
-def test_callers_in_several_threads() -> None:
-    x, product = normal(1, 700, 128, dtype=torch.bfloat16), Product(normal(2, 128, 256, dtype=torch.bfloat16))
+def test_callers_in_several_threads(dtype: torch.dtype) -> None:
+    x, product = normal(1, 700, 128, dtype=dtype), Product(normal(2, 128, 256, dtype=dtype))
     expected = product(x)
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: product(x), range(40)):
             assert torch.equal(found, expected)
 
 
-def test_after_a_fork() -> None:
-    x, product = normal(1, 700, 128, dtype=torch.bfloat16), Product(normal(2, 128, 256, dtype=torch.bfloat16))
+def test_after_a_fork(dtype: torch.dtype) -> None:
+    x, product = normal(1, 700, 128, dtype=dtype), Product(normal(2, 128, 256, dtype=dtype))
     if product._packed is None:
         pytest.skip("torch's own threads don't survive a fork")
-    expected = product(x).view(torch.int16).numpy()
+    expected = product(x).view(torch.uint8).numpy()
     child = os.fork()
     if not child:
         # A child that hangs ends too; in it nothing may use torch's threads.
         signal.alarm(30)
-        os._exit(0 if (product(x).view(torch.int16).numpy() == expected).all() else 1)
+        os._exit(0 if (product(x).view(torch.uint8).numpy() == expected).all() else 1)
     assert os.waitpid(child, 0)[1] == 0

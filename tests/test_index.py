@@ -345,13 +345,16 @@ def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
 
 
-def test_stores_made_in_8_bits_are_queried_where_there_are_none(
-    small_run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("products", ["int8", "int16"])
+def test_stores_made_with_whole_numbers_are_queried_where_there_are_none(
+    small_run: Path, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("jz3.index.query", "jz3.gradients.passes"):
-        monkeypatch.setattr(f"{module}.int8_obstacle", lambda: "this CPU has none")
+        monkeypatch.setattr(
+            f"{module}.products_obstacle", lambda kind: "it has none" if kind == products else ""
+        )
     collection = open_collection(small_run)
-    encoding = dataclasses.replace(collection.encoding(), products="int8")
+    encoding = dataclasses.replace(collection.encoding(), products=products)
     encoder = Encoder(encoding, collection.projection())
     assert encoder.model.__dict__["_jz3_products"] == "exact"
     assert torch.isfinite(encoder.features([Tokens("", [5, 6, 7, 8], 1)])).all()

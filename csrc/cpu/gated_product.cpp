@@ -7,16 +7,15 @@
 
 #include "cpu/ops.h"
 #include "cpu/product_blocks.h"
-#include "cpu/silu.h"
 #include "cpu/tiles.h"
-
-namespace jz3 {
 
 #ifdef JZ3_BF16
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "cpu/silu.h"
 
+namespace jz3 {
 namespace {
 
 constexpr int64_t WIDE = 2 * TILE;  // columns of a block
@@ -128,6 +127,6 @@ void gated_gradient_product(const GatedArguments& a, int threads) {
   each_block(a.w, a.rows, a.depth, a.width, threads, block);
 }
 
-#endif
-
 }  // namespace jz3
+
+#endif

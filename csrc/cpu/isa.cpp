@@ -45,7 +45,36 @@ std::atomic<int>& chosen_tiles() {
   return chosen;
 }
 
+VectorUnit best_vectors() {
+#ifdef JZ3_BF16
+  if (has_bf16()) return VectorUnit::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return VectorUnit::avx2;
+#endif
+  return VectorUnit::none;
+}
+
+std::atomic<int>& chosen_vectors() {
+  static std::atomic<int> chosen{int(best_vectors())};
+  return chosen;
+}
+
 }  // namespace
+
+bool has_bf16() {
+#ifdef JZ3_BF16
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+VectorUnit vector_unit() { return VectorUnit(chosen_vectors().load(std::memory_order_relaxed)); }
+
+void choose_vector_unit(int unit) {
+  if (unit < 0 || unit > int(best_vectors())) throw std::invalid_argument("this machine has no such vector unit");
+  chosen_vectors() = unit;
+}
 
 TileUnit tile_unit() { return TileUnit(chosen_tiles().load(std::memory_order_relaxed)); }
 

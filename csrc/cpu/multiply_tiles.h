@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/amx.h"
+#include "cpu/nearer.h"
 
 namespace jz3 {
 namespace {
@@ -184,29 +185,6 @@ class Rounded : public RowByRow<Rounded> {
   uint16_t* c_;
   int64_t stride_;
   bool streamed_;
-};
-
-// Rows that will be read next, brought to the second-level cache some lines at a time.
-class Nearer {
- public:
-  Nearer() : Nearer(nullptr, 0, 0, 0, 1) {}
-  // `bytes` of every row, within `steps`.
-  Nearer(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
-      : row_(static_cast<const char*>(begin)),
-        rows_(rows),
-        stride_(stride),
-        bytes_(bytes),
-        most_(std::min<int64_t>(((bytes + 63) / 64 * rows + steps - 1) / steps, 8)) {}
-  void fetch() {
-    for (int64_t i = most_; i > 0 && rows_; --i) {
-      _mm_prefetch(row_ + at_, _MM_HINT_T1);
-      if ((at_ += 64) >= bytes_) at_ = 0, row_ += stride_, --rows_;
-    }
-  }
-
- private:
-  const char* row_;
-  int64_t rows_, stride_, bytes_, most_, at_ = 0;
 };
 
 // One part of the inner dimension of at most 2 TILE rows of C. Sums that aren't direct lie in `sums`: all of these rows,

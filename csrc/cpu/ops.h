@@ -18,6 +18,13 @@ enum class TileUnit : int { none = 0, amx = 1, emulated = 2 };
 TileUnit tile_unit();
 void choose_tile_unit(int unit);
 
+// What computes a Llama block's parts (cpu/block.cpp): nothing, AVX2, or AVX-512 with bfloat16 products (rows of bfloat16
+// too); at first the best of this machine.
+enum class VectorUnit : int { none = 0, avx2 = 1, avx512 = 2 };
+VectorUnit vector_unit();
+void choose_vector_unit(int unit);
+bool has_bf16();  // whether avx512 can be chosen
+
 // Keep freed memory in the process until as many calls have ended it as began it: arrays of megabytes that come and go
 // would be given back and cleared anew every time, which takes as long as a product that fills them.
 void hold_memory(bool hold);
@@ -99,9 +106,8 @@ SegmentUnit best_segment_unit();
 // `unit` is one of them, or -1 for the best; throws if this machine lacks it.
 void segment_project(const SegmentArguments& arguments, int unit, int threads);
 
-// The parts of a Llama block (jz3/gradients/llama.py) on rows of T, float or bfloat16 (as uint16_t); they may
-// be called only where has_bf16().
-bool has_bf16();
+// The parts of a Llama block (jz3/gradients/llama.py) on rows of T, float or bfloat16 (as uint16_t); they may be called
+// only where vector_unit() isn't none, with rows of bfloat16 only where it is avx512.
 
 // sum = x + add (x and sum are one if add is null), y = sum / rms(sum) * weight; scale = 1 / rms(sum).
 template <class T>
@@ -161,25 +167,29 @@ struct SoftmaxArguments {
 template <class T>
 void softmax_residual(const SoftmaxArguments<T>& arguments, int threads);
 
-// W[k][n] = w[k * row_stride + n * column_stride] for `product`: 64 * ceil(columns / 64) * ceil(depth / 2) pairs, in panels
-// of 64 columns, or of 32 for tiles (cpu/tiles.h).
+// W[k][n] = w[k * row_stride + n * column_stride] for `product`: 64 * ceil(columns / 64) * ceil(depth / 2) pairs of bfloat16,
+// in panels of 64 columns, or of 32 for tiles (cpu/tiles.h); or 16 * ceil(columns / 16) * depth numbers, in panels of 16.
 void pack_product(const uint16_t* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads);
+void pack_product(const float* w, float* out, int64_t depth, int64_t columns, int64_t row_stride, int64_t column_stride,
+                  int threads);
 
 constexpr int64_t BUCKETS = 32;  // a multiple of the lanes of a vector, twice
 
-// y = x W of bfloat16, y in bfloat16 or float32. Strides are in numbers; depth and x_stride are even, columns is a
-// multiple of 16. With signs, then y[m][first + b] = sum of +-x[m][k] over k % BUCKETS = 2 (b % 16) + b / 16.
-template <class Out>
+// y = x W of bfloat16 (as uint16_t), y in bfloat16 or float, only where has_bf16(); or of float on AVX2. Strides are in
+// numbers; depth and x_stride of bfloat16 are even, columns is a multiple of 16. With signs, then
+// y[m][first + b] = sum of +-x[m][k] over k % BUCKETS = 2 (b % 16) + b / 16.
+template <class T, class Out>
 struct ProductArguments {
-  const uint16_t* x;      // [rows][x_stride]
-  const uint32_t* w;      // from pack_product
-  const uint16_t* signs;  // [depth], 0 or the sign bit of bfloat16; may be null
-  Out* y;                 // [rows][y_stride]
+  const T* x;      // [rows][x_stride]
+  const void* w;   // from pack_product
+  const T* signs;  // [depth], 0 or the sign bit of T; may be null
+  Out* y;          // [rows][y_stride]
   int64_t rows, columns, depth, x_stride, y_stride, first;
 };
 template <class Out>
-void product(const ProductArguments<Out>& arguments, int threads);
+void product(const ProductArguments<uint16_t, Out>& arguments, int threads);
+void product(const ProductArguments<float, float>& arguments, int threads);
 
 // Both products of a gated layer, where tile_unit() isn't none; depth and width are multiples of 32, x_stride is even, else
 // they throw. Forward, of G and U, gate_up = [x G, x U] and y = SiLU(x G) * (x U); W has their columns in turn, 32 at a
@@ -194,26 +204,34 @@ struct GatedArguments {
 void gated_product(const GatedArguments& arguments, int threads);
 void gated_gradient_product(const GatedArguments& arguments, int threads);
 
-// Products in 8 bits (cpu/product_int8.cpp) on rows of float or bfloat16 (as uint16_t); only where has_int8_products().
+// Products with whole numbers (cpu/whole.h): in 8 bits (cpu/product_int8.cpp) on rows of float or bfloat16 (as uint16_t),
+// only where has_int8_products(); in 16 bits (cpu/product_int16.cpp) on rows of float, only where has_int16_products().
 bool has_int8_products();
-constexpr int64_t INT8_HEAD = 64 * 8;  // bytes before the numbers of a group of 64 columns
+bool has_int16_products();
+constexpr int64_t INT8_PANEL = 64, INT16_PANEL = 16;
+int64_t int8_bytes(int64_t group);  // of a group of a panel's columns
+int64_t int16_bytes(int64_t group);
 
-// W as pack_product has it, `group` numbers of a column (a multiple of 64) under one scale, turned as in cpu/int8.h:
-// out[ceil(columns / 64)][ceil(depth / group)][INT8_HEAD + 64 * group], at a multiple of 64 bytes.
+// W as pack_product has it, `group` numbers of a column (a multiple of 64) under one scale:
+// out[ceil(columns / panel)][ceil(depth / group)][bytes], at a multiple of 64 bytes.
+struct WholeShape {
+  int64_t group, depth, columns, row_stride, column_stride;
+};
 template <class T>
-void pack_int8(const T* w, uint8_t* out, int64_t group, int64_t depth, int64_t columns, int64_t row_stride,
-               int64_t column_stride, int threads);
+void pack_int8(const T* w, uint8_t* out, const WholeShape& shape, int threads);
+void pack_int16(const float* w, uint8_t* out, const WholeShape& shape, int threads);
 
 // y = x W; columns is a multiple of 16. A row with a number that isn't finite gives NaN.
 template <class T>
-struct Int8Arguments {
+struct WholeArguments {
   const T* x;        // [rows][x_stride]
-  const uint8_t* w;  // from pack_int8
+  const uint8_t* w;  // from pack_int8 or pack_int16
   T* y;              // [rows][y_stride]
   int64_t group, rows, columns, depth, x_stride, y_stride;
 };
 template <class T>
-void product_int8(const Int8Arguments<T>& arguments, int threads);
+void product_int8(const WholeArguments<T>& arguments, int threads);
+void product_int16(const WholeArguments<float>& arguments, int threads);
 
 // Of every segment of tokens, from factors of its gradient G = sum of g_t a_t^T that are projected and, BUCKETS numbers
 // more, sketched: K = sum of the projected factors' outer products and S, of the sketches'. square += the squares of K and
@@ -229,18 +247,21 @@ struct SegmentsArguments {
 };
 void project_segments(const SegmentsArguments& arguments, int threads);
 
-// Cross entropy of rows of hidden states and its gradient, for width a multiple of 16.
+// Cross entropy of rows of hidden states of T, float or bfloat16 (as uint16_t), and its gradient, for width a multiple of
+// 16. Products in bfloat16 are exact or in 8 bits, those in float in 16 bits, only where has_int16_products().
+template <class T>
 struct CrossEntropyArguments {
-  const uint16_t *h, *w;           // [rows][width], [words][width]
-  const void *forward, *backward;  // w as [width][words] and as [words][width], from pack_product or pack_int8
+  const T *h, *w;                  // [rows][width], [words][width]
+  const void *forward, *backward;  // w as [width][words] and as [words][width], from pack_product, pack_int8 or pack_int16
   const int64_t* target;           // [rows]
   const float* weight;             // [rows]
   float *loss, *rest;              // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
-  uint16_t* grad;                  // [rows][width], not finite where rest isn't
+  T* grad;                         // [rows][width], not finite where rest isn't
   int64_t rows, words, width;
-  int64_t forward_group, backward_group;  // of pack_int8, the latter a divisor of 384; 0 for pack_product
+  int64_t forward_group, backward_group;  // numbers under one scale, the latter a divisor of 384; 0 for pack_product
 };
-void cross_entropy(const CrossEntropyArguments& arguments, int threads);  // throws for another group
+template <class T>
+void cross_entropy(const CrossEntropyArguments<T>& arguments, int threads);  // throws for another group
 #endif
 
 }  // namespace jz3

@@ -7,9 +7,11 @@
 #include "cpu/product_blocks.h"
 #include "cpu/tiles.h"
 
+#ifdef JZ3_BF16
+
 namespace jz3 {
 
-#ifdef JZ3_BF16
+void project_segment_avx2(const SegmentsArguments& arguments, int64_t segment);
 
 void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads) {
@@ -27,12 +29,14 @@ void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, 
   });
 }
 
+}  // namespace jz3
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "cpu/segments_rows.h"
 
+namespace jz3 {
 namespace {
-
-constexpr int64_t LANES = 16;
 
 // The sums of one row's signed numbers, two neighbours' in the same lane of two vectors.
 template <class Out>
@@ -56,7 +60,7 @@ void fold_row(const bf16* x, const bf16* signs, int64_t depth, Out* y) {
 
 // Rows begin .. end of columns first .. last.
 template <class Out>
-void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed,
+void product_block(const ProductArguments<bf16, Out>& a, int64_t begin, int64_t end, int64_t first, int64_t last, bool streamed,
                    Nearer also) {
   const auto* x = reinterpret_cast<const Pair*>(a.x + begin * a.x_stride);
   PackedMatrix(a.w, a.depth)
@@ -68,46 +72,16 @@ void product_block(const ProductArguments<Out>& a, int64_t begin, int64_t end, i
       fold_row(a.x + m * a.x_stride, a.signs, a.depth, a.y + m * a.y_stride + a.first);
 }
 
-void project_segment(const SegmentsArguments& a, int64_t segment) {
-  const int64_t first = a.bounds[segment], tokens = a.bounds[segment + 1] - first, width = round_up(a.columns, LANES);
-  Buffer<float> known_buffer(a.rows * width);
-  alignas(64) float sketch[BUCKETS * BUCKETS], half[BUCKETS * BUCKETS], seen[BUCKETS * BUCKETS] = {};
-  float* const known = known_buffer.get();
-  const auto outer = [&](const float* g, int64_t rows, const float* right, int64_t columns, float* out, int64_t stride) {
-    multiply<float, false>(rows, columns, tokens, {g + first * a.g_stride, 1, a.g_stride},
-                           {right + first * a.a_stride, PANEL, a.a_stride}, out, stride, false);
-  };
-  outer(a.g_sketch, BUCKETS, a.a_sketch, BUCKETS, sketch, BUCKETS);
-  if (a.rows && a.columns) {
-    outer(a.g, a.rows, a.a, width, known, width);
-    // Turned on the right in blocks of rows, which the left adds up.
-    for (int64_t r = 0; r < a.rows; r += BUCKETS) {
-      const int64_t some = std::min(BUCKETS, a.rows - r);
-      multiply<float, false>(some, BUCKETS, a.columns, {known + r * width, width, 1}, {a.turn_right, PANEL, BUCKETS}, half,
-                             BUCKETS, false);
-      multiply<float, false>(BUCKETS, BUCKETS, some, {a.turn_left + r * BUCKETS, 1, BUCKETS}, {half, PANEL, BUCKETS}, seen,
-                             BUCKETS, true);
-    }
-  }
-  __m512 rest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < BUCKETS * BUCKETS; i += LANES) {
-    const __m512 left_out = _mm512_sub_ps(load(sketch + i), load(seen + i));
-    rest = _mm512_fmadd_ps(left_out, left_out, rest);
-  }
-  float square = _mm512_reduce_add_ps(rest);
-  for (int64_t r = 0; r < a.rows; ++r)
-    for (int64_t c = 0; c < a.columns; ++c) square += known[r * width + c] * known[r * width + c];
-  a.square[segment] += square;
-  for (int64_t i = 0; i < a.count; ++i)
-    a.values[segment * a.values_stride + i] = known[a.chosen[i] / a.columns * width + a.chosen[i] % a.columns];
-}
-
 }  // namespace
+
+}  // namespace jz3
 
 #pragma GCC pop_options
 
+namespace jz3 {
+
 template <class Out>
-void product(const ProductArguments<Out>& a, int threads) {
+void product(const ProductArguments<bf16, Out>& a, int threads) {
   const bool streamed = streams(a.y, a.rows * a.y_stride * int64_t(sizeof(Out)), a.y_stride * int64_t(sizeof(Out)));
   const auto block = [&](int64_t begin, int64_t end, int64_t first, int64_t last, Nearer also) {
     product_block(a, begin, end, first, last, streamed, also);
@@ -116,12 +90,13 @@ void product(const ProductArguments<Out>& a, int threads) {
 }
 
 void project_segments(const SegmentsArguments& a, int threads) {
-  share(a.segments, threads, [&](int64_t i) { project_segment(a, i); });
+  const bool wide = vector_unit() == VectorUnit::avx512;
+  share(a.segments, threads, [&](int64_t i) { wide ? project_segment(a, i) : project_segment_avx2(a, i); });
 }
 
-template void product(const ProductArguments<float>&, int);
-template void product(const ProductArguments<uint16_t>&, int);
-
-#endif
+template void product(const ProductArguments<bf16, float>&, int);
+template void product(const ProductArguments<bf16, bf16>&, int);
 
 }  // namespace jz3
+
+#endif

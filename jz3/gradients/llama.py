@@ -2,7 +2,7 @@
 
 The model's own code spends about half of its time outside of matrix products: in attention, in a dozen
 element-wise operations per block, in autograd. Here a block is eight products, with the native parts
-of csrc/cpu/block.cpp and csrc/cpu/attention.cpp between them or, of the gated layer and where tiles
+of csrc/cpu/block.cpp and csrc/cpu/attention_task.h between them or, of the gated layer and where tiles
 multiply, within them (csrc/cpu/gated_product.cpp); queries, keys and values, and gate and
 up, are one product each. It is used if it agrees with the model's own code on a small input.
 """
@@ -18,10 +18,11 @@ import xxhash
 
 from jz3 import backend
 from jz3.gradients.products import (
+    BFLOAT16_VECTORS,
     GatedProducts,
-    Int8Product,
     OutputLayer,
     Product,
+    WholeProduct,
     can_gate,
     native_products,
 )
@@ -42,10 +43,8 @@ PARTS = (
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 """Relative difference from the model's own code, whose rounding errors alone reach 0.015 and 1e-5."""
 
-INT8_TOLERANCE = 0.05
-"""What products in 8 bits may add to it; they reach 0.03 in all products of a block."""
-GROUP = 192
-"""Numbers under one scale, where that leaves none over: the more, the faster and the coarser."""
+WHOLE_TOLERANCE = {"exact": 0.0, "int8": 0.05, "int16": 0.005}
+"""What products with whole numbers may add to it; in all products of a block they reach 0.03 and 0.002."""
 
 SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""
@@ -63,8 +62,8 @@ def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
         return f"the model is in {weight.dtype} on {weight.device}, not in bfloat16 or float32 on the CPU"
     if backend.extension_missing():
         return backend.extension_missing()
-    if not getattr(backend.extension(), "has_bf16", bool)():
-        return "this CPU has no AVX-512 with bfloat16 (or jz3._C was built without it)"
+    if not vector_unit():
+        return "this CPU has no AVX2 with FMA (or jz3._C was built without it)"
     width = model.model.layers[0].self_attn.head_dim
     if width % 32 or config.hidden_size % 16 or config.intermediate_size % 16:
         return f"head size {width} is no multiple of 32, or another size none of 16"
@@ -87,11 +86,16 @@ def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
         return "something else has hooked the model"
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     # Packed products have a copy for either direction.
-    directions = 2 if native_products() else 1
+    directions = 2 if native_products(_dtype(model)) else 1
     copies = directions * sum(p.numel() for p in model.parameters()) * _dtype(model).itemsize
     if copies > pages * size / 4:
         return f"copies of the weights may take {copies >> 30} GiB, more than a quarter of the memory"
     return ""
+
+
+def vector_unit() -> int:
+    """Return what computes the blocks' parts: 0 nothing, 1 AVX2, in float32 alone, 2 AVX-512 with bfloat16."""
+    return int(getattr(backend.extension(), "vector_unit", int)())
 
 
 def say(model: Any, reason: str) -> None:
@@ -109,7 +113,7 @@ def blocks_of(model: Any, layers: dict[str, torch.nn.Module], products: str = "e
     if known is None or known[0] != state:
         blocks = Blocks(model, products)
         difference = blocks.difference(model)
-        if not difference <= TOLERANCE[blocks.model_dtype] + INT8_TOLERANCE * (products != "exact"):
+        if not difference <= TOLERANCE[blocks.model_dtype] + WHOLE_TOLERANCE[products]:
             log.warning(
                 "the fast pass of %s is off: it differs by %.3g from the model's own code",
                 type(model).__name__,
@@ -136,10 +140,10 @@ def _state(model: Any) -> tuple[Any, ...]:
     return xxhash.xxh3_64_intdigest(content), versions
 
 
-def _dtype(model: Any) -> torch.dtype:
-    """Return what the products are computed in: bfloat16 only where the processor is faster with it."""
-    own = next(model.parameters()).dtype
-    return own if own == torch.float32 or fast_bfloat16_cpu() else torch.float32
+def _dtype(model: Any, products: str = "exact") -> torch.dtype:
+    """Return in what rows are kept between products: bfloat16 only where the processor is faster with it."""
+    fast = fast_bfloat16_cpu() and vector_unit() == BFLOAT16_VECTORS and products != "int16"
+    return next(model.parameters()).dtype if fast else torch.float32
 
 
 class _Native:
@@ -205,11 +209,6 @@ class _Block:
     mlp: "_Mlp"
 
 
-def group_of(depth: int) -> int:
-    """Return how many numbers of `depth` have one scale."""
-    return 128 if depth % GROUP else GROUP
-
-
 def _together(layers: list[Any], dtype: torch.dtype, field: str = "weight") -> Any:
     """Return the layers' weights or biases one after the other, None if there are none."""
     parts = [getattr(layer, field) for layer in layers]
@@ -219,36 +218,36 @@ def _together(layers: list[Any], dtype: torch.dtype, field: str = "weight") -> A
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _product(matrix: torch.Tensor, int8: bool, bias: torch.Tensor | None = None) -> Any:
-    return Int8Product(matrix, group_of(len(matrix)), bias) if int8 else Product(matrix, bias)
+def _product(matrix: torch.Tensor, products: str, bias: torch.Tensor | None = None) -> Any:
+    return Product(matrix, bias) if products == "exact" else WholeProduct(matrix, products, bias=bias)
 
 
 class _Linear:
     """Layers that share their input, as one product in either direction."""
 
-    def __init__(self, layers: list[Any], dtype: torch.dtype, int8: bool) -> None:
+    def __init__(self, layers: list[Any], dtype: torch.dtype, products: str) -> None:
         weight = _together(layers, dtype)
-        self.forward: Any = _product(weight.T, int8, _together(layers, dtype, "bias"))
-        self.backward: Any = _product(weight, int8)
+        self.forward: Any = _product(weight.T, products, _together(layers, dtype, "bias"))
+        self.backward: Any = _product(weight, products)
 
 
 class _Mlp:
     """A block's gated layer: both products in either direction, and what is element by element between them."""
 
     def __init__(
-        self, gate: Any, up: Any, down: Any, dtype: torch.dtype, int8: bool, native: _Native
+        self, gate: Any, up: Any, down: Any, dtype: torch.dtype, products: str, native: _Native
     ) -> None:
         self._native = native
         self._gated = None
         both = _together([gate, up], dtype)
         bias = _together([gate, up], dtype, "bias")
         last = _together([down], dtype)
-        if not int8 and bias is None and can_gate(both.T):
+        if products == "exact" and bias is None and can_gate(both.T):
             self._gated = GatedProducts(both.T, last.T)
         else:
-            self._gate_up, self._back = _product(both.T, int8, bias), _product(last, int8)
-        self.down: Any = _product(last.T, int8, _together([down], dtype, "bias"))
-        self.backward: Any = _product(both, int8)
+            self._gate_up, self._back = _product(both.T, products, bias), _product(last, products)
+        self.down: Any = _product(last.T, products, _together([down], dtype, "bias"))
+        self.backward: Any = _product(both, products)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gate and up of x, and SiLU(gate) * up, which `down` takes."""
@@ -270,7 +269,7 @@ class Blocks:
     def __init__(self, model: Any, products: str = "exact") -> None:
         config = model.config.get_text_config()
         attention = model.model.layers[0].self_attn
-        self.dtype = _dtype(model)
+        self.dtype = _dtype(model, products)
         self.native = _Native(self.dtype)
         self.model_dtype = next(model.parameters()).dtype
         self.width, self.scale = attention.head_dim, float(attention.scaling)
@@ -279,21 +278,20 @@ class Blocks:
         self.embedding = model.get_input_embeddings()
         self.rotary = model.model.rotary_emb
         output = model.get_output_embeddings().weight.detach().to(self.dtype)
-        groups = (0, 0) if products == "exact" else (group_of(output.shape[1]), GROUP)
-        self.output = OutputLayer(output, groups)
+        self.output = OutputLayer(output, products)
         self.norm = model.model.norm.weight.detach().to(self.dtype)
         self.blocks = [self._block(block, products) for block in model.model.layers]
         self.names: list[dict[str, str]] = []
 
     def _block(self, block: Any, products: str) -> _Block:
         q, k, v, o, gate, up, down = (block.get_submodule(name) for name in PARTS)
-        dtype, int8 = self.dtype, products == "int8"
+        dtype = self.dtype
         return _Block(
             block.input_layernorm.weight.detach().to(dtype),
             block.post_attention_layernorm.weight.detach().to(dtype),
-            _Linear([q, k, v], dtype, int8),
-            _Linear([o], dtype, int8),
-            _Mlp(gate, up, down, dtype, int8, self.native),
+            _Linear([q, k, v], dtype, products),
+            _Linear([o], dtype, products),
+            _Mlp(gate, up, down, dtype, products, self.native),
         )
 
     def name_layers(self, model: Any, layers: dict[str, torch.nn.Module]) -> None:

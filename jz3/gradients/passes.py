@@ -9,7 +9,7 @@ from jz3 import backend
 from jz3.errors import Jz3Error
 from jz3.gradients.layers import plain_model
 from jz3.gradients.tokens import Batch
-from jz3.machine import PRODUCTS, best_products, int8_obstacle
+from jz3.machine import PRODUCTS, best_products, products_obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,8 @@ class GradientPass:
                 wherever it can and agrees with the model's own code.
             packed: put a batch's texts behind one another in one row instead of padding them. By
                 default with FlashAttention 2, which then runs over the texts' own lengths.
-            products: `exact` or `int8` instead of what `set_products` chose for the model (`exact` if
-                nobody did).
+            products: `exact`, `int8` or `int16` instead of what `set_products` chose for the model
+                (`exact` if nobody did).
 
         Raises:
             ValueError: `reduction` is unknown, the model's loss is no plain softmax, or `fast` or
@@ -272,21 +272,19 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         products: one of PRODUCTS.
 
     Returns:
-        `exact` or `int8`: what its passes will use. A model that runs on its own code is always exact.
+        `exact`, `int8` or `int16`: what its passes will use. A model that runs on its own code is always exact.
 
     Raises:
         ValueError: `products` is unknown.
-        Jz3Error: 8 bits are asked for where they can't be had.
+        Jz3Error: 8 or 16 bits are asked for where they can't be had.
     """
     from jz3.gradients import llama
 
     if products not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     wanted = best_products() if products == "auto" else products
-    if wanted != "exact" and int8_obstacle():
-        raise Jz3Error(
-            f"products {wanted!r} can't be had: {int8_obstacle()}; use 'exact', or 'auto' in a new run"
-        )
+    if reason := products_obstacle(wanted):
+        raise Jz3Error(f"products {wanted!r} can't be had: {reason}; use 'exact', or 'auto' in a new run")
     core = plain_model(model)
     if wanted != "exact" and (reason := llama.obstacle(core, {})):
         llama.say(core, f"{reason}; its products are exact")

@@ -1,41 +1,51 @@
 """Products of rows with fixed matrices: by jz3's own code on CPUs that are fast in bfloat16, else by torch."""
 
-import functools
 from typing import Any
 
 import torch
 
 from jz3 import backend
-from jz3.machine import fast_bfloat16_cpu
+from jz3.machine import avx2_alone, fast_bfloat16_cpu
 
+NO_VECTORS, BFLOAT16_VECTORS = 0, 2
+"""Of the vector units of csrc/cpu/ops.h none, and the one that takes rows of bfloat16."""
 LANES = 16
 """The native code computes so many columns at least."""
 BUCKETS = 32
 """Sums that `fold_matrix` takes of a row."""
 GATED = 32
 """Columns of gate and up projections that are computed in turn."""
+GROUP = 192
+"""Numbers of a row or column under one scale, where that leaves none over: the more, the faster and the coarser."""
 
 
-@functools.cache
-def native_products() -> bool:
-    """Whether jz3's own products are the faster ones: CPUs that are fast in bfloat16, with AMX or AVX-512."""
-    return (
-        fast_bfloat16_cpu()
-        and not backend.extension_missing()
-        and bool(getattr(backend.extension(), "has_bf16", bool)())
-    )
+def native_products(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether jz3's own products of a number format are the faster ones.
+
+    Of bfloat16 on CPUs that are fast in it, with AMX or AVX-512; of float32 on those with AVX2 alone.
+    """
+    if backend.extension_missing():
+        return False
+    unit = getattr(backend.extension(), "vector_unit", int)()
+    if dtype == torch.bfloat16:
+        return fast_bfloat16_cpu() and unit == BFLOAT16_VECTORS
+    return dtype == torch.float32 and avx2_alone() and unit != NO_VECTORS
 
 
 def pack(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring a bfloat16 matrix [I, O] to the layout of jz3's own products on this machine.
+    """Bring a matrix [I, O] to the layout of jz3's own products on this machine.
 
     Returns:
-        int32 [ceil(O / 64), ceil(I / 2), 64]: pairs of numbers, in panels as csrc/cpu/tiles.h has them.
+        For bfloat16, int32 [ceil(O / 64), ceil(I / 2), 64]: pairs of numbers, in panels as csrc/cpu/tiles.h has
+        them. For float32, float32 [ceil(O / 16), I, 16].
     """
     depth, columns = matrix.shape
-    packed = torch.empty(-(-columns // 64), -(-depth // 2), 64, dtype=torch.int32)
-    pointers = (matrix.data_ptr(), packed.data_ptr())
-    backend.extension().pack_product(*pointers, *matrix.shape, *matrix.stride(), backend.threads())
+    if matrix.dtype == torch.float32:
+        packed = torch.empty(-(-columns // LANES), depth, LANES)
+    else:
+        packed = torch.empty(-(-columns // 64), -(-depth // 2), 64, dtype=torch.int32)
+    run = getattr(backend.extension(), f"pack_product_{str(matrix.dtype).removeprefix('torch.')}")
+    run(matrix.data_ptr(), packed.data_ptr(), *matrix.shape, *matrix.stride(), backend.threads())
     return packed
 
 
@@ -69,19 +79,15 @@ class Product:
             bias: b [O] or None.
             signs: +1 and -1 [I], or None; not with a bias.
         """
-        depth, self._columns = matrix.shape
+        self._depth, self._columns = matrix.shape
         self._bias, self._signs = bias, None
         self._matrix = self._packed = None
-        if (
-            matrix.dtype == torch.bfloat16
-            and matrix.device.type == "cpu"
-            and not depth % 2
-            and native_products()
-        ):
+        whole = matrix.dtype == torch.float32 or not self._depth % 2  # pairs of bfloat16
+        if matrix.device.type == "cpu" and whole and native_products(matrix.dtype):
             self._packed = pack(matrix)
             if signs is not None:
-                # As bits of bfloat16.
-                self._signs = torch.where(signs < 0, -0.0, 0.0).bfloat16()
+                # As bits.
+                self._signs = torch.where(signs < 0, -0.0, 0.0).to(matrix.dtype)
         elif signs is None:
             self._matrix = matrix
         else:
@@ -102,41 +108,58 @@ class Product:
             matrix: Any = self._matrix
             y = x @ matrix if self._bias is None else torch.addmm(self._bias, x, matrix)
             return y.to(dtype)
-        depth, columns, signs, width = 2 * self._packed.shape[1], _lanes(self._columns), 0, self._columns
+        columns, signs, width = _lanes(self._columns), 0, self._columns
         if self._signs is not None:
             signs, width = self._signs.data_ptr(), width + BUCKETS
-        x = _rows_of_pairs(x)
+        x = _rows(x)
         y = torch.empty(len(x), _lanes(width), dtype=dtype)
-        run = getattr(backend.extension(), f"product_{str(dtype).removeprefix('torch.')}")
+        names = (str(t).removeprefix("torch.") for t in (x.dtype, dtype))
+        run = getattr(backend.extension(), f"product_{'_'.join(names)}")
         pointers = (x.data_ptr(), self._packed.data_ptr(), signs, y.data_ptr())
-        sizes = (len(x), columns, depth, x.stride(0), y.stride(0), self._columns)
+        sizes = (len(x), columns, self._depth, x.stride(0), y.stride(0), self._columns)
         run(*pointers, *sizes, backend.threads())
         y = y[:, :width]
         return y if self._bias is None else y.add_(self._bias)
 
 
-def _rows_of_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Return x in rows of pairs of numbers behind one another, which the native code takes."""
-    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4 else x
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x in rows of numbers behind one another, for bfloat16 of aligned pairs, which the native code takes."""
+    pairs = x.element_size() == 4 or not (x.stride(0) % 2 or x.data_ptr() % 4)
+    return x if x.stride(1) == 1 and pairs else x.contiguous()
 
 
 def _lanes(columns: int) -> int:
     return -(-columns // LANES) * LANES
 
 
-class Int8Matrix:
-    """A matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a column, in the layout of jz3's own products."""
+def group_of(depth: int) -> int:
+    """Return how many numbers of `depth` have one scale."""
+    return 128 if depth % GROUP else GROUP
 
-    def __init__(self, matrix: torch.Tensor, group: int) -> None:
-        """Quantise and pack a matrix, bfloat16 or float32, of any strides; `group` is a multiple of 64."""
+
+class WholeMatrix:
+    """A matrix W [I, O] in whole numbers under one scale per `group` of a column, as jz3's own products take it."""
+
+    def __init__(self, matrix: torch.Tensor, products: str, group: int) -> None:
+        """Quantise and pack a matrix of any strides; `group` is a multiple of 64.
+
+        Args:
+            matrix: W, bfloat16 or float32 for `int8`, float32 for `int16`.
+            products: `int8` or `int16`.
+            group: numbers of a column under one scale, a multiple of 64.
+        """
         if group < 64 or group % 64:
             raise ValueError(f"group must be a multiple of 64, got {group}")
         depth, columns = matrix.shape
-        size = backend.extension().INT8_HEAD + 64 * group
-        parts = -(-columns // 64) * -(-depth // group)
+        extension = backend.extension()
+        panel, size = (
+            getattr(extension, f"{products.upper()}_PANEL"),
+            getattr(extension, f"{products}_bytes")(group),
+        )
+        parts = -(-columns // panel) * -(-depth // group)
         # 64 bytes more: packed matrices start at a multiple of 64.
         self._bytes = torch.empty(parts * size + 64, dtype=torch.uint8)
-        run = getattr(backend.extension(), f"pack_int8_{str(matrix.dtype).removeprefix('torch.')}")
+        run = getattr(extension, f"pack_{products}_{str(matrix.dtype).removeprefix('torch.')}")
         run(matrix.data_ptr(), self.data_ptr(), group, depth, columns, *matrix.stride(), backend.threads())
 
     def data_ptr(self) -> int:
@@ -144,31 +167,40 @@ class Int8Matrix:
         return -(-self._bytes.data_ptr() // 64) * 64
 
 
-class Int8Product:
-    """y = x W for a fixed matrix W [I, O] in 8 bits: 255 levels per `group` numbers of a row of x and of a column of W.
+class WholeProduct:
+    """y = x W for a fixed matrix W [I, O], both in whole numbers, one scale per group of a row of x or a column of W.
 
-    Every 64 numbers of either are multiplied with a Hadamard matrix before, which spreads outliers (csrc/cpu/int8.h).
+    `int8` has 255 levels; every 64 numbers of either are multiplied with a Hadamard matrix before, which spreads
+    outliers (csrc/cpu/int8.h). `int16` has 6,689 levels in groups of 192 (csrc/cpu/int16.h).
 
     Sums are of whole numbers within these groups and float32 beyond, rounded once to the dtype of y. A row with
-    a number that isn't finite, or beyond a 64th of float32's largest, gives NaN.
+    a number that isn't finite, or for `int8` beyond a 64th of float32's largest, gives NaN.
     """
 
-    def __init__(self, matrix: torch.Tensor, group: int, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        products: str,
+        group: int | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
         """Quantise and pack a matrix.
 
         Args:
-            matrix: W [I, O], bfloat16 or float32, any strides.
-            group: a multiple of 64.
+            matrix: W [I, O] of any strides, bfloat16 or float32 for `int8`, float32 for `int16`.
+            products: `int8` or `int16`.
+            group: numbers under one scale, a multiple of 64; `group_of(I)` by default.
             bias: b [O] or None, added to the result.
         """
         self._depth, self._columns = matrix.shape
-        self._group, self._bias, self._matrix = group, bias, Int8Matrix(matrix, group)
+        self._group, self._bias = group or group_of(self._depth), bias
+        self._products, self._matrix = products, WholeMatrix(matrix, products, self._group)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply.
 
         Args:
-            x: [T, I], bfloat16 or float32; its rows may have gaps between them.
+            x: [T, I], of a dtype that the matrix might have had; its rows may have gaps between them.
 
         Returns:
             [T, O] of the dtype of x.
@@ -179,7 +211,7 @@ class Int8Product:
             x = x.contiguous()
         columns = _lanes(self._columns)
         y = torch.empty(len(x), columns, dtype=x.dtype)
-        run = getattr(backend.extension(), f"product_int8_{str(x.dtype).removeprefix('torch.')}")
+        run = getattr(backend.extension(), f"product_{self._products}_{str(x.dtype).removeprefix('torch.')}")
         sizes = (self._group, len(x), columns, self._depth, x.stride(0), columns)
         run(x.data_ptr(), self._matrix.data_ptr(), y.data_ptr(), *sizes, backend.threads())
         y = y[:, : self._columns]
@@ -211,7 +243,7 @@ class GatedProducts:
         return gate_up
 
     def _run(self, name: str, x: torch.Tensor, packed: torch.Tensor, gate_up: torch.Tensor, y: int) -> None:
-        x = _rows_of_pairs(x)
+        x = _rows(x)
         sizes = (len(x), x.shape[1], self._width, x.stride(0))
         pointers = (x.data_ptr(), packed.data_ptr(), gate_up.data_ptr(), y)
         getattr(backend.extension(), name)(*pointers, *sizes, backend.threads())
@@ -258,7 +290,7 @@ def project_segments(
     rows, columns = len(left), len(right)
     strided = g.stride(1) == a.stride(1) == values.stride(1) == 1
     strided = strided and all(x.is_contiguous() for x in (bounds, left, right, chosen))
-    if g.device.type == "cpu" and native_products() and strided and backend.extension().BUCKETS == BUCKETS:
+    if g.device.type == "cpu" and strided and native_segments():
         sketches = (g[:, -BUCKETS:], a[:, -BUCKETS:])
         tensors = (g, sketches[0], a[:, begin:], sketches[1], bounds, left, right, chosen, square, values)
         sizes = (len(square), rows, columns, len(chosen), g.stride(0), a.stride(0), values.stride(0))
@@ -269,6 +301,14 @@ def project_segments(
         known = g[b:e, :rows].T @ a[b:e, begin : begin + columns]
         add_square(known[None], (g[b:e, -BUCKETS:].T @ a[b:e, -BUCKETS:])[None], turns, square[i : i + 1])
         values[i] = known.flatten()[chosen]
+
+
+def native_segments() -> bool:
+    """Whether `project_segments` has code of its own here."""
+    if backend.extension_missing():
+        return False
+    extension = backend.extension()
+    return getattr(extension, "vector_unit", int)() != NO_VECTORS and extension.BUCKETS == BUCKETS
 
 
 def add_square(
@@ -286,24 +326,26 @@ class OutputLayer:
     LARGEST = 1e30
     """Sums of exp(logit - the target's) beyond this, of a loss over 69, are left to `ce_hidden_grad`."""
 
-    def __init__(self, weight: torch.Tensor, groups: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self, weight: torch.Tensor, products: str = "exact", groups: tuple[int, int] | None = None
+    ) -> None:
         """Pack the layer's matrix [V, d] in both directions.
 
         Args:
             weight: the matrix.
-            groups: numbers under one scale, of the products forward and backward in 8 bits (the latter a divisor
-                of 384); (0, 0) for products in bfloat16. Without jz3's own products the layer stays exact.
+            products: `exact`, `int8` of bfloat16 rows or `int16` of float32 rows. Other layers stay exact.
+            groups: numbers under one scale, of the products forward and backward (the latter a divisor of 384).
         """
-        self._weight, self._groups = weight.contiguous(), groups
-        native = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and native_products()
+        self._weight, self._groups = weight.contiguous(), (0, 0)
         self._packed: Any = None
-        if native and not weight.shape[1] % LANES:
-            both = (weight.T, weight)
-            self._packed = (
-                [Int8Matrix(w, g) for w, g in zip(both, groups, strict=True)]
-                if any(groups)
-                else [*map(pack, both)]
-            )
+        if weight.device.type != "cpu" or weight.shape[1] % LANES:
+            return
+        both = (weight.T, weight)
+        if (products, weight.dtype) in (("int8", torch.bfloat16), ("int16", torch.float32)):
+            self._groups = groups or (group_of(weight.shape[1]), GROUP)
+            self._packed = [WholeMatrix(w, products, g) for w, g in zip(both, self._groups, strict=True)]
+        elif weight.dtype == torch.bfloat16 and native_products():
+            self._packed = [*map(pack, both)]
 
     def __call__(
         self, h: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
@@ -321,7 +363,8 @@ class OutputLayer:
         loss, rest, grad = torch.empty(len(h)), torch.empty(len(h)), torch.empty_like(h)
         tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
         sizes = (len(h), *self._weight.shape, *self._groups)
-        backend.extension().cross_entropy(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
+        run = getattr(backend.extension(), f"cross_entropy_{str(h.dtype).removeprefix('torch.')}")
+        run(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
         left = (~(rest < self.LARGEST)).nonzero()[:, 0]
         if len(left):
             loss[left], grad[left] = ce_hidden_grad(h[left], self._weight, y[left], weights[left])

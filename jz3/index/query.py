@@ -16,7 +16,7 @@ from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, t
 from jz3.index import describe
 from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
-from jz3.machine import int8_obstacle
+from jz3.machine import products_obstacle
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Doc
 from jz3.templates import prompt_for
@@ -58,8 +58,8 @@ class Encoder:
         self.encoding, self.projection = encoding, projection
         model: Any = load_model(encoding.model, encoding.dtype)
         self.model = model.to(best_device())
-        # Exact problems fit documents of any products, should this machine have none in 8 bits.
-        set_products(self.model, "exact" if int8_obstacle() else encoding.products)
+        # Exact problems fit documents of any products, should this machine not have these.
+        set_products(self.model, "exact" if products_obstacle(encoding.products) else encoding.products)
         self.layers = linear_layers(self.model)
         weight = next(self.model.parameters())
         self._sink = open_sink(projection, weight.dtype, weight.device)

@@ -137,8 +137,13 @@ def _has_instructions(dtype: "torch.dtype") -> bool:
 
 
 def _native_softmax(device: str, product: "torch.dtype") -> Any:
-    """Return the softmax of csrc/cpu/block.cpp, one pass less and no float32 copy; None where there is none."""
-    if device != "cpu" or backend.extension_missing() or not getattr(backend.extension(), "has_bf16", bool)():
+    """Return the softmax of csrc/cpu/block_rows.h, one pass less and no float32 copy; None where there is none."""
+    if device != "cpu" or backend.extension_missing():
+        return None
+    units = getattr(
+        backend.extension(), "vector_unit", int
+    )()  # 1: AVX2, in float32 alone; 2: AVX-512 with bfloat16
+    if units < (2 if str(product) == "torch.bfloat16" else 1):
         return None
     return getattr(backend.extension(), f"softmax_residual_{str(product).removeprefix('torch.')}", None)
 

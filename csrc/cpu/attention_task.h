@@ -1,4 +1,5 @@
-// Causal attention with rotary positions, forward and backward, from one matrix of queries, keys and values.
+// Causal attention with rotary positions, forward and backward, from one matrix of queries, keys and values. Include inside
+// a region, behind cpu/bf16.h and cpu/tiles.h or behind cpu/avx2.h.
 //
 // A task is one text and one key head with its query heads. Keys and values are rotated and packed once per task
 // into units: single float32 numbers, or the pairs of bfloat16 that vdpbf16ps multiplies. Blocks of queries, of all of
@@ -7,23 +8,16 @@
 //
 // Operations per text of S tokens and per query head of width D: 2 S^2 D forward, 5 S^2 D backward (half of
 // the full square), plus what the blocks add along the diagonal.
-#include <algorithm>
-#include <cmath>
+#pragma once
+
 #include <cstring>
 
-#include "cpu/bf16.h"
-#include "cpu/ops.h"
-#include "cpu/pool.h"
-#include "cpu/tiles.h"
+#include "cpu/nearer.h"
 
 namespace jz3 {
-
-#ifdef JZ3_BF16
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-
 namespace {
+
+constexpr int64_t KEYS = 64;  // at a time in the backward pass, whole panels
 
 // Queries at a time, of all heads of a task, and to what the inner dimension is filled up with zeros.
 struct Sizes {
@@ -31,7 +25,10 @@ struct Sizes {
 };
 template <class T>
 Sizes sizes() {
-  return std::is_same_v<T, bf16> && tile_unit() != TileUnit::none ? Sizes{96, 2 * TILE} : Sizes{48, 2};
+#ifdef JZ3_BF16_PRODUCTS
+  if (std::is_same_v<T, bf16> && tile_unit() != TileUnit::none) return {96, 2 * TILE};
+#endif
+  return {48, 2};
 }
 
 // Numbers below float32's smallest normal count as zero while it lives: they cost a hundred times as much.
@@ -50,11 +47,10 @@ class FlushedToZero {
 template <class T>
 void rotate(const T* x, const float* cosine, const float* sine, int64_t width, T* y) {
   const int64_t half = width / 2;
-  for (int64_t c = 0; c < half; c += 16) {
-    const __m512 low = load(x + c), high = load(x + half + c);
-    store(y + c, _mm512_fnmadd_ps(high, _mm512_loadu_ps(sine + c), _mm512_mul_ps(low, _mm512_loadu_ps(cosine + c))));
-    store(y + half + c, _mm512_fmadd_ps(low, _mm512_loadu_ps(sine + half + c),
-                                        _mm512_mul_ps(high, _mm512_loadu_ps(cosine + half + c))));
+  for (int64_t c = 0; c < half; c += LANES) {
+    const Vec low = load(x + c), high = load(x + half + c);
+    store(y + c, subtract_from(low * load(cosine + c), high, load(sine + c)));
+    store(y + half + c, mul_add(low, load(sine + half + c), high * load(cosine + half + c)));
   }
 }
 
@@ -62,69 +58,42 @@ void rotate(const T* x, const float* cosine, const float* sine, int64_t width, T
 template <class T>
 void rotate_back(const float* x, const float* cosine, const float* sine, int64_t width, T* y) {
   const int64_t half = width / 2;
-  for (int64_t c = 0; c < half; c += 16) {
-    const __m512 low = _mm512_loadu_ps(x + c), high = _mm512_loadu_ps(x + half + c);
-    store(y + c, _mm512_fmadd_ps(high, _mm512_loadu_ps(sine + half + c),
-                                 _mm512_mul_ps(low, _mm512_loadu_ps(cosine + c))));
-    store(y + half + c, _mm512_fnmadd_ps(low, _mm512_loadu_ps(sine + c),
-                                         _mm512_mul_ps(high, _mm512_loadu_ps(cosine + half + c))));
+  for (int64_t c = 0; c < half; c += LANES) {
+    const Vec low = load(x + c), high = load(x + half + c);
+    store(y + c, mul_add(high, load(sine + half + c), low * load(cosine + c)));
+    store(y + half + c, subtract_from(high * load(cosine + half + c), low, load(sine + c)));
   }
 }
 
 // Rows as the right operand: out[r / count][c] holds x[r][c] and, in a pair, x[r + 1][c]; zero from `rows` to `end`.
+#ifdef JZ3_BF16_PRODUCTS
 void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t end, int64_t width, Pair* out) {
   const auto row = [&](int64_t r, int64_t c) {
     return r < rows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * stride + c)) : _mm256_setzero_si256();
   };
   for (int64_t r = 0; r < end; r += 2)
-    for (int64_t c = 0; c < width; c += 16) _mm512_storeu_si512(out + r / 2 * width + c, pairs(row(r, c), row(r + 1, c)));
+    for (int64_t c = 0; c < width; c += LANES) _mm512_storeu_si512(out + r / 2 * width + c, pairs(row(r, c), row(r + 1, c)));
 }
+#endif
 void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t end, int64_t width, float* out) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * width, x + r * stride, size_t(width) * sizeof(float));
   std::memset(out + rows * width, 0, size_t((end - rows) * width) * sizeof(float));
 }
 
-// The transpose of 16 rows of 16 units, of which the rows from `rows` on are zero.
-inline void transpose(const void* x, int64_t stride, int64_t rows, void* out, int64_t out_stride) {
-  const auto* from = static_cast<const uint32_t*>(x);
-  auto* to = static_cast<uint32_t*>(out);
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  // The four numbers at 4 l .. 4 l + 3 of r[4 g + j] are unit 4 l + j of the rows 4 g .. 4 g + 3.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
-    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88),
-                  odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
-    _mm512_storeu_si512(to + j * out_stride, _mm512_shuffle_i32x4(even, even2, 0x88));
-    _mm512_storeu_si512(to + (4 + j) * out_stride, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-    _mm512_storeu_si512(to + (8 + j) * out_stride, _mm512_shuffle_i32x4(even, even2, 0xDD));
-    _mm512_storeu_si512(to + (12 + j) * out_stride, _mm512_shuffle_i32x4(odd, odd2, 0xDD));
-  }
-}
-
 // The transpose of what pack_rows leaves: out[c][u] = in[u][c].
 inline void turn_units(const void* in, int64_t units, int64_t width, void* out, int64_t stride) {
-  for (int64_t u = 0; u < units; u += 16)
-    for (int64_t c = 0; c < width; c += 16)
+  for (int64_t u = 0; u < units; u += LANES)
+    for (int64_t c = 0; c < width; c += LANES)
       transpose(static_cast<const uint32_t*>(in) + u * width + c, width, units - u,
                 static_cast<uint32_t*>(out) + c * stride + u, stride);
 }
 
-// The transpose in panels of 64 rows: out[r / 64][c][r % 64] is unit c of row r; zero beyond `rows`.
+// The transpose in panels of rows: out[r / PANEL][c][r % PANEL] is unit c of row r; zero beyond `rows`.
 template <class T>
 void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t width, typename Of<T>::Unit* out) {
   for (int64_t first = 0; first < rows; first += PANEL, out += units<T>(width) * PANEL)
-    for (int64_t r = 0; r < PANEL; r += 16)
-      for (int64_t c = 0; c < units<T>(width); c += 16)
+    for (int64_t r = 0; r < PANEL; r += LANES)
+      for (int64_t c = 0; c < units<T>(width); c += LANES)
         transpose(x + (first + r) * stride + c * Of<T>::count, stride / Of<T>::count, rows - first - r,
                   out + c * PANEL + r, PANEL);
 }
@@ -140,7 +109,7 @@ struct Task {
   Task(const AttentionArguments<T>& arguments, int64_t index) : a(arguments) {
     text = index / a.key_heads, head = index % a.key_heads;
     stride = (a.heads + 2 * a.key_heads) * a.width;
-    padded = round_up(a.tokens, PANEL), line = padded + 32;
+    padded = round_up(a.tokens, KEYS), line = padded + 32;
     const T* row = a.qkv + text * a.tokens * stride;
     queries = row + head * (a.heads / a.key_heads) * a.width;
     keys = row + (a.heads + head) * a.width;
@@ -207,23 +176,23 @@ class Coming {
 template <class T>
 void softmax_block(float* scores, int64_t stride, const Block& block, float scale, T* p, float* top, float* sum,
                    Coming<T> coming) {
-  const __m512 factor = _mm512_set1_ps(scale * LOG2E);
+  const Vec factor = all(scale * LOG2E);
   const int64_t end = block.end();
   for (int64_t i = 0; i < block.rows; ++i) {
     float* row = scores + i * stride;
     const int64_t count = block.query(i) + 1;
     for (int64_t c = count; c < end; ++c) row[c] = -INFINITY;
-    __m512 largest = _mm512_set1_ps(-INFINITY);
-    for (int64_t c = 0; c < count; c += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + c));
-    top[i] = _mm512_reduce_max_ps(largest);
-    const __m512 shift = _mm512_set1_ps(top[i]);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t c = 0; c < end; c += 16) {
-      const __m512 e = exp2_ps<T>(_mm512_mul_ps(factor, _mm512_sub_ps(_mm512_loadu_ps(row + c), shift)));
-      total = _mm512_add_ps(total, e);
+    Vec largest = all(-INFINITY);
+    for (int64_t c = 0; c < count; c += LANES) largest = larger(largest, load(row + c));
+    top[i] = largest_of(largest);
+    const Vec shift = all(top[i]);
+    Vec total = zeros();
+    for (int64_t c = 0; c < end; c += LANES) {
+      const Vec e = exp2_ps<T>(factor * (load(row + c) - shift));
+      total = total + e;
       store(p + i * stride + c, e);
     }
-    sum[i] = _mm512_reduce_add_ps(total);
+    sum[i] = sum_of(total);
     coming.fetch();
   }
 }
@@ -259,62 +228,65 @@ void forward_task(const AttentionArguments<T>& a, int64_t index) {
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t h = r / count, query = block.query(r), token = task.text * a.tokens + query;
       task.statistics(h)[query] = top.get()[r] * a.scale * LOG2E + std::log2(sum.get()[r]);
-      const __m512 inverse = _mm512_set1_ps(1.0f / sum.get()[r]);
-      for (int64_t c = 0; c < width; c += 16)
+      const Vec inverse = all(1.0f / sum.get()[r]);
+      for (int64_t c = 0; c < width; c += LANES)
         store(a.out + (token * a.heads + task.head * group + h) * width + c,
-              _mm512_mul_ps(_mm512_loadu_ps(out.get() + r * width + c), inverse));
+              load(out.get() + r * width + c) * inverse);
     }
   }
 }
 
-// P = exp(scale * score - log sum) and dS = scale * P * (dP - delta) of a block of queries and PANEL keys: dS by rows for
+// P = exp(scale * score - log sum) and dS = scale * P * (dP - delta) of a block of queries and KEYS keys: dS by rows for
 // the queries' gradient, both in units of rows for the keys' and values'.
 template <class T>
 struct BackwardRows {
-  const float *scores, *dp;  // [rows][PANEL]
+  const float *scores, *dp;  // [rows][KEYS]
   Block block;
   int64_t rows;  // with those of zeros behind the block's
   float scale;
   const float *log2_sum, *delta;  // of every row
 
   template <bool Masked>
-  void one(int64_t i, int64_t first, int64_t c, __m512& p, __m512& d) const {
-    const int64_t ahead = i < block.rows ? std::clamp<int64_t>(block.query(i) + 1 - first - c, 0, 16) : 0;
-    const __mmask16 seen = Masked ? __mmask16((1u << ahead) - 1) : __mmask16(0xffff);
-    const __m512 s = _mm512_maskz_loadu_ps(seen, scores + i * PANEL + c);
-    const __m512 exponent = _mm512_fmsub_ps(s, _mm512_set1_ps(scale * LOG2E), _mm512_set1_ps(log2_sum[i]));
+  void one(int64_t i, int64_t first, int64_t c, Vec& p, Vec& d) const {
+    const int64_t ahead = i < block.rows ? std::clamp<int64_t>(block.query(i) + 1 - first - c, 0, LANES) : 0;
+    const Mask seen = first_lanes(ahead);
+    const auto number = [&](const float* x) { return Masked ? load_part(x, seen) : load(x); };
+    const Vec s = number(scores + i * KEYS + c);
+    const Vec exponent = mul_subtract(s, all(scale * LOG2E), all(log2_sum[i]));
     p = exp2_ps<T>(exponent);
-    if (Masked) p = _mm512_maskz_mov_ps(seen, p);
-    const __m512 g = _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, dp + i * PANEL + c), _mm512_set1_ps(delta[i]));
-    d = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_set1_ps(scale)), g);
-    if (Masked) d = _mm512_maskz_mov_ps(seen, d);
+    if (Masked) p = keep(seen, p);
+    const Vec g = number(dp + i * KEYS + c) - all(delta[i]);
+    d = p * all(scale) * g;
+    if (Masked) d = keep(seen, d);
   }
 
+#ifdef JZ3_BF16_PRODUCTS
   template <bool Masked>
   void run(int64_t first, int64_t i, int64_t end, bf16* ds, int64_t line, Pair* p_units, Pair* ds_units) const {
     // Behind one another 16 numbers of two rows, their pairs in turn.
     alignas(64) static constexpr uint16_t ORDER[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(ORDER);
-    for (int64_t c = 0; c < end; c += 16) {
-      __m512 p[2], d[2];
+    for (int64_t c = 0; c < end; c += LANES) {
+      Vec p[2], d[2];
       one<Masked>(i, first, c, p[0], d[0]);
       one<Masked>(i + 1, first, c, p[1], d[1]);
       const auto both_p = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]), both_d = (__m512i)_mm512_cvtne2ps_pbh(d[1], d[0]);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + i * line + c), _mm512_castsi512_si256(both_d));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + (i + 1) * line + c), _mm512_extracti64x4_epi64(both_d, 1));
-      _mm512_storeu_si512(p_units + i / 2 * PANEL + c, _mm512_permutexvar_epi16(order, both_p));
-      _mm512_storeu_si512(ds_units + i / 2 * PANEL + c, _mm512_permutexvar_epi16(order, both_d));
+      _mm512_storeu_si512(p_units + i / 2 * KEYS + c, _mm512_permutexvar_epi16(order, both_p));
+      _mm512_storeu_si512(ds_units + i / 2 * KEYS + c, _mm512_permutexvar_epi16(order, both_d));
     }
   }
+#endif
 
   template <bool Masked>
   void run(int64_t first, int64_t i, int64_t end, float* ds, int64_t line, float* p_units, float*) const {
-    for (int64_t c = 0; c < end; c += 16) {
-      __m512 p, d;
+    for (int64_t c = 0; c < end; c += LANES) {
+      Vec p, d;
       one<Masked>(i, first, c, p, d);
-      _mm512_storeu_ps(ds + i * line + c, d);
-      _mm512_storeu_ps(p_units + i * PANEL + c, p);
+      store(ds + i * line + c, d);
+      store(p_units + i * KEYS + c, p);
     }
   }
 
@@ -339,12 +311,12 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
   const Task<T> task(a, index);
   const int64_t width = a.width, padded = task.padded, line = task.line, group = task.group(), row = a.heads * width;
   const int64_t fill = sizes<T>().fill, most = round_up(group * task.block(), fill), most_units = units<T>(most);
-  const int64_t depth = units<T>(width), turned = round_up(most_units, 16);
+  const int64_t depth = units<T>(width), turned = round_up(most_units, LANES);
   Buffer<T> rotated(a.tokens * width), queries(most * width), grads(most * width), ds(most * line);
   Buffer<Plain> keys(padded * depth), key_rows(padded * depth), values(padded * depth);
   Buffer<Plain> row_units(most_units * width), query_columns(turned * width), grad_columns(turned * width);
-  Buffer<Plain> p_units(most_units * PANEL), ds_pairs(Of<T>::count == 1 ? 1 : most_units * PANEL);
-  Buffer<float> scores(most * PANEL), dp(most * PANEL), dq(most * width);
+  Buffer<Plain> p_units(most_units * KEYS), ds_pairs(Of<T>::count == 1 ? 1 : most_units * KEYS);
+  Buffer<float> scores(most * KEYS), dp(most * KEYS), dq(most * width);
   Buffer<float> dk(width * line), dv(width * line), delta(most), log2_sum(most);  // dk and dv transposed
   task.rotated(task.keys, 0, a.tokens, rotated.get());
   pack_columns(rotated.get(), width, a.tokens, width, keys.get());
@@ -362,33 +334,33 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t h = r / count, query = block.query(r);
       const int64_t place = (task.text * a.tokens + query) * row + (task.head * group + h) * width;
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t c = 0; c < width; c += 16) {
-        const __m512 g = load(a.dout + place + c);
-        sum = _mm512_fmadd_ps(load(a.out + place + c), g, sum);
+      Vec sum = zeros();
+      for (int64_t c = 0; c < width; c += LANES) {
+        const Vec g = load(a.dout + place + c);
+        sum = mul_add(load(a.out + place + c), g, sum);
         store(grads.get() + r * width + c, g);
       }
-      delta.get()[r] = _mm512_reduce_add_ps(sum);
+      delta.get()[r] = sum_of(sum);
       log2_sum.get()[r] = task.statistics(h)[query];
     }
     pack_rows(queries.get(), width, block.rows, rows, width, row_units.get());
     turn_units(row_units.get(), units<T>(rows), width, query_columns.get(), turned);
     pack_rows(grads.get(), width, block.rows, rows, width, row_units.get());
     turn_units(row_units.get(), units<T>(rows), width, grad_columns.get(), turned);
-    Coming<T> coming(task, index, first + count, units<T>(rows) * ((block.seen() + PANEL - 1) / PANEL), true);
-    for (int64_t key = 0; key < block.seen(); key += PANEL) {
-      const int64_t count = std::min(PANEL, block.seen() - key), end = std::min(PANEL, block.end() - key);
+    Coming<T> coming(task, index, first + count, units<T>(rows) * ((block.seen() + KEYS - 1) / KEYS), true);
+    for (int64_t key = 0; key < block.seen(); key += KEYS) {
+      const int64_t count = std::min(KEYS, block.seen() - key), end = std::min(KEYS, block.end() - key);
       multiply<T, true>(block.rows, count, depth, {as_units(queries.get()), depth, 1},
-                        {keys.get() + key * depth, depth * PANEL, PANEL}, scores.get(), PANEL, false);
+                        {keys.get() + key * depth, depth * PANEL, PANEL}, scores.get(), KEYS, false);
       multiply<T, true>(block.rows, count, depth, {as_units(grads.get()), depth, 1},
-                        {values.get() + key * depth, depth * PANEL, PANEL}, dp.get(), PANEL, false);
+                        {values.get() + key * depth, depth * PANEL, PANEL}, dp.get(), KEYS, false);
       BackwardRows<T>{scores.get(), dp.get(), block, rows, a.scale, log2_sum.get(), delta.get()}.run(
           key, end, ds.get() + key, line, p_units.get(), ds_pairs.get(), coming);
-      multiply<T, true>(width, count, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, PANEL},
+      multiply<T, true>(width, count, units<T>(rows), {grad_columns.get(), turned, 1}, {p_units.get(), PANEL, KEYS},
                         dv.get() + key, line, true);
       // Single numbers are their own units.
       const Right<Of<T>> ds_units = Of<T>::count == 1 ? Right<Of<T>>{as_units(ds.get() + key), PANEL, line}
-                                                      : Right<Of<T>>{ds_pairs.get(), PANEL, PANEL};
+                                                      : Right<Of<T>>{ds_pairs.get(), PANEL, KEYS};
       multiply<T, true>(width, count, units<T>(rows), {query_columns.get(), turned, 1}, ds_units, dk.get() + key, line,
                         true);
     }
@@ -401,41 +373,21 @@ void backward_task(const AttentionArguments<T>& a, int64_t index) {
     }
   }
   T* key_grad = grad + (a.heads + task.head) * width;
-  Buffer<float> key_rows_of_grad(16 * width), value_rows_of_grad(16 * width);
-  for (int64_t first = 0; first < a.tokens; first += 16) {
-    for (int64_t c = 0; c < width; c += 16) {
-      transpose(dk.get() + c * line + first, line, 16, key_rows_of_grad.get() + c, width);
-      transpose(dv.get() + c * line + first, line, 16, value_rows_of_grad.get() + c, width);
+  Buffer<float> key_rows_of_grad(LANES * width), value_rows_of_grad(LANES * width);
+  for (int64_t first = 0; first < a.tokens; first += LANES) {
+    for (int64_t c = 0; c < width; c += LANES) {
+      transpose(dk.get() + c * line + first, line, LANES, key_rows_of_grad.get() + c, width);
+      transpose(dv.get() + c * line + first, line, LANES, value_rows_of_grad.get() + c, width);
     }
-    for (int64_t r = first; r < std::min(first + 16, a.tokens); ++r) {
+    for (int64_t r = first; r < std::min(first + LANES, a.tokens); ++r) {
       const int64_t from = (r - first) * width;
       rotate_back(key_rows_of_grad.get() + from, a.cosine + r * width, a.sine + r * width, width,
                   key_grad + r * task.stride);
-      for (int64_t c = 0; c < width; c += 16)
-        store(key_grad + a.key_heads * width + r * task.stride + c, _mm512_loadu_ps(value_rows_of_grad.get() + from + c));
+      for (int64_t c = 0; c < width; c += LANES)
+        store(key_grad + a.key_heads * width + r * task.stride + c, load(value_rows_of_grad.get() + from + c));
     }
   }
 }
 
 }  // namespace
-
-#pragma GCC pop_options
-
-template <class T>
-void attention(const AttentionArguments<T>& a, int threads) {
-  share(a.texts * a.key_heads, threads, [&](int64_t i) { forward_task(a, i); });
-}
-
-template <class T>
-void attention_backward(const AttentionArguments<T>& a, int threads) {
-  share(a.texts * a.key_heads, threads, [&](int64_t i) { backward_task(a, i); });
-}
-
-template void attention(const AttentionArguments<float>&, int);
-template void attention(const AttentionArguments<uint16_t>&, int);
-template void attention_backward(const AttentionArguments<float>&, int);
-template void attention_backward(const AttentionArguments<uint16_t>&, int);
-
-#endif
-
 }  // namespace jz3
