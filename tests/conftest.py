@@ -1,11 +1,17 @@
 """Shared by all tests: the tiny model, real data, and what multiplies on a CPU."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-NO_TILES, EMULATED_TILES = 0, 2  # of csrc/cpu/ops.h
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests that run side by side must not wait for their threads in a loop on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+NO_TILES, EMULATED_TILES, AVX2 = 0, 2, 1  # of csrc/cpu/ops.h
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -25,19 +31,33 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture(params=["best", "vectors", "emulated_tiles"])
-def tile_unit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What multiplies bfloat16 on this CPU: the best it has, vectors alone, and tiles in plain C++."""
+@pytest.fixture(params=["best", "vectors", "avx2", "emulated_tiles"])
+def tile_unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What computes on this CPU: the best it has, vectors alone, those of AVX2 alone, and tiles in plain C++."""
     from jz3 import backend
+    from jz3.gradients import products
 
-    if backend.extension_missing() or not hasattr(backend.extension(), "has_bf16"):
-        pytest.skip("jz3's own products are not built here")
-    extension = backend.extension()
-    best = extension.tile_unit()
-    if request.param == "vectors" and best == NO_TILES:
+    extension: Any = None if backend.extension_missing() else backend.extension()
+    if not getattr(extension, "vector_unit", int)():
+        pytest.skip("jz3's own products are not built here, or this CPU has no AVX2")
+    tiles, vectors = best = extension.tile_unit(), extension.vector_unit()
+    if request.param == "vectors" and tiles == NO_TILES:
         pytest.skip("vectors are the best here")
-    extension.choose_tile_unit(
-        {"best": best, "vectors": NO_TILES, "emulated_tiles": EMULATED_TILES}[request.param]
-    )
+    if request.param in ("avx2", "emulated_tiles") and vectors == AVX2:
+        pytest.skip("AVX2 is the best here")
+    chosen = {
+        "best": best,
+        "vectors": (NO_TILES, vectors),
+        "avx2": (NO_TILES, AVX2),
+        "emulated_tiles": (EMULATED_TILES, vectors),
+    }
+
+    def choose(tiles: int, vectors: int) -> None:
+        extension.choose_tile_unit(tiles)
+        extension.choose_vector_unit(vectors)
+
+    choose(*chosen[request.param])
+    if request.param == "avx2":
+        monkeypatch.setattr(products, "avx2_alone", lambda: True)
     yield
-    extension.choose_tile_unit(best)
+    choose(*best)
