@@ -27,12 +27,25 @@ STAGE_COMMANDS = {
 """Command to (stage, help): each runs what is missing up to its stage."""
 
 
+def _set_environment() -> None:
+    """Set what libraries read when they are loaded, unless the user has."""
+    # Their own bars and notices would hide ours.
+    defaults = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # torch's threads wait for their next product in a loop, by default for so long that jz3's own, which compute
+        # in turn with them, have to share the cores with it.
+        defaults["GOMP_SPINCOUNT"] = "20000"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0: done; 2: a user's error, told in one line; 130: interrupted; 141: nobody reads the output
     any more. `--debug` anywhere shows tracebacks.
     """
+    _set_environment()
     import tyro
     from tyro.conf import Positional, arg
 
@@ -44,9 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    # The libraries' own bars and notices would hide ours.
-    for name, value in {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
-        os.environ.setdefault(name, value)
 
     def quickstart(
         out: Path = Path("runs/quickstart"),
