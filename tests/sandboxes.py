@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,15 +59,29 @@ def need(sandbox: Sandbox, guard: str) -> None:
 
 
 def copies() -> set[int]:
-    """Processes whose command line holds the sandbox's start-up program."""
-    found = set()
+    """Processes whose command line holds the sandbox's start-up program, but not those of tests that run beside."""
+    parents, found = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (
-                b"inner_server" in (folder / "cmdline").read_bytes()
-                and " Z " not in (folder / "stat").read_text()
-            ):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            parents[int(folder.name)] = int(parent)
+            if b"inner_server" in (folder / "cmdline").read_bytes() and state != "Z":
                 found.add(int(folder.name))
         except OSError:
             continue
-    return found
+
+    def beside(process: int) -> bool:
+        while process in parents and process != os.getpid():
+            if (process := parents[process]) == os.getppid():
+                return "PYTEST_XDIST_WORKER" in os.environ
+        return False
+
+    return {p for p in found if not beside(p)}
+
+
+def left_over(before: set[int]) -> set[int]:
+    """Return the `copies` that weren't there before and don't end within some seconds."""
+    deadline = time.monotonic() + 5
+    while (left := copies() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
