@@ -49,7 +49,7 @@ from jz3.gradients import (
     set_products,
 )
 from jz3.influence import agreement
-from jz3.machine import PRODUCTS, best_products
+from jz3.machine import PRODUCTS, best_products, products_obstacle
 from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.ops.signs import signs
 from jz3.stage import progress_bar
@@ -274,7 +274,7 @@ def by_products(
     yield row(f"uncompressed {label}", 0, "unseen", target[: len(documents), chosen], exact, tasks, 0)
     k, bits = DEFAULT
     part, psi = fit.top(k), completion.fold(asked["adapted"])[chosen]
-    for products in PRODUCTS[1:]:
+    for products in (p for p in PRODUCTS[1:] if not products_obstacle(p)):
         set_products(bench.model, products)
         start = time.perf_counter()
         values = extract(bench.model, bench.layers, documents, part, batch_tokens=bench.batch_tokens).values

@@ -1,6 +1,4 @@
 // The kernels of cpu/block.cpp on AVX2.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,6 +9,7 @@
 #include "cpu/block_kernels.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

@@ -6,16 +6,11 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/block_kernels.h"
 #include "cpu/int8.h"
 #include "cpu/ops.h"
 #include "cpu/pool.h"
 #include "cpu/tiles.h"
-
-namespace jz3 {
-
-void cross_entropy_block_int16(const CrossEntropyArguments<float>& a, int64_t first, int64_t rows);
-
-}  // namespace jz3
 
 #ifdef JZ3_BF16
 

@@ -1,6 +1,4 @@
 // Cross entropy of rows of float32 with products in 16 bits, on AVX2.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,9 +7,10 @@
 #include <new>
 #include <type_traits>
 
-#include "cpu/ops.h"
+#include "cpu/block_kernels.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

@@ -2,6 +2,7 @@
 // float32, rounded once. A block of rows stays in a core's second-level cache while W comes by in panels of 64 columns.
 #include <algorithm>
 
+#include "cpu/block_kernels.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "cpu/product_blocks.h"
@@ -10,8 +11,6 @@
 #ifdef JZ3_BF16
 
 namespace jz3 {
-
-void project_segment_avx2(const SegmentsArguments& arguments, int64_t segment);
 
 void pack_product(const bf16* w, uint32_t* out, int64_t depth, int64_t columns, int64_t row_stride,
                   int64_t column_stride, int threads) {

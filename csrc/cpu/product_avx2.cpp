@@ -1,18 +1,17 @@
 // Products of float32 rows with a fixed matrix on AVX2, packed once in panels of 16 columns, and what becomes of projected
 // gradients there.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <new>
 #include <type_traits>
 
-#include "cpu/ops.h"
+#include "cpu/block_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

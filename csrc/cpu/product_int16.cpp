@@ -2,8 +2,6 @@
 // best vectors are AVX2: vpmaddwd and the addition behind it multiply twice as many numbers a cycle as float32's products.
 //
 // A panel is 16 columns, a group's part of it 6 KB of 192 numbers.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,6 +15,7 @@
 #include "cpu/pool.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")

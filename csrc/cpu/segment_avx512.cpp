@@ -1,6 +1,4 @@
 // segment_project on AVX-512.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -9,6 +7,7 @@
 #include "cpu/segment_items.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")

@@ -1,6 +1,4 @@
 // segment_project on AVX-512 with products of bfloat16 pairs.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -9,6 +7,7 @@
 #include "cpu/segment_items.h"
 
 #ifdef JZ3_BF16
+#include <immintrin.h>
 #define JZ3_BF16_PRODUCTS
 
 #pragma GCC push_options

@@ -6,6 +6,8 @@
 
 #include "cpu/ops.h"
 
+#ifdef JZ3_BF16
+
 namespace jz3 {
 
 constexpr int64_t SEGMENT_CHUNK = 256;  // tokens at a time
@@ -31,11 +33,11 @@ class SegmentItems {
   std::atomic<int64_t> taken_{0};
 };
 
-#ifdef JZ3_BF16
 // Every thread's work on one vector unit; the last takes bfloat16 alone.
 void segment_items_avx2(const SegmentArguments& arguments, SegmentItems& items);
 void segment_items_avx512(const SegmentArguments& arguments, SegmentItems& items);
 void segment_items_bf16(const SegmentArguments& arguments, SegmentItems& items);
-#endif
 
 }  // namespace jz3
+
+#endif

@@ -3,10 +3,11 @@
 // inside a region, behind cpu/bf16.h or cpu/avx2.h.
 //
 // V has: Number, of a row, and the `count` of them that one multiplication takes, 32 bits; levels(group), the largest number
-// there may be; `ahead`, whether the next tile's rows are brought nearer; Register, of LANES 32-bit sums, with load, spread (32 bits to all lanes), add_products and numbers (to
-// float32); `rows` of the largest tile; `panel`, the columns of Part, a group's part of a packed matrix, with their `scale`
-// and `number`; start, the first sums of a part's columns; quantise(row, group, count, room for a group, numbers), which
-// returns the scale; and prepare and set, which bring a column to a part, whose scale is then divided by `gain`.
+// there may be; Register, of LANES 32-bit sums, with load, spread (32 bits to all lanes), add_products and numbers (to
+// float32); `rows` of the largest tile, and `ahead`, whether the next tile's are brought nearer; `panel`, the columns of
+// Part, a group's part of a packed matrix, with their `scale` and `number`; start, the first sums of a part's columns;
+// quantise(row, group, count, room for a group, numbers), which returns the scale; and prepare and set, which bring a
+// column to a part, whose scale is then divided by `gain`.
 #pragma once
 
 #include <cmath>
