@@ -89,12 +89,12 @@ inline Vec choose(Mask mask, Vec x, Vec other) { return _mm256_blendv_ps(other, 
 inline Vec load_part(const float* p, Mask part) { return _mm256_maskload_ps(p, part); }
 inline void store_part(float* p, Mask part, Vec x) { _mm256_maskstore_ps(p, part, x); }
 
-// 2^n of a whole n in [-126, 127].
-inline Vec power_of_two(__m256i n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+// 2^n of a whole n in [-126, 127], infinity of 128.
+inline Vec power_of_two(Vec n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 
-// As in cpu/bf16.h.
+// As in cpu/bf16.h, but for infinity from 88.4 on.
 inline Vec exp_ps(Vec x) {
   const Vec least = all(-87.0f);
   const Vec normal = _mm256_cmp_ps(x, least, _CMP_NLT_UQ);
@@ -104,9 +104,7 @@ inline Vec exp_ps(Vec x) {
   r = subtract_from(r, n, all(1.42860677e-6f));
   Vec y = all(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = mul_add(y, r, all(c));
-  // In two steps: n may be 128.
-  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-  return _mm256_and_ps(normal, y * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half)));
+  return _mm256_and_ps(normal, y * power_of_two(n));
 }
 
 template <class T>
@@ -119,7 +117,7 @@ inline Vec exp2_ps(Vec x) {
   Vec y = all(1.5403530e-4f);
   for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
     y = mul_add(y, r, all(c));
-  return _mm256_and_ps(normal, y * power_of_two(_mm256_cvtps_epi32(n)));
+  return _mm256_and_ps(normal, y * power_of_two(n));
 }
 
 constexpr float LOG2E = 1.44269504f;
