@@ -3,6 +3,8 @@
 jz3._C      C++, always tried
 jz3._cuda   CUDA, when nvcc is on PATH; JZ3_BUILD_CUDA = auto | 1 | 0, JZ3_CUDA_ARCHS = "80;90a"
 
+MAX_JOBS files are compiled at a time: as many as there are processors, at most 8.
+
 A failed build is said loudly and noted in jz3/build_note.txt (which `jz3 doctor` shows), and the
 reference back end runs instead; with JZ3_BUILD_CUDA=1 a failed CUDA build fails the installation.
 """
@@ -12,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
@@ -21,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 NOTE = Path("jz3") / "build_note.txt"
 CUDA_ARCHS = [arch for arch in re.split(r"[;, ]+", os.environ.get("JZ3_CUDA_ARCHS", "80;90a")) if arch]
 CUDA_MODE = os.environ.get("JZ3_BUILD_CUDA", "auto")
+MAX_JOBS = os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1)))
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0"]
 
 
@@ -34,6 +38,8 @@ class BuildExtensions(build_ext):
     def run(self) -> None:
         if CUDA_MODE not in ("auto", "1", "0"):
             raise SystemExit(f"JZ3_BUILD_CUDA must be auto, 1 or 0, got {CUDA_MODE!r}")
+        if not MAX_JOBS.isdecimal() or int(MAX_JOBS) < 1:
+            raise SystemExit(f"MAX_JOBS must be a number of at least 1, got {MAX_JOBS!r}")
         self.notes: list[str] = []
         self.failed: list[Extension] = []
         in_place = self.inplace or self.editable_mode
@@ -55,11 +61,13 @@ class BuildExtensions(build_ext):
         is_cuda = ext.name == "jz3._cuda"
         try:
             import pybind11
+            from pybind11.setup_helpers import ParallelCompile
 
             ext.include_dirs += [pybind11.get_include(), str(HERE / "csrc")]
             if is_cuda:
                 self.add_device_code(ext)
-            super().build_extension(ext)
+            with ParallelCompile(default=int(MAX_JOBS)):
+                super().build_extension(ext)
         except Exception as error:  # an extension is optional whatever its compiler dies of; the user is told
             reason = short_reason(error)
             if is_cuda and CUDA_MODE == "1":
@@ -73,12 +81,12 @@ class BuildExtensions(build_ext):
             raise RuntimeError("nvcc is not on PATH (install the CUDA toolkit, then reinstall jz3)")
         folder = Path(self.build_temp, "cuda").resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-        for source in sources("csrc/cuda", ".cu"):
-            target = folder / (Path(source).stem + ".o")
-            command = [nvcc, "-O3", "-std=c++17", "-t", "2", "-Xcompiler", "-fPIC", "-I", "csrc"]
-            self.compile_device(command + targets + ["-c", source, "-o", str(target)])
-            ext.extra_objects.append(str(target))
+        architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+        command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-I", "csrc", *architectures, "-c"]
+        targets = {source: str(folder / (Path(source).stem + ".o")) for source in sources("csrc/cuda", ".cu")}
+        with ThreadPoolExecutor(int(MAX_JOBS)) as pool:
+            list(pool.map(lambda source: self.compile_device([*command, source, "-o", targets[source]]), targets))
+        ext.extra_objects += targets.values()
         ext.define_macros.append(("JZ3_CUDA_ARCHS", '"' + ";".join(CUDA_ARCHS) + '"'))
         root, runtime = cuda_root(nvcc)
         ext.include_dirs.append(str(root))

@@ -189,5 +189,10 @@ def peak_memory() -> int:
 def release_memory() -> None:
     """Give freed memory back to the system: cycles through autograd graphs first, then the heap."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the heap's free memory back to the system, without the second that a search for cycles takes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

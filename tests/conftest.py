@@ -1,5 +1,6 @@
 """Shared by all tests: the tiny model, real data, and what multiplies on a CPU."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,15 @@ def tiny_model() -> Path:
     from jz3.models import TINY, ModelConfig, resolve_model
 
     return resolve_model(ModelConfig(name=TINY))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_frozen() -> Iterator[None]:
+    """Leave what has been imported out of the searches for cycles between stages, which take a second with it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Hooks against autograd's full gradients, per document, for several architectures."""
 
+import gc
 import os
 import platform
 from pathlib import Path
@@ -132,6 +133,26 @@ def test_text_does_not_depend_on_its_batch() -> None:
         torch.testing.assert_close(
             together.gradients[layer][row], alone.gradients[layer][0], atol=1e-10, rtol=1e-7
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_leaves_no_cycles(name: str, dtype: torch.dtype) -> None:
+    """What it held is free at once, so that giving memory back needs no search for cycles."""
+    model, batches = random_model(name).to(dtype), make_batches(random_texts(), 40)
+    layers = linear_layers(model)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in run_pass(model, layers, Whole(), batches):
+            pass
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [kept for kept in gc.garbage if isinstance(kept, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_bad_text_does_not_spread() -> None:

@@ -25,7 +25,7 @@ from jz3.gradients import Tokens, layer_shape, linear_layers, set_products, toke
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
-from jz3.stage import StageContext, release_memory
+from jz3.stage import StageContext, release_memory, trim_heap
 from jz3.store import CODES, StoreInfo, has_shard, module_hash, open_store, write_shard
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             )
             _write_extracted(side, [t.id for t in part], found, with_values=False)
             del found
-            release_memory()
+            trim_heap()
     for side in sorted((ctx.out / "documents").glob("*.safetensors")):
         ids, arrays = read_extracted(side)
         for i, ok in zip(ids, np.isfinite(arrays["norm"]) & (arrays["norm"] > 0), strict=True):

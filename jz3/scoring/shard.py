@@ -23,7 +23,7 @@ from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
 from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
-from jz3.stage import release_memory
+from jz3.stage import trim_heap
 from jz3.store import encode_rows, has_shard, open_store, write_codes
 
 STAGE = "score"
@@ -117,7 +117,7 @@ class Scorer:
         scored = sum(rows.tokens)
         del rows
         # Else batches of many shapes leave a heap of gaps that grows with the shards.
-        release_memory()
+        trim_heap()
         return scored
 
     def score(self, records: Iterator[SourceText | Reject]) -> _Rows:
