@@ -13,13 +13,13 @@ namespace {
 class Nearer {
  public:
   Nearer() : Nearer(nullptr, 0, 0, 0, 1) {}
-  // `bytes` of every row, within `steps`.
-  Nearer(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
+  // `bytes` of every row, within `steps` of at most `most` lines.
+  Nearer(const void* begin, int64_t rows, int64_t stride, int64_t bytes, int64_t steps, int64_t most = 8)
       : row_(static_cast<const char*>(begin)),
         rows_(rows),
         stride_(stride),
         bytes_(bytes),
-        most_(std::min<int64_t>(((bytes + 63) / 64 * rows + steps - 1) / steps, 8)) {}
+        most_(std::min<int64_t>(((bytes + 63) / 64 * rows + steps - 1) / steps, most)) {}
   void fetch() {
     for (int64_t i = most_; i > 0 && rows_; --i) {
       _mm_prefetch(row_ + at_, _MM_HINT_T1);

@@ -16,13 +16,15 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include "cpu/avx2.h"
+#include "cpu/nearer.h"
 #include "cpu/segments_rows.h"
 
 namespace jz3 {
 namespace {
 
-// Rows and numbers of the inner dimension at a time: with a panel's part (12 KB) they stay in the first-level cache.
-constexpr int64_t BLOCK = 24, DEPTH = 192;
+// Rows and numbers of the inner dimension at a time: the rows stay in a second-level cache, a panel's part (12 KB) in the
+// first.
+constexpr int64_t BLOCK = 72, DEPTH = 192;
 
 // The sums of one row's signed numbers: number k goes to sum k / 2 + 16 * (k % 2) of the 32.
 void fold_row(const float* x, const float* signs, int64_t depth, float* y) {
@@ -43,9 +45,17 @@ void product_rows(const ProductArguments<float, float>& a, int64_t begin, int64_
   const float *x = a.x + begin * a.x_stride, *w = static_cast<const float*>(a.w);
   float* y = a.y + begin * a.y_stride;
   for (int64_t first = 0; first < a.columns; first += PANEL) {
-    for (int64_t k = 0; k < a.depth; k += DEPTH)
-      multiply_packed<Avx2, true>(rows, PANEL, std::min(DEPTH, a.depth - k), {x + k, a.x_stride, 1},
-                                  {w + first * a.depth + k * PANEL, PANEL, PANEL}, sums.get(), PANEL, k > 0);
+    for (int64_t k = 0; k < a.depth; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, a.depth - k);
+      const float* part = w + first * a.depth + k * PANEL;
+      Nearer next(part + depth * PANEL, 1, 0, depth * PANEL * sizeof(float), std::max<int64_t>(rows / Avx2::rows, 1), 16);
+      for (int64_t m = 0; m < rows; m += Avx2::rows) {
+        next.fetch();
+        multiply_packed<Avx2, true>(std::min<int64_t>(Avx2::rows, rows - m), PANEL, depth,
+                                    {x + m * a.x_stride + k, a.x_stride, 1}, {part, PANEL, PANEL},
+                                    sums.get() + m * PANEL, PANEL, k > 0);
+      }
+    }
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t n = 0; n < PANEL; n += LANES) store(y + m * a.y_stride + first + n, load(sums.get() + m * PANEL + n));
   }

@@ -4,7 +4,7 @@
 //
 // V has: Number, of a row, and the `count` of them that one multiplication takes, 32 bits; levels(group), the largest number
 // there may be; Register, of LANES 32-bit sums, with load, spread (32 bits to all lanes), add_products and numbers (to
-// float32); `rows` of the largest tile, and `ahead`, whether the next tile's are brought nearer; `panel`, the columns of
+// float32); `rows` of the largest tile, and `ahead`, whether what is next is brought nearer; `panel`, the columns of
 // Part, a group's part of a packed matrix, with their `scale` and `number`; start, the first sums of a part's columns;
 // quantise(row, group, count, room for a group, numbers), which returns the scale; and prepare and set, which bring a
 // column to a part, whose scale is then divided by `gain`.
@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+
+#include "cpu/nearer.h"
 
 namespace jz3 {
 namespace {
@@ -129,8 +131,8 @@ void tile_whole(int64_t group, const WholeRows<V>& x, const typename V::Part& pa
       for (int64_t k = 0; k < group; k += 64 / int64_t(sizeof(typename V::Number)))
         _mm_prefetch(reinterpret_cast<const char*>(x.number + (M + m) * x.stride + k), _MM_HINT_T0);
   const char* numbers = reinterpret_cast<const char*>(part.number);
-  for (int64_t k = 0; k < group; k += V::count) {
-    load_columns(w, numbers + k / V::count * V::panel * 4);
+  for (int64_t k = 0; k < group; k += V::count, numbers += V::panel * 4) {
+    load_columns(w, numbers);
     add_products(total, x.number + k, x.stride, w);
   }
   if (add)
@@ -141,11 +143,13 @@ void tile_whole(int64_t group, const WholeRows<V>& x, const typename V::Part& pa
 
 template <class V, int M, int N>
 void tile_rows_whole(int64_t rows, int64_t group, WholeRows<V> x, const typename V::Part& part, float* sums, int64_t stride,
-                     bool add) {
-  for (; rows >= M; rows -= M, x.number += M * x.stride, x.scale += M * x.groups, sums += M * stride)
+                     bool add, Nearer& next) {
+  for (; rows >= M; rows -= M, x.number += M * x.stride, x.scale += M * x.groups, sums += M * stride) {
+    next.fetch();
     tile_whole<V, M, N>(group, x, part, sums, stride, add);
+  }
   if constexpr (M > 1)
-    if (rows) tile_rows_whole<V, M / 2, N>(rows, group, x, part, sums, stride, add);
+    if (rows) tile_rows_whole<V, M / 2, N>(rows, group, x, part, sums, stride, add, next);
 }
 
 // The part `index` of a packed matrix.
@@ -163,8 +167,11 @@ void panel_whole(int64_t rows, int64_t columns, int64_t group, WholeRows<V> x, c
   for (int64_t g = 0; g < x.groups; ++g) {
     const auto& part = *part_at<V>(parts, g, group);
     const WholeRows<V> own{x.number + g * group, x.scale + g, x.stride, x.groups};
+    // The part behind it is mostly that of the next group or panel.
+    const int64_t size = V::part_bytes(group), tiles = std::max<int64_t>(rows / V::rows, 1);
+    Nearer next(reinterpret_cast<const char*>(&part) + size, V::ahead, 0, size, tiles, 16);
     const auto run = [&](auto registers) {
-      tile_rows_whole<V, V::rows, registers()>(rows, group, own, part, sums, stride, add || g);
+      tile_rows_whole<V, V::rows, registers()>(rows, group, own, part, sums, stride, add || g, next);
     };
     const int64_t registers = (columns + LANES - 1) / LANES;
     constexpr int most = V::panel / LANES;
