@@ -139,7 +139,9 @@ def test_text_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_leaves_no_cycles(name: str, dtype: torch.dtype) -> None:
     """What it held is free at once, so that giving memory back needs no search for cycles."""
-    model, batches = random_model(name).to(dtype), make_batches(random_texts(), 40)
+    model: Any = random_model(name)
+    model.to(dtype)
+    batches = make_batches(random_texts(), 40)
     layers = linear_layers(model)
     gc.collect()
     gc.disable()
