@@ -117,9 +117,19 @@ def test_kernels_are_importable_only_inside_the_package(installed: Path) -> None
     assert run(installed, code).returncode == 0
 
 
-def test_forced_cuda_build_fails_without_nvcc(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"JZ3_BUILD_CUDA": "1"}, "JZ3_BUILD_CUDA=1, but jz3._cuda can't be built: nvcc is not on PATH"),
+        ({"JZ3_BUILD_CUDA": "0", "MAX_JOBS": "0"}, "MAX_JOBS must be a number of at least 1, got '0'"),
+        ({"JZ3_BUILD_CUDA": "0", "MAX_JOBS": "many"}, "MAX_JOBS must be a number of at least 1, got 'many'"),
+    ],
+)
+def test_build_that_cannot_be_as_asked_fails(
+    source: Path, tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
     code = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    environment = {**os.environ, "JZ3_BUILD_CUDA": "1", "PATH": str(tmp_path), "CXX": "/bin/false"}
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "/bin/false", **variables}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=source,
@@ -128,7 +138,7 @@ def test_forced_cuda_build_fails_without_nvcc(source: Path, tmp_path: Path) -> N
         text=True,
     )
     assert done.returncode != 0
-    assert "JZ3_BUILD_CUDA=1, but jz3._cuda can't be built: nvcc is not on PATH" in done.stderr
+    assert said in done.stderr
 
 
 def test_source_archive_holds_what_a_build_needs(source: Path) -> None:
