@@ -85,7 +85,11 @@ class BuildExtensions(build_ext):
         command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-I", "csrc", *architectures, "-c"]
         targets = {source: str(folder / (Path(source).stem + ".o")) for source in sources("csrc/cuda", ".cu")}
         with ThreadPoolExecutor(int(MAX_JOBS)) as pool:
-            list(pool.map(lambda source: self.compile_device([*command, source, "-o", targets[source]]), targets))
+            list(
+                pool.map(
+                    lambda source: self.compile_device([*command, source, "-o", targets[source]]), targets
+                )
+            )
         ext.extra_objects += targets.values()
         ext.define_macros.append(("JZ3_CUDA_ARCHS", '"' + ";".join(CUDA_ARCHS) + '"'))
         root, runtime = cuda_root(nvcc)

@@ -18,7 +18,7 @@ from jz3.evaluation import mean_nll
 from jz3.evaluation.intervals import mean
 from jz3.files import canonical_json, hash_text, read_json, write_json, write_jsonl
 from jz3.filtering.decontaminate import DecontaminationIndex
-from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import seed_for
 from jz3.selection.config import GRADIENTS
@@ -264,8 +264,9 @@ def train_and_score(training: Training) -> None:
 
 def _scored(path: Path, folder: Path, dtype: str, queries: dict[str, list[Query]]) -> dict[str, list[float]]:
     if not path.exists():
-        model: Any = load_model(folder, dtype)
-        model, tokenizer = model.to(best_device()), load_tokenizer(folder)
+        from jz3.inference import load_for_inference
+
+        model, tokenizer = load_for_inference(folder, dtype), load_tokenizer(folder)
         write_json(path, {task: mean_nll(model, tokenizer, rows) for task, rows in queries.items()})
     return read_json(path)
 

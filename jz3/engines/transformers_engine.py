@@ -45,14 +45,16 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig, model: Path, dtype: str) -> None:
         import torch
 
-        from jz3.models import load_model, load_tokenizer
+        from jz3.inference import cache_argument, load_for_inference
+        from jz3.models import load_tokenizer
 
         self._batch_size = config.batch_size
         self._name = model.name
         self._dtype = dtype
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = load_tokenizer(model)
-        self._model: Any = load_model(model, dtype).to(self._device)  # pyright: ignore[reportArgumentType]
+        self._model: Any = load_for_inference(model, dtype)
+        self._device: torch.device = self._model.device
+        self._cache = cache_argument(self._model)
         self._context = context_length(self._model.config)
         self._ends = self._end_tokens()
 
@@ -95,7 +97,8 @@ class TransformersEngine:
     def _continue(self, rows: list[_Row], sampling: Sampling) -> None:
         """Fill in text and finish of rows that fit into one batch."""
         import torch
-        from transformers import DynamicCache
+
+        from jz3.inference import roomy_cache
 
         pad = self._tokenizer.pad_token_id or 0
         width = max(len(row.ids) for row in rows)
@@ -104,7 +107,7 @@ class TransformersEngine:
         ids = torch.tensor(padded, device=self._device)
         mask = torch.tensor(real, device=self._device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
+        cache = roomy_cache(self._model.config)
         active = list(rows)
         with torch.inference_mode():
             while True:
@@ -112,9 +115,9 @@ class TransformersEngine:
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
+                    **{self._cache: cache},
                 )
                 drawn = pick(output.logits[:, -1], [row.random for row in active], sampling)
                 going = [i for i, token in enumerate(drawn) if not self._append(active[i], token, sampling)]

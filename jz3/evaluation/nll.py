@@ -10,6 +10,11 @@ from jz3.records import Query
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SMALL_BATCH = 512
+"""Padded tokens that keep a processor busy, so that more are worth no padding."""
+PADDING = 0.1
+"""Share of the tokens that padding may add to larger batches."""
+
 
 def encode(tokenizer: "PreTrainedTokenizerBase", query: Query) -> tuple[list[int], list[int]]:
     """Return the tokens of a query's prompt (never empty) and of its completion (without an end token)."""
@@ -46,16 +51,27 @@ def mean_nll(
     rows = [encode(tokenizer, query) for query in queries]
     values = [math.nan] * len(rows)
     places = [i for i, (head, tail) in enumerate(rows) if tail and len(head) + len(tail) <= context]
-    places.sort(key=lambda i: (len(rows[i][0]) + len(rows[i][1]), i))
+    lengths = [len(head) + len(tail) for head, tail in rows]
+    places.sort(key=lambda i: (lengths[i], i))
     with torch.inference_mode():
         while places:
-            count = 1
-            while count < len(places) and (count + 1) * sum(map(len, rows[places[count]])) <= batch_tokens:
-                count += 1
+            count = _batch_size([lengths[i] for i in places], batch_tokens)
             batch, places = places[:count], places[count:]
             for i, value in zip(batch, _batch_nll(model, [rows[i] for i in batch]), strict=True):
                 values[i] = value
     return values
+
+
+def _batch_size(lengths: Sequence[int], batch_tokens: int) -> int:
+    """Return how many of the texts, shortest first, are scored together."""
+    real = 0
+    for count, length in enumerate(lengths):
+        padded = (count + 1) * length
+        real += length
+        wasteful = padded > SMALL_BATCH and padded > (1 + PADDING) * real
+        if count and (padded > batch_tokens or wasteful):
+            return count
+    return len(lengths)
 
 
 def _batch_nll(model: "PreTrainedModel", rows: list[tuple[list[int], list[int]]]) -> list[float]:

@@ -17,7 +17,7 @@ from jz3.evaluation.config import EvaluationConfig
 from jz3.evaluation.intervals import accuracy, mean
 from jz3.evaluation.nll import mean_nll
 from jz3.files import write_jsonl
-from jz3.models import load_model, load_tokenizer, resolve_model
+from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Query, Reject, Result
 from jz3.stage import StageContext
 from jz3.templates import prompt_for
@@ -216,10 +216,9 @@ def _score_references(ctx: StageContext, name: str, folder: Path, queries: list[
     config = ctx.recipe.evaluation
 
     def opener() -> contextlib.AbstractContextManager[tuple[Any, Any]]:
-        import torch
+        from jz3.inference import load_for_inference
 
-        model: Any = load_model(folder, ctx.recipe.model.dtype)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_for_inference(folder, ctx.recipe.model.dtype)
         return contextlib.nullcontext((model, load_tokenizer(folder)))
 
     with OnDemand(opener) as loaded:
