@@ -10,7 +10,7 @@ import pytest
 
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
-from jz3.features import FeaturesConfig, LessConfig, stage
+from jz3.features import COUNTS, POSITIVE, FeaturesConfig, LessConfig, stage
 from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
 from jz3.files import hash_text, read_json, read_jsonl, write_jsonl
 from jz3.influence import feature_blocks
@@ -131,6 +131,14 @@ def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match=r"features\.kind must be one of adapted, sketch, less, readout"):
         FeaturesConfig(kind="hidden")
+    for name, least in {**dict.fromkeys(POSITIVE, 1), **dict.fromkeys(COUNTS, 0)}.items():
+        settings: dict[str, Any] = {name: least - 1}
+        with pytest.raises(ValueError, match=rf"features\.{name} must be at least {least}, got {least - 1}"):
+            FeaturesConfig(**settings)
+        settings[name] = least
+        assert getattr(FeaturesConfig(**settings), name) == least
+    with pytest.raises(ValueError, match=r"features\.bits must be one of \[1, 2, 4, 8, 16\], got 3"):
+        FeaturesConfig(bits=3)
     with pytest.raises(ValueError, match=r"features\.reduction"):
         FeaturesConfig(reduction="max")
     with pytest.raises(ValueError, match=r"features\.long"):

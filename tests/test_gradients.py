@@ -1,5 +1,6 @@
 """Hooks against autograd's full gradients, per document, for several architectures."""
 
+import copy
 import gc
 import os
 import platform
@@ -19,7 +20,7 @@ from jz3.gradients import (
     run_pass,
 )
 from jz3.gradients.experts import ExpertLinear
-from jz3.gradients.layers import plain_model
+from jz3.gradients.layers import check_output_layer, plain_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -211,10 +212,12 @@ def test_windows_of_a_long_text_add_up() -> None:
                 torch.testing.assert_close(sink.gradients[name][0], gradient, atol=1e-7, rtol=1e-5)
 
 
-def lora_model() -> Any:
+def lora_model(dora: bool = False, dropout: float = 0.0) -> Any:
     import peft
 
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_dora=dora, lora_dropout=dropout
+    )
     model = peft.get_peft_model(random_model("llama"), config).double().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -223,8 +226,9 @@ def lora_model() -> Any:
     return model
 
 
-def test_adapters() -> None:
-    model, texts = lora_model(), random_texts(4)
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters(dora: bool) -> None:
+    model, texts = lora_model(dora), random_texts(4)
     layers = linear_layers(model)
     assert len(layers) == 8 and all(".lora_" in name for name in layers)
     everything = linear_layers(model, lora_only=False)
@@ -258,6 +262,54 @@ def test_output_layer_with_a_bias_is_refused() -> None:
     assert model.lm_head.bias is not None
     with pytest.raises(ValueError, match=r"output layer has a bias \(PhiForCausalLM\)"):
         GradientPass(model, linear_layers(model), Whole())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_logits_than_the_output_layers_are_refused(dtype: torch.dtype) -> None:
+    import peft
+
+    model: Any = random_model("llama")
+    model = model.to(dtype)
+    with GradientPass(model, linear_layers(model), Whole()):
+        pass
+    adapter = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, adapter)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not covered: its logits differ by"):
+        GradientPass(adapted, linear_layers(adapted), Whole())
+
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            output: Any = super().forward(*arguments, **options)
+            output.logits = output.logits * 0.5
+            return output
+
+    scaled: Any = Scaled(MODELS["llama"])
+    scaled = scaled.to(dtype).eval()
+    with pytest.raises(ValueError, match=r"Scaled is not covered: its logits differ by 0\.5"):
+        GradientPass(scaled, linear_layers(scaled), Whole())
+
+
+def test_logits_that_are_scaled_or_out_of_reach_are_refused() -> None:
+    small: dict[str, Any] = {**SMALL, "intermediate_size": 48}
+    scaled = random_model("llama")
+    scaled.config = copy.deepcopy(scaled.config)
+    scaled.config.lm_head_multiplier = 0.25
+    with pytest.raises(ValueError, match="models that set lm_head_multiplier are not covered"):
+        GradientPass(scaled, linear_layers(scaled), Whole())
+    out_of_reach = transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**small, head_dim=8, num_key_value_heads=2)
+    )
+    with pytest.raises(ValueError, match="its base model gives no last hidden states"):
+        GradientPass(out_of_reach, linear_layers(out_of_reach), Whole())
+
+
+def test_looking_at_the_output_layer_draws_no_random_numbers() -> None:
+    model = lora_model(dropout=0.5).train()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    check_output_layer(plain_model(model))
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_adapter_without_a_wrapper_leaves_the_model_plain() -> None:

@@ -45,12 +45,19 @@ def test_a_prompt_is_not_scored(tiny_model: Path) -> None:
     found = tokenize_text(tokenizer, "t", text, 100, prompt="  What is 2+2?\n")
     assert tokenizer.decode(found.ids[: found.start]) == "What is 2+2?"
     assert tokenizer.decode(found.ids) == text
+    # The corpus stage mends ends of lines and takes common indentation away; the prompt is as it was read.
+    for other, prompt in (
+        ("\n " + text, "\n What is 2+2?"),
+        ("What is\n\n2+2?\n\nIt is 4.", " What is\r\n  \r\n2+2?"),
+    ):
+        tokens = tokenize_text(tokenizer, "t", other, 100, prompt=prompt)
+        assert tokenizer.decode(tokens.ids[tokens.start :]) == "\n\nIt is 4."
     start = tokenize_text(marked, "t", text, 100, prompt="What is 2+2?")
     assert (start.ids[1:], start.start) == (found.ids, found.start + 1)
     # Another beginning is no prompt, nor is none.
     for prompt in ("It is", ""):
         assert tokenize_text(tokenizer, "t", text, 100, prompt=prompt).start == 1
-    for prompt in (text, f"{text} And 3+3?"):
+    for prompt in (text, f"{text} And 3+3?", "  What is\r\n2+2? It is 4. And 3+3?"):
         with pytest.raises(ValueError, match="at least"):
             tokenize_text(tokenizer, "t", text, 100, prompt=prompt)
     with pytest.raises(ValueError, match="nothing is left to score"):

@@ -71,6 +71,8 @@ def test_inputs_need_not_be_contiguous() -> None:
     bounds = torch.tensor([0, 12, 30], dtype=torch.int32)
     same = segment_project(a.contiguous(), g.contiguous(), left.contiguous(), bounds)
     assert torch.allclose(segment_project(a, g, left, bounds), same, rtol=1e-5, atol=1e-5)
+    strided = torch.stack([bounds.long(), torch.full((3,), 10**9)], 1)[:, 0]
+    assert torch.allclose(segment_project(a, g, left, strided), same, rtol=1e-5, atol=1e-5)
 
 
 def test_norms_are_those_of_the_gradients() -> None:

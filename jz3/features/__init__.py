@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from jz3.machine import PRODUCTS
+from jz3.store import CODES
 
 KINDS = ("adapted", "sketch", "less", "readout")
 """What the stage can store. `known` (jz3.features.known) stores nothing: it is for `jz3 score`; `hidden`,
@@ -10,6 +11,14 @@ KINDS = ("adapted", "sketch", "less", "readout")
 
 BY_PRODUCTS = ("adapted", "sketch", "known")
 """Kinds that `products` is for: the others run the model in ways of their own, always exact."""
+
+
+POSITIVE = (
+    *("k", "rank", "layers", "fit_batch_tokens", "sketch_left", "sketch_right", "readout_left"),
+    *("batch_tokens", "shard_documents", "query_tokens"),
+)
+COUNTS = ("completion", "fit_documents", "fit_queries", "exact_documents", "exact_queries")
+"""Settings that may be 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +120,12 @@ class FeaturesConfig:
             raise ValueError(f"features.products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         if self.long not in ("truncate", "split"):
             raise ValueError(f"features.long must be 'truncate' or 'split', got {self.long!r}")
-        if self.completion < 0:
-            raise ValueError(f"features.completion must be 0 (none) or more, got {self.completion}")
+        if self.bits not in CODES:
+            raise ValueError(f"features.bits must be one of {sorted(CODES)}, got {self.bits}")
+        for least, names in ((1, POSITIVE), (0, COUNTS)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"features.{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.less.share <= 1 or self.less.epochs < 1 or self.less.batch_texts < 1:
             raise ValueError(
                 "features.less: share must lie in (0, 1], epochs and batch_texts must be at least 1, "

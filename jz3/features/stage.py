@@ -26,7 +26,7 @@ from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext, release_memory, trim_heap
-from jz3.store import CODES, StoreInfo, has_shard, module_hash, open_store, write_shard
+from jz3.store import StoreInfo, has_shard, module_hash, open_store, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,8 +47,6 @@ LARGE_FIT = "queries-fit.safetensors"
 def run(ctx: StageContext) -> dict[str, Any]:
     """Compute the features of all queries and documents; see the store's and the fit's formats."""
     config = ctx.recipe.features
-    if config.bits not in CODES:
-        raise ValueError(f"features.bits must be one of {sorted(CODES)}, got {config.bits}")
     folder = resolve_model(ctx.recipe.model)
     tokenizer = load_tokenizer(folder)
     rejects: list[Reject] = []

@@ -159,7 +159,8 @@ def _evaluate(node: ast.AST) -> Fraction:
     if isinstance(node, ast.BinOp):
         left, right = _evaluate(node.left), _evaluate(node.right)
         if isinstance(node.op, ast.Pow):
-            if right.denominator != 1 or abs(right) > MAX_EXPONENT or left.numerator.bit_length() > 200:
+            bits = max(left.numerator.bit_length(), left.denominator.bit_length())
+            if right.denominator != 1 or abs(right) > MAX_EXPONENT or bits > 200:
                 raise ValueError("power out of range")
             return left ** int(right)
         if type(node.op) in _OPERATORS:

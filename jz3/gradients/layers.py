@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SCALED = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *("logit_scale", "logits_scaling", "lm_head_multiplier"),
+)
+"""Settings of models that cap or scale their logits."""
+ROUNDED = {2: 1e-2}
+"""Relative difference of logits that rounding explains, by the bytes of a number; 1e-4 of longer ones."""
+
 
 def plain_model(model: Any) -> Any:
     """Return the causal language model itself, out of its PEFT wrapper if it has one."""
@@ -83,6 +91,59 @@ def linear_layers(
             f"{type(model).__name__} has no linear layer to take gradients of, or the filter left none"
         )
     return layers
+
+
+def check_output_layer(model: Any) -> None:
+    """Refuse a model whose logits are not its last hidden states times the matrix of its output layer.
+
+    Caps, scales, biases and adapters there are named where they are known, and otherwise found by comparing the
+    logits of three tokens. A model is looked at once, and again when its output layer is another module.
+
+    Args:
+        model: a causal language model without a PEFT wrapper.
+
+    Raises:
+        ValueError: it is not covered.
+    """
+    import torch
+
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        raise ValueError(f"{name} is not covered: it has no output layer with a matrix")
+    if model.__dict__.get("_jz3_output_layer") is head:
+        return
+    config = model.config.get_text_config()
+    for key in SCALED:
+        if getattr(config, key, None) not in (None, 1.0):
+            raise ValueError(
+                f"models that set {key} are not covered: their loss is no plain softmax of the output layer"
+            )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"models whose output layer has a bias ({name}) are not covered: "
+            "their loss is no plain softmax of the output layer's matrix alone"
+        )
+    states: list[torch.Tensor | None] = []
+    keep = model.base_model.register_forward_hook(
+        lambda _module, _inputs, output: states.append(getattr(output, "last_hidden_state", None))
+    )
+    # Dropout in training must not draw other numbers because of this.
+    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            ids = torch.arange(3, device=head.weight.device)[None] % len(head.weight)
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            keep.remove()
+        if not states or states[0] is None:
+            raise ValueError(f"{name} is not covered: its base model gives no last hidden states")
+        own = torch.nn.functional.linear(states[0].to(head.weight), head.weight)
+        difference = float((logits - own).float().norm() / own.float().norm())
+    if difference > ROUNDED.get(head.weight.dtype.itemsize, 1e-4):
+        raise ValueError(
+            f"{name} is not covered: its logits differ by {difference:.2g} from its last hidden states times the "
+            "output layer's matrix, as with an adapter (leave the output layer out of it), a cap or a scale there"
+        )
+    model.__dict__["_jz3_output_layer"] = head
 
 
 def is_router(module: "torch.nn.Module") -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jz3 import backend
 from jz3.errors import Jz3Error
-from jz3.gradients.layers import plain_model
+from jz3.gradients.layers import check_output_layer, plain_model
 from jz3.gradients.tokens import Batch
 from jz3.machine import PRODUCTS, best_products, products_obstacle
 
@@ -94,23 +94,14 @@ class GradientPass:
                 (`exact` if nobody did).
 
         Raises:
-            ValueError: `reduction` is unknown, the model's loss is no plain softmax, or `fast` or
+            ValueError: `reduction` is unknown, the model is refused by `check_output_layer`, or `fast` or
                 `packed` asks for what can't be had.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         core = plain_model(model)
         config = core.config.get_text_config()
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config, key, None) not in (None, 1.0):
-                raise ValueError(
-                    f"models that set {key} are not covered: their loss is no plain softmax of the output layer"
-                )
-        if getattr(core.get_output_embeddings(), "bias", None) is not None:
-            raise ValueError(
-                f"models whose output layer has a bias ({type(core).__name__}) are not covered: "
-                "their loss is no plain softmax of the output layer's matrix alone"
-            )
+        check_output_layer(core)
         self.model, self.reduction, self.sink = core, reduction, sink
         model.requires_grad_(False)
         attention = getattr(config, "_attn_implementation", "")
@@ -158,8 +149,12 @@ class GradientPass:
                 return
             # Experts lay their tokens out themselves; routers return their logits first.
             rows = (lambda x: x) if isinstance(layer, ExpertLinear) else layout.rows
-            kept = self.sink.forward(name, rows(inputs[0].detach()))
             out = output[0] if isinstance(output, tuple) else output
+            if (
+                not out.requires_grad
+            ):  # Nothing of the loss depends on it, as where DoRA measures its matrices.
+                return
+            kept = self.sink.forward(name, rows(inputs[0].detach()))
             out.register_hook(lambda g: self.sink.backward(name, kept, rows(g)))
 
         return hook

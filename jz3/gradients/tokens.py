@@ -1,6 +1,7 @@
 """Texts as token numbers with the part whose loss counts, and batches of them."""
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def tokenize_text(
         max_tokens: the longest sequence that the model is given, start tokens included.
         long: what becomes of a longer text: `truncate` (cut at its end, counted in `Tokens.cut`) or
             `split` (run in windows, see `Tokens.window`; every token is scored once).
-        prompt: if the text begins with it, white space around it apart, only what follows is scored.
+        prompt: if the text begins with it, whatever the white space, only what follows is scored.
 
     Returns:
         The tokens.
@@ -96,10 +97,13 @@ def tokenize_text(
 
 
 def split_prompt(text: str, prompt: str) -> tuple[str, str]:
-    """Return what of a text is a prompt and what follows it."""
-    prompt = prompt.strip()
-    # A piece of a longer text may hold a part of the prompt alone.
-    size = len(prompt) if text.startswith(prompt) else len(text) * prompt.startswith(text)
+    """Return what of a text is a prompt and what follows it; any white space is like any other."""
+    words = prompt.split()
+    found = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), text)
+    if words and found:
+        size = found.end()
+    else:  # A piece of a longer text may hold a part of the prompt alone.
+        size = len(text) * " ".join(words).startswith(" ".join(text.split()))
     return text[:size], text[size:]
 
 

@@ -2,6 +2,7 @@ r"""Answers: finding them in a solution, comparing stated with real output, and 
 
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,20 +46,25 @@ class Answer:
 
 
 def extract_boxed(text: str) -> str:
-    r"""Return the content of the last \boxed{...} whose braces balance, or "" if there is none."""
-    open_braces: list[int] = []
-    content = ""
+    r"""Return the content of the last \boxed{...} whose braces balance, or "" if there is none.
+
+    Of boxes within each other it is the inner one, unless that is empty.
+    """
+    starts: list[int] = []
+    # What the last box holds, of every brace that is open and of the text itself.
+    boxes = [""]
+    found = ""
     for token in _BOX_TOKENS.finditer(text):
-        if token[0] == "{":
-            open_braces.append(-1)
-        elif token[0] == "}":
-            start = open_braces.pop() if open_braces else -1
+        if token[0].endswith("{") and token[0] != "\\{":
+            starts.append(token.end() if len(token[0]) > 1 else -1)
+            boxes.append("")
+        elif token[0] == "}" and starts:
+            start, inner = starts.pop(), boxes.pop()
             if start >= 0:
-                content = text[start : token.start()]
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append(token.end())
-    inner = extract_boxed(content) if "\\boxed" in content else ""
-    return (inner or content).strip()
+                found = boxes[-1] = inner or text[start : token.start()].strip()
+            elif inner:
+                boxes[-1] = inner
+    return found
 
 
 def find_answer(text: str) -> Answer:
@@ -120,7 +126,7 @@ def outputs_match(stated: str, real: str) -> bool:
     if left == right:
         return True
     stated, real = " ".join(left), " ".join(right)
-    if _PRINTED.sub("#", stated) != _PRINTED.sub("#", real):
+    if _PRINTED.split(stated) != _PRINTED.split(real):
         return False
     pairs = zip(_PRINTED.findall(stated), _PRINTED.findall(real), strict=True)
     return all(_printed_equal(s, r) for s, r in pairs)
@@ -132,6 +138,8 @@ def _printed_equal(stated: str, real: str) -> bool:
     if not set(".eE") & set(stated + real):
         return stated.lstrip("+") == real.lstrip("+")
     a, b = float(stated), float(real)
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return False
     if a == b or abs(a - b) <= RELATIVE_TOLERANCE * max(abs(a), abs(b)):
         return True
     places = len(stated.partition(".")[2])

@@ -212,7 +212,13 @@ def _pieces(codes: "Sequence[torch.Tensor]") -> "torch.Tensor | tuple[torch.Tens
         check_tensors(
             "score_topk", **{"the first codes": (codes[0], "F B", "uint8"), "codes": (piece, "N B", "uint8")}
         )
-    pieces = tuple(piece.contiguous() for piece in codes if len(piece)) or (codes[0],)
+    # One stride holds for all; of a single row torch calls any contiguous.
+    own = (codes[0].shape[1], 1)
+    pieces = tuple(
+        piece if piece.stride() == own else piece.clone(memory_format=torch.contiguous_format)
+        for piece in codes
+        if len(piece)
+    ) or (codes[0],)
     if len(pieces) > 1 and backend.choose("score_topk", pieces[0].device.type)[0] == "cpu":
         return pieces
     return torch.cat(pieces)

@@ -147,7 +147,7 @@ def segment_project(
     tokens = None
     if documents is None:
         check_tensors("segment_project", segments=(segments, "S+1", "int"))
-        bounds = segments.cpu().long()
+        bounds = segments.cpu().long().contiguous()  # whose address the CPU kernel takes
         check_bounds("segment_project", bounds, sizes["T"], "segments")
     else:
         check_int("segment_project", "documents", documents, 0, (1 << 31) - 1)
