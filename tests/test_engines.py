@@ -449,3 +449,35 @@ def test_tool_loop_stops_endless_code(sandbox: Any) -> None:
     script = Script({"P:": "```python\nwhile True: pass\n```", "long\n```\n": "I give up."})
     (trace,) = generate_with_tools(script, sandbox, [Request(id="a", prompt="P:")], Sampling())
     assert trace.executed[0].reason == "timeout" and trace.text.endswith("I give up.")
+
+
+def test_a_hybrid_model_goes_on_when_a_row_of_its_batch_has_ended(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    from jz3.models import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        max_position_embeddings=40,
+    )
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # The context ends the longer prompts first.
+    asked = [Request(id=str(i), prompt="and the number" * (1 + i), seed=i) for i in range(3)]
+    texts = []
+    for batch in (1, 3):
+        engine = open_engine(EngineConfig(batch_size=batch), tmp_path, "float32")
+        given = engine.generate(asked, Sampling(max_new_tokens=30))
+        texts.append([(g.text, g.new_tokens) for g in given])
+        engine.close()
+    assert texts[0] == texts[1]
+    assert len({tokens for _, tokens in texts[0]}) > 1

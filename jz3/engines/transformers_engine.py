@@ -125,7 +125,7 @@ class TransformersEngine:
                     return
                 if len(going) < len(active):
                     chosen = torch.tensor(going, device=self._device)
-                    cache.batch_select_indices(chosen)
+                    cache.reorder_cache(chosen)
                     mask, positions = mask[chosen], positions[chosen]
                     active = [active[i] for i in going]
                 ids = torch.tensor([[row.new[-1]] for row in active], device=self._device)
