@@ -124,7 +124,7 @@ class TransformersEngine:
                 if not going:
                     return
                 if len(going) < len(active):
-                    chosen = torch.tensor(going, device=self._device)
+                    chosen: Any = torch.tensor(going, device=self._device)
                     cache.reorder_cache(chosen)
                     mask, positions = mask[chosen], positions[chosen]
                     active = [active[i] for i in going]
