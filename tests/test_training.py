@@ -430,3 +430,14 @@ def test_attention_is_chosen_and_named(tiny_model):
     model = load_model(Path(tiny_model), "float32")
     assert choose_attention(model) in ("jz3_documents", "flash_attention_2")
     assert model.config._attn_implementation in ("jz3_documents", "flash_attention_2")
+
+
+def test_models_that_would_mix_the_texts_of_a_pack_are_refused():
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(Jz3Error, match="own attention of 'bloom' models would mix the texts of a pack"):
+        choose_attention(bloom)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(Jz3Error, match="recurrent layers of 'mamba' models would mix"):
+        choose_attention(mamba)

@@ -149,8 +149,8 @@ def train(
         The summary.
 
     Raises:
-        Jz3Error: no usable row, another model in `out`, another process at work, a loss that is no
-            number, or a launcher that failed.
+        Jz3Error: no usable row, another model in `out`, another process at work, a model whose layers
+            mix the texts of a pack, a loss that is no number, or a launcher that failed.
         ValueError: batch_packs can't be divided over the processes.
     """
     if len({phase.name for phase in phases}) < len(phases):
@@ -393,6 +393,9 @@ def choose_attention(model: "PreTrainedModel") -> str:
     """Set the attention that keeps the documents of a pack apart, and return its name.
 
     On a GPU with flash-attn its variable-length kernels; else `jz3.training.attention`.
+
+    Raises:
+        Jz3Error: the model's layers would mix the documents.
     """
     import torch
     from transformers.utils import is_flash_attn_2_available
@@ -406,6 +409,13 @@ def choose_attention(model: "PreTrainedModel") -> str:
         else:
             log.warning("flash-attn is not installed: attention runs document by document, which is slower")
     model.set_attn_implementation(name)
+    # transformers only warns where a model's class keeps its own attention; a state runs on over a pack.
+    if model.config._attn_implementation != name or model._is_stateful:
+        layers = "recurrent layers" if model._is_stateful else "own attention"
+        raise Jz3Error(
+            f"the {layers} of {model.config.model_type!r} models would mix the texts of a pack, and there is no "
+            "training without packs: choose a base model whose attention transformers can replace, e.g. a Llama"
+        )
     return name
 
 
