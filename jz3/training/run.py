@@ -31,7 +31,7 @@ from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar
 from jz3.training.config import TrainSettings
-from jz3.training.export import export
+from jz3.training.export import export, settle_generation
 from jz3.training.packing import Packs, Phase, pack
 from jz3.training.quiet import quiet
 
@@ -318,6 +318,7 @@ def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSum
     config = arguments(settings, checkpoints, len(step_tokens), accumulation(settings, processes), seed)
     frozen_in_bfloat16 = adapters and settings.precision == "mixed"
     model = load_model(job.model, job.dtype if frozen_in_bfloat16 else "float32")
+    settle_generation(model)
     attention = choose_attention(model)
     with progress(sum(lengths), "tokens") as advance:
         trainer = PackTrainer(
