@@ -34,8 +34,8 @@ class SynthesisConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     count: int = 20_000
-    """Prompts. Texts that distillation has not used come first; a text is used again, under another
-    level, only when all have been used."""
+    """Prompts. Texts that distillation has not used come first; a text is used again only when all have
+    been used, for natural-language prompts at a level that it has not had while there is one."""
     tool_share: float = 0.27
     """Share of the prompts that ask for a Python solution."""
     levels: tuple[str, ...] = LEVELS
@@ -153,12 +153,15 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     if not texts:
         raise Jz3Error("corpus/docs.jsonl holds no text to write problems from")
     order = sorted(texts, key=lambda key: (key in used, seed_for(ctx.seed, ctx.name, "order", key), key))
+    had: dict[str, set[str]] = {key: set() for key in order}
     for number in range(config.count):
         turn, place = divmod(number, len(order))
         key = order[place]
         tool = int((number + 1) * config.tool_share) > int(number * config.tool_share)
         draw = rng(ctx.seed, ctx.name, "level", key, turn)
-        level = "tool" if tool else config.levels[int(draw.integers(len(config.levels)))]
+        levels = [level for level in config.levels if level not in had[key]] or config.levels
+        level = "tool" if tool else levels[int(draw.integers(len(levels)))]
+        had[key].add(level)
         yield Prompt(
             id=hash_text(f"{key}\x1f{level}\x1f{turn}"),
             doc_id=key,

@@ -395,6 +395,25 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
     ]
 
 
+@pytest.mark.parametrize("per_task", [False, True])
+def test_without_problems_to_judge_by_nothing_is_trained(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, per_task: bool
+) -> None:
+    """All tasks together need one problem, each by itself one of its own."""
+    rows = StageContext.rows
+
+    def fewer(ctx: StageContext, stage: str, name: str) -> list[dict[str, Any]]:
+        found = rows(ctx, stage, name)
+        kept = ["word_problems"] if per_task else []
+        return [row for row in found if row["task"] in kept] if name == "eval.jsonl" else found
+
+    monkeypatch.setattr(StageContext, "rows", fewer)
+    monkeypatch.setattr("jz3.comparison.stage.train", None)
+    named = "of 'number_algebra' judges" if per_task else "no evaluation problem judges"
+    with pytest.raises(Jz3Error, match=f"{named}.*an eval above 0"):
+        compared(run_folder, tokens=500, per_task=per_task)
+
+
 def test_seeds_are_paired_with_those_of_random() -> None:
     from types import SimpleNamespace
 

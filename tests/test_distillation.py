@@ -1,5 +1,6 @@
 """Distillation without an endpoint: prompts, parser, offline and recorded teacher, the stage."""
 
+import dataclasses
 import json
 import logging
 import random
@@ -18,6 +19,7 @@ from jz3.distillation import DistillationConfig, ReplyError, TeacherConfig, fill
 from jz3.distillation.offline import FAMILIES, GENERAL, STAND_IN, topic_of
 from jz3.distillation.parser import REASONS
 from jz3.distillation.prompts import NAMES, template
+from jz3.distillation.teachers import RecordedTeacher, Request
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
 from jz3.records import LEVELS, Doc, Problem, Prompt, Reject
@@ -314,6 +316,17 @@ def test_recorded_replies_repeat_a_run_and_keep_its_label(tmp_path: Path) -> Non
             (p.id, p.problem, p.solution, p.meta) for p in new
         ]
         assert {p.origin for p in new} == {"teacher:recorded"}
+
+
+def test_a_recorded_reply_is_found_by_its_text_in_a_run_with_other_ids(tmp_path: Path) -> None:
+    offline = DistillationConfig(teacher=OFFLINE, initial=0, boost=3)
+    _, ctx = run(tmp_path, offline, [doc(i) for i in range(3)], [doc(i) for i in range(3)])
+    prompts = rows(ctx, "prompts", Prompt)
+    teacher = RecordedTeacher(ctx.out / "replies.jsonl")
+    same = teacher.answer([Request(prompt=p, text="") for p in prompts], lambda _: None)
+    other = [Request(prompt=dataclasses.replace(p, id=f"other {p.id}"), text="") for p in prompts]
+    assert all(not reply.failure for reply in same)
+    assert teacher.answer(other, lambda _: None) == same
 
 
 def test_unusable_recorded_replies_become_counted_rejects(tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer):
     assert whole and set(whole) <= encoded
 
 
+def test_an_even_pack_that_predicts_nothing_is_left_out(tokenizer):
+    phase = Phase(name="a", rows=[("", f"a text of some words, number {i}") for i in range(40)])
+    packs = pack([phase], tokenizer, TrainSettings(max_length=64, max_tokens=129, packing="even"), 0)
+    assert [len(ids) for ids in packs.dataset["input_ids"]] == [64, 64]
+    assert (packs.counts["a"]["tokens"], packs.counts["a"]["packs"], packs.phase) == (128, 2, ["a", "a"])
+    one = pack([phase], tokenizer, TrainSettings(max_length=64, max_tokens=1, packing="even"), 0)
+    assert one.phase == [] and len(one.dataset) == 0
+
+
 def collated(packs, index, tokenizer):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

@@ -16,9 +16,12 @@ import pytest
 
 from jz3.config import shipped_recipe
 from jz3.errors import Jz3Error
-from jz3.files import hash_file, read_json, read_jsonl
+from jz3.evaluation.intervals import mean
+from jz3.files import hash_file, read_json, read_jsonl, write_json
 from jz3.influence import read_scores
 from jz3.pipeline import NAMES, STAGES, run_pipeline, stages_up_to
+from jz3.report.page import render
+from jz3.report.terminal import print_results
 from jz3.stage import Stage, StageContext
 
 VOLATILE = {"manifest.json", "results.json", "report.html", ".lock", "engine.json"}
@@ -76,6 +79,31 @@ def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     assert page.count("data:image/png;base64,") == 3
     assert "not GPT-4" in page
+
+
+def test_report_of_an_evaluation_without_some_numbers(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One setting, no reference solutions, one problem of the comparison: `-` stands for what is missing."""
+    results = read_json(tiny_run / "results.json")
+    evaluation, comparison = results["evaluation"], results["selection"]["comparison"]
+    for model in ("base", "trained"):
+        del evaluation[model]["tool"]
+        evaluation[model]["nl"] |= {"accuracy": None, "low": None, "high": None, "n": 0}
+        evaluation[model]["nll"] = mean([])
+    evaluation["nll_difference"] |= mean([])
+    for row, values in zip(comparison["table"], ([], [-0.25], [0.5]), strict=True):
+        row["change"] = mean(values)
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=tiny_run, name="report")
+    page = render(ctx, results)
+    assert "accuracy, natural language" in page and "accuracy, with Python" not in page
+    assert "- (-–-) of 0" in page and "paired: - nats\n(- to -)" in page
+    assert "- (- to -)" in page and "-0.2500 (- to -)" in page
+    write_json(tmp_path / "results.json", results)
+    print_results(tmp_path)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "natural language" in printed and "with Python" not in printed
+    assert "base -, trained - (lower by -," in printed and "influence -, matching -0.2500" in printed
 
 
 def test_selected_texts_explain_themselves(tiny_run: Path) -> None:

@@ -102,6 +102,15 @@ def test_unused_texts_come_first_and_shares_are_kept(tmp_path: Path, writer: typ
     assert (summary["prompts"], summary["texts"], summary["asked"]) == (45, 40, 45)
 
 
+def test_a_text_is_used_again_at_levels_that_it_has_not_had(tmp_path: Path, writer: type[Writer]) -> None:
+    ctx = context(tmp_path, docs=6, used=0, count=6 * len(LEVELS), tool_share=0.0)
+    run(ctx)
+    asked = Counter((row["doc_id"], row["level"]) for row in read(ctx, "prompts.jsonl"))
+    assert len(asked) == 6 * len(LEVELS) and set(asked.values()) == {1}
+    ctx = context(tmp_path / "more", docs=6, used=0, count=18, tool_share=0.0, levels=LEVELS[:2])
+    assert run(ctx)["prompts"] == 18, "all levels are used up"
+
+
 def test_replies_become_problems_or_counted_rejects(tmp_path: Path, writer: type[Writer]) -> None:
     ctx = context(tmp_path)
     summary = run(ctx)

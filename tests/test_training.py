@@ -430,3 +430,32 @@ def test_attention_is_chosen_and_named(tiny_model):
     model = load_model(Path(tiny_model), "float32")
     assert choose_attention(model) in ("jz3_documents", "flash_attention_2")
     assert model.config._attn_implementation in ("jz3_documents", "flash_attention_2")
+
+
+def test_models_that_would_mix_the_texts_of_a_pack_are_refused():
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(Jz3Error, match="own attention of 'bloom' models would mix the texts of a pack"):
+        choose_attention(bloom)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(Jz3Error, match="recurrent layers of 'mamba' models would mix"):
+        choose_attention(mamba)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    "given, saved",
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"length_penalty": 2.0, "eos_token_id": [0, 5]}, {"eos_token_id": [0, 5]}),
+    ],
+)
+def test_generation_settings_that_transformers_would_not_save(tiny_model, tmp_path, method, given, saved):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "generation_config.json").write_text(json.dumps(given))
+    settings = dataclasses.replace(SETTINGS, method=method, save_every=1)
+    train(base, [Phase(name="a", rows=rows(6))], settings, tmp_path / "out", dtype="float32")
+    written = read_json(tmp_path / "out" / "generation_config.json")
+    assert written.items() >= saved.items() and "length_penalty" not in written

@@ -85,11 +85,20 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     Texts that hold an evaluation problem, or a long phrase of one, are left out before anything is
     chosen and kept in rejects.jsonl.
+
+    Raises:
+        Jz3Error: no evaluation problem to judge the trainings by.
     """
     config = ctx.recipe.comparison
     if not config.tokens:
         return {"tokens": 0, "table": []}
     plan = _plan(ctx)
+    for task in {choice.task for choice in plan.choices}:
+        if not plan.queries.get(task, []) if task else not plan.queries:
+            raise Jz3Error(
+                f"comparison: no evaluation problem {f'of {task!r} ' if task else ''}judges the trainings; "
+                "give targets.tasks an eval above 0, or set comparison.tokens to 0"
+            )
     write_jsonl(ctx.out / "rejects.jsonl", (reject.to_json() for reject in plan.refused))
     before = _scored(_base(ctx, plan), resolve_model(ctx.recipe.model), _dtype(ctx), plan.queries)
     _train_all(ctx, list(plan.trainings.values()), config.workers)

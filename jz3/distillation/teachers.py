@@ -95,7 +95,7 @@ def open_teacher(config: TeacherConfig, folder: Path, seed: int, avoid: Collecti
 class RecordedTeacher:
     """Repeats the replies of a JSON-lines file.
 
-    A row holds `reply`, and `prompt_id` or `prompt_hash` (xxh3 of the prompt's text); `finish` and
+    A row holds `reply`, and `prompt_id`, `prompt_hash` (xxh3 of the prompt's text) or both; `finish` and
     `meta` are kept if they are there, so that the label of a stand-in survives being recorded.
     """
 
@@ -125,13 +125,14 @@ class RecordedTeacher:
             raise Jz3Error(f"{where}: malformed JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("reply"), str):
             raise Jz3Error(f"{where}: a row needs the text `reply`")
-        key = row.get("prompt_id") or row.get("prompt_hash")
-        if not isinstance(key, str):
+        keys = [key for key in (row.get("prompt_id"), row.get("prompt_hash")) if key]
+        if not keys or not all(isinstance(key, str) for key in keys):
             raise Jz3Error(f"{where}: a row needs `prompt_id` or `prompt_hash`")
         meta = row.get("meta", {})
         if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
             raise Jz3Error(f"{where}: `meta` must be an object of texts")
-        self._rows[key] = Reply(text=row["reply"], finish=str(row.get("finish", "stop")), meta=meta)
+        reply = Reply(text=row["reply"], finish=str(row.get("finish", "stop")), meta=meta)
+        self._rows |= dict.fromkeys(keys, reply)
 
     def answer(self, requests: Sequence[Request], advance: Callable[[int], None]) -> list[Reply]:
         """Look every request up by its prompt's id, then by the hash of its text."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from jz3.influence import read_scores
 from jz3.records import Doc
+from jz3.report.numbers import settings_of, shown
 from jz3.stage import StageContext
 
 SHOWN_TEXTS = 5
@@ -27,11 +28,13 @@ def render(ctx: StageContext, results: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda x: f"{100 * x:.0f}%"
+    environment.filters["shown"] = shown
+    environment.filters["percent"] = lambda x: shown(x, ".0%")
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
     best, worst = _texts(ctx, scores)
     return environment.get_template("page.html").render(
         r=results,
+        settings=settings_of(results["evaluation"]),
         plots={
             "scores": _plot(lambda axes: _histogram(axes, scores)),
             "mix": _plot(lambda axes: _mix(axes, results["selection"]["mix"])),

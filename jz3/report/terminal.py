@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jz3.files import read_json
+from jz3.report.numbers import settings_of, shown
 
 
 def print_results(run_dir: Path) -> None:
@@ -56,7 +57,9 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     comparison = selection["comparison"]
     rows = [row for row in comparison["table"] if row["budget"] == comparison["tokens"]]
     for task in dict.fromkeys(row["task"] for row in rows):
-        parts = [f"{row['chooser']} {row['change']['mean']:+.4f}" for row in rows if row["task"] == task]
+        parts = [
+            f"{row['chooser']} {shown(row['change']['mean'], '+.4f')}" for row in rows if row["task"] == task
+        ]
         what = f"change of {task or 'the targets'}' NLL after {comparison['tokens']} tokens"
         lines.append(("worth", f"{what}: {', '.join(parts)}"))
     for stage, key in (("teacher", "distillation"), ("synthesis", "synthesis")):
@@ -80,22 +83,21 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(
         (
             "NLL",
-            f"base {base['nll']['mean']:.3f}, trained {trained['nll']['mean']:.3f} "
-            f"(lower by {gain['mean']:.3f}, 95% interval {gain['low']:.3f} to {gain['high']:.3f})",
+            f"base {shown(base['nll']['mean'], '.3f')}, trained {shown(trained['nll']['mean'], '.3f')} "
+            f"(lower by {shown(gain['mean'], '.3f')}, "
+            f"95% interval {shown(gain['low'], '.3f')} to {shown(gain['high'], '.3f')})",
         )
     )
-    for setting, name in (("nl", "natural language"), ("tool", "with Python")):
-        b, t = base[setting], trained[setting]
-        lines.append(
-            (
-                name,
-                f"base {b['accuracy']:.0%} ({b['low']:.0%}-{b['high']:.0%}), "
-                f"trained {t['accuracy']:.0%} ({t['low']:.0%}-{t['high']:.0%}) of {t['n']}",
-            )
-        )
+    for setting, name in settings_of(evaluation):
+        b, t = _accuracy(base[setting]), _accuracy(trained[setting])
+        lines.append((name, f"base {b}, trained {t} of {trained[setting]['n']}"))
     seconds, peak = sum(r["seconds"].values()), max(r["peak_memory"].values())
     lines.append(("cost", f"{seconds / 60:.1f} minutes, {peak / 2**30:.1f} GiB at the peak"))
     return lines
+
+
+def _accuracy(a: dict[str, Any]) -> str:
+    return f"{shown(a['accuracy'], '.0%')} ({shown(a['low'], '.0%')}-{shown(a['high'], '.0%')})"
 
 
 def _reasons(rejected: dict[str, int]) -> str:

@@ -257,7 +257,11 @@ def _best_fit(documents: list[Document], max_length: int) -> "Dataset":
 
 
 def _fill(documents: list[Document], max_length: int) -> list[list[Document]]:
-    """Fill packs in order, cutting documents where a pack ends: every pack but the last is full."""
+    """Fill packs in order, cutting documents where a pack ends: every pack but the last is full.
+
+    A pack that predicts nothing, such as the single token that a budget leaves over, is left out: a
+    step over it alone would have no loss.
+    """
     packs: list[list[Document]] = []
     room = 0
     for document in documents:
@@ -270,7 +274,7 @@ def _fill(documents: list[Document], max_length: int) -> list[list[Document]]:
             packs[-1].append(Document(ids=ids, target=max(1, document.target - start)))
             start += len(ids)
             room -= len(ids)
-    return packs
+    return [pack for pack in packs if any(d.target < len(d.ids) for d in pack)]
 
 
 def _filled(packs: list[list[Document]]) -> "Dataset":

@@ -31,7 +31,7 @@ from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar
 from jz3.training.config import TrainSettings
-from jz3.training.export import export
+from jz3.training.export import export, settle_generation
 from jz3.training.packing import Packs, Phase, pack
 from jz3.training.quiet import quiet
 
@@ -149,8 +149,8 @@ def train(
         The summary.
 
     Raises:
-        Jz3Error: no usable row, another model in `out`, another process at work, a loss that is no
-            number, or a launcher that failed.
+        Jz3Error: no usable row, another model in `out`, another process at work, a model whose layers
+            mix the texts of a pack, a loss that is no number, or a launcher that failed.
         ValueError: batch_packs can't be divided over the processes.
     """
     if len({phase.name for phase in phases}) < len(phases):
@@ -318,6 +318,7 @@ def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSum
     config = arguments(settings, checkpoints, len(step_tokens), accumulation(settings, processes), seed)
     frozen_in_bfloat16 = adapters and settings.precision == "mixed"
     model = load_model(job.model, job.dtype if frozen_in_bfloat16 else "float32")
+    settle_generation(model)
     attention = choose_attention(model)
     with progress(sum(lengths), "tokens") as advance:
         trainer = PackTrainer(
@@ -393,6 +394,9 @@ def choose_attention(model: "PreTrainedModel") -> str:
     """Set the attention that keeps the documents of a pack apart, and return its name.
 
     On a GPU with flash-attn its variable-length kernels; else `jz3.training.attention`.
+
+    Raises:
+        Jz3Error: the model's layers would mix the documents.
     """
     import torch
     from transformers.utils import is_flash_attn_2_available
@@ -406,6 +410,13 @@ def choose_attention(model: "PreTrainedModel") -> str:
         else:
             log.warning("flash-attn is not installed: attention runs document by document, which is slower")
     model.set_attn_implementation(name)
+    # transformers only warns where a model's class keeps its own attention; a state runs on over a pack.
+    if model.config._attn_implementation != name or model._is_stateful:
+        layers = "recurrent layers" if model._is_stateful else "own attention"
+        raise Jz3Error(
+            f"the {layers} of {model.config.model_type!r} models would mix the texts of a pack, and there is no "
+            "training without packs: choose a base model whose attention transformers can replace, e.g. a Llama"
+        )
     return name
 
 

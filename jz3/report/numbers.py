@@ -1,0 +1,19 @@
+"""How the report writes a number that may be missing."""
+
+from typing import Any
+
+
+def shown(value: float | None, spec: str) -> str:
+    """Format a number, or return `-` where there was too little to compute it from.
+
+    Args:
+        value: the number, or None.
+        spec: as for `format`.
+    """
+    return "-" if value is None else format(value, spec)
+
+
+def settings_of(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings that the models were evaluated in, each with its name for reading."""
+    names = (("nl", "natural language"), ("tool", "with Python"))
+    return [(setting, name) for setting, name in names if setting in evaluation["base"]]
