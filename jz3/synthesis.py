@@ -153,15 +153,17 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     if not texts:
         raise Jz3Error("corpus/docs.jsonl holds no text to write problems from")
     order = sorted(texts, key=lambda key: (key in used, seed_for(ctx.seed, ctx.name, "order", key), key))
-    had: dict[str, set[str]] = {key: set() for key in order}
+    had = [0] * len(order)  # a bit per level
     for number in range(config.count):
         turn, place = divmod(number, len(order))
         key = order[place]
         tool = int((number + 1) * config.tool_share) > int(number * config.tool_share)
         draw = rng(ctx.seed, ctx.name, "level", key, turn)
-        levels = [level for level in config.levels if level not in had[key]] or config.levels
-        level = "tool" if tool else levels[int(draw.integers(len(levels)))]
-        had[key].add(level)
+        every = range(len(config.levels))
+        free = [i for i in every if not had[place] >> i & 1] or every
+        chosen = free[int(draw.integers(len(free)))]
+        had[place] |= 0 if tool else 1 << chosen
+        level = "tool" if tool else config.levels[chosen]
         yield Prompt(
             id=hash_text(f"{key}\x1f{level}\x1f{turn}"),
             doc_id=key,
