@@ -28,6 +28,7 @@ STAGES = (
         target="jz3.features.stage:run",
         needs=("corpus", "targets"),
         sections=("model", "features"),
+        check="jz3.features.stage:lost_documents",
     ),
     Stage(
         name="influence",
@@ -96,7 +97,7 @@ def stages_up_to(name: str) -> list[Stage]:
 def run_pipeline(
     recipe: Recipe, run_dir: Path, last: str = "report", say: Callable[[str], None] = log.info
 ) -> None:
-    """Run the stages up to `last`, skipping those already finished with the same settings.
+    """Run the stages up to `last`, skipping those already finished with the same settings and still whole.
 
     Args:
         recipe: the settings.
@@ -114,8 +115,11 @@ def run_pipeline(
         for stage in stages_up_to(last):
             ctx = StageContext(recipe=recipe, run_dir=run_dir, name=stage.name)
             if (ctx.out / "manifest.json").exists():
-                say(f"{stage.name}: done before, {read_json(ctx.out / 'manifest.json')['seconds']:.0f} s")
-                continue
+                lost = stage.lost(ctx.out)
+                if not lost:
+                    say(f"{stage.name}: done before, {read_json(ctx.out / 'manifest.json')['seconds']:.0f} s")
+                    continue
+                say(f"{stage.name}: {lost}; what is lost is made again")
             manifest = _run_stage(stage, ctx)
             say(
                 f"{stage.name}: done in {manifest['seconds']:.0f} s, {manifest['peak_memory'] / 2**30:.1f} GiB"

@@ -37,11 +37,22 @@ class Stage:
     extends: bool = False
     """Whether its own files are kept by what they depend on, so that with other settings of its own it goes
     on with what fits instead of being refused."""
+    check: str = ""
+    """`module:function`; the function takes the folder of the finished stage and says what has been lost of it,
+    so that the stage goes on; an empty text: nothing. Where none is named, what is finished stays so."""
 
     def function(self) -> Callable[["StageContext"], dict[str, Any]]:
         """Import and return the stage's function."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.target)
+
+    def lost(self, folder: Path) -> str:
+        """Say what has been lost of the finished stage; empty: nothing."""
+        return _imported(self.check)(folder) if self.check else ""
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

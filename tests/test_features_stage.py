@@ -1,6 +1,7 @@
 """The features stage, kind by kind, on the tiny preset's corpus and targets."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jz3.config import Recipe, shipped_recipe
+from jz3.config import Recipe, settled, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.features import COUNTS, POSITIVE, FeaturesConfig, LessConfig, stage
-from jz3.features.stage import LARGE_FIT, load_projection, projection_path, read_extracted
-from jz3.files import hash_text, read_json, read_jsonl, write_jsonl
+from jz3.features.stage import LARGE_FIT, load_projection, lost_documents, projection_path, read_extracted
+from jz3.files import hash_text, read_json, read_jsonl, write_json, write_jsonl
+from jz3.index.collection import open_collection
 from jz3.influence import feature_blocks
 from jz3.models import load_tokenizer
 from jz3.pipeline import run_pipeline
@@ -60,6 +62,42 @@ def test_queries_are_completed_and_documents_are_not(tmp_path: Path, tiny_model:
     assert np.array_equal(documents[0], documents[512])
     assert queries[0].shape == queries[512].shape
     assert not np.allclose(queries[0], queries[512], atol=1e-4)
+
+
+def test_lost_shards_are_written_again(tmp_path: Path, tiny_model: Path) -> None:
+    """Whether a shard was deleted, as the message about a damaged one advises, or cut short."""
+    texts = [f"The sum of {n} and {n + 1} is {2 * n + 1}." for n in range(20)]
+    docs = [Doc(id=hash_text(t), text=t, source="sums", tokens=0) for t in texts]
+    query = Query(id="0" * 16, task="sums", problem="1 + 1?", prompt="1 + 1? ", completion="The sum is 2.")
+    write_jsonl(tmp_path / "corpus" / "docs.jsonl", (d.to_json() for d in docs))
+    write_jsonl(tmp_path / "targets" / "queries.jsonl", [query.to_json()])
+    recipe = shipped_recipe("tiny")
+    features = dataclasses.replace(recipe.features, kind="sketch", k=256, shard_documents=4)
+    recipe = dataclasses.replace(recipe, features=features)
+    write_json(tmp_path / "recipe.json", dataclasses.asdict(settled(recipe)))
+    for name in ("corpus", "targets"):
+        write_json(tmp_path / name / "manifest.json", {"key": name, "seconds": 0})
+    run_pipeline(recipe, tmp_path, "features")
+    folder = tmp_path / "features"
+    files = {p: p.read_bytes() for name in ("store", "documents") for p in (folder / name).iterdir()}
+    assert len(files) == 16 and not lost_documents(folder)
+    for suffix in ("json", "safetensors"):
+        (folder / "store" / f"000001.{suffix}").unlink()
+    (folder / "store" / "000002.safetensors").write_bytes(b"half")
+    (folder / "documents" / "000003.safetensors").unlink()
+    told = r"store holds 12 of 20 documents \(.*store/000001\.\S+ .*/000002\..*documents/000003\."
+    with pytest.raises(Jz3Error, match=rf"{told}.*run `jz3 index {tmp_path}`"):
+        open_collection(tmp_path).store()
+    lines: list[str] = []
+    run_pipeline(recipe, tmp_path, "features", say=lines.append)
+    assert re.match(f"features: .*{told}", lines[2]) and lines[3].startswith("features: done in")
+    assert {p: p.read_bytes() for p in files} == files and not lost_documents(folder)
+    assert len(open_collection(tmp_path).store()) == 20
+    shutil.rmtree(folder / "store")
+    run_pipeline(recipe, tmp_path, "features", say=lines.append)
+    assert {p: p.read_bytes() for p in files} == files
+    run_pipeline(recipe, tmp_path, "features", say=lines.append)
+    assert lines[-1].startswith("features: done before")
 
 
 def test_a_query_that_is_not_finite_is_a_reject(

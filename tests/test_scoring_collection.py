@@ -21,7 +21,11 @@ from jz3.gradients import linear_layers, tokenize_query, tokenize_text
 from jz3.index.collection import open_collection
 from jz3.index.query import Searcher
 from jz3.models import load_model, load_tokenizer
-from jz3.scoring.workers import work
+from jz3.scoring.config import ChooseSettings
+from jz3.scoring.job import load_job
+from jz3.scoring.merge import merge
+from jz3.scoring.plan import load_plan
+from jz3.scoring.workers import missing_shards, work
 
 pytest.importorskip("faiss")
 
@@ -315,12 +319,49 @@ def test_checkpoints_with_different_documents_are_not_joined(two_checkpoints: Pa
     with pytest.raises(Jz3Error, match="store-0 and .*store-1 hold different documents"):
         list(vectors.blocks())
     (out / "store-1" / "000002.json").unlink()
-    with pytest.raises(Jz3Error, match="store-0 and .*store-1 hold different documents"):
+    with pytest.raises(Jz3Error, match="store-1/000002.safetensors is missing; run the same `jz3 score`"):
         open_collection(out).vectors()
+    for suffix in ("json", "safetensors"):
+        shutil.copy(two_checkpoints / "store-1" / f"000002.{suffix}", out / "store-1")
     data = (out / "store-1" / "000000.safetensors").read_bytes()
     (out / "store-1" / "000000.safetensors").write_bytes(data[:-1])
     with pytest.raises(Jz3Error, match="000000.safetensors has .* bytes, expected"):
         open_collection(out).vectors()
+
+
+def test_lost_features_are_written_again(two_checkpoints: Path, tmp_path: Path) -> None:
+    """As the message about a damaged shard advises: delete it and run the same command again."""
+    out = tmp_path / "out"
+    shutil.copytree(two_checkpoints, out, ignore=shutil.ignore_patterns("index*"))
+    plan = load_plan(out)
+    assert not missing_shards(out, plan)
+    stores = {p: p.read_bytes() for name in ("store-0", "store-1") for p in (out / name).iterdir()}
+    scores = runs.score_files(out)
+    for suffix in ("json", "safetensors"):
+        (out / "store-1" / f"000001.{suffix}").unlink()
+    (out / "store-0" / "000003.safetensors").write_bytes(b"half")
+    assert missing_shards(out, plan) == [1, 3]
+    collection = open_collection(out)
+    with pytest.raises(Jz3Error, match="store-1/000001.safetensors is missing; run the same `jz3 score`"):
+        collection.store(1)
+    # The scores are all there.
+    table = collection.scores()
+    assert table is not None and len(table) == 62 and "not scored yet" not in collection.name
+    with pytest.raises(Jz3Error, match="2 of .* shards are not scored yet"):
+        merge(out, plan, load_job(out), ChooseSettings(k=8))
+    work(out)
+    assert not missing_shards(out, plan)
+    assert {p: p.read_bytes() for p in stores} == stores and runs.score_files(out) == scores
+    assert len(open_collection(out).store(1)) == 62
+
+
+def test_shard_without_a_usable_text_has_no_features(data: Data, tiny_model: Path, tmp_path: Path) -> None:
+    empty = runs.write_lines(tmp_path / "empty.jsonl", [{"text": ""}, {"text": " "}])
+    runs.run(tmp_path / "out", [*data[0], str(empty)], data[1], kind="sketch", keep_features=True)
+    plan = load_plan(tmp_path / "out")
+    store = open_collection(tmp_path / "out").store()
+    assert len(store) == 62 and len(store.shards) == len(plan.shards) - 1
+    assert not missing_shards(tmp_path / "out", plan)
 
 
 def test_settings_of_an_index_belong_to_one_kind_of_run(

@@ -171,6 +171,45 @@ def test_damaged_target_is_told(tmp_path: Path) -> None:
         read_target("sums", tmp_path / "target.jsonl.gz", ScoreSettings())
 
 
+def asked(path: Path, row: dict[str, Any], name: str = "sums", **fields: Any) -> tuple[str, str]:
+    """Return problem and completion of the one query of a file with the given fields."""
+    [query] = read_target(name, runs.write_lines(path, [row]), ScoreSettings(**fields))[0]
+    return query.problem, query.completion
+
+
+def test_fields_of_targets_are_named_or_found_each_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "target.jsonl"
+    row = {"question": "q 1", "answer": "a 1", "why": "w 1", "input": "i 1"}
+    assert asked(path, row) == ("q 1", "a 1")
+    assert asked(path, row, solution_field="why") == ("q 1", "w 1")
+    assert asked(path, row, problem_field="question") == ("q 1", "a 1")
+    assert asked(path, row, problem_field="input") == ("i 1", "a 1")
+    assert asked(path, row, problem_field="input", solution_field="why") == ("i 1", "w 1")
+    assert asked(path, {"input": "i 1", "completion": "c 1"}, problem_field="input") == ("i 1", "c 1")
+    # The partner that is usual counts first; without any, all of the field is scored.
+    both = {"problem": "p 1", "answer": "a 1", "solution": "s 1"}
+    assert asked(path, both, problem_field="problem") == ("p 1", "s 1")
+    assert asked(path, {"input": "i 1", "why": "w 1"}, problem_field="input") == ("i 1", "i 1")
+    assert asked(path, {"question": "q 1", "answer": "a 1"}, problem_field="answer") == ("a 1", "a 1")
+    with pytest.raises(
+        Jz3Error, match="--solution-field 'why' is given, .* has input, why.* --problem-field"
+    ):
+        asked(path, {"input": "i 1", "why": "w 1"}, solution_field="why")
+
+
+def test_fields_of_the_control_are_those_of_the_tasks_or_found(tmp_path: Path) -> None:
+    path = tmp_path / "control.jsonl"
+    fields = {"problem_field": "input", "solution_field": "why"}
+    assert asked(path, {"input": "i 1", "why": "w 1"}, "control", **fields) == ("i 1", "w 1")
+    assert asked(path, {"question": "q 1", "answer": "a 1"}, "control", **fields) == ("q 1", "a 1")
+    assert asked(path, {"text": "t 1"}, "control", solution_field="why") == ("t 1", "t 1")
+    with pytest.raises(Jz3Error, match="'control': .* has the fields body; wanted are"):
+        asked(path, {"body": "b 1"}, "control", **fields)
+    assert asked(path, {"body": "b 1"}, "control", problem_field="body") == ("b 1", "b 1")
+    nested = {"row": {"q": "i 1", "a": "w 1"}}
+    assert asked(path, nested, "control", problem_field="row.q", solution_field="row.a") == ("i 1", "w 1")
+
+
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,14 @@ from jz3.features.lora import LoraShape, WarmUp, warm_up
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.features.trainer_checkpoint import adopt_checkpoints
-from jz3.files import atomic_path, hash_file, write_jsonl
+from jz3.files import atomic_path, hash_file, read_json, write_jsonl
 from jz3.gradients import Tokens, layer_shape, linear_layers, set_products, tokenize_query, tokenize_text
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext, release_memory, trim_heap
-from jz3.store import StoreInfo, has_shard, module_hash, open_store, write_shard
+from jz3.store import Store, StoreInfo, has_shard, module_hash, open_store, write_shard
+from jz3.store.shard import shard_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +142,29 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "rejected": reasons,
         "backend": backend.report(),
     }
+
+
+def lost_documents(folder: Path) -> str:
+    """Say which documents' features a finished stage has lost; readers would do without them.
+
+    Args:
+        folder: the stage's.
+
+    Returns:
+        A clause with the number of documents and the first files that are missing; empty if nothing is lost.
+    """
+    store = folder / "store"
+    wanted = read_json(folder / "manifest.json")["summary"]["documents"]
+    shards = Store(store).shards if (store / "store.json").is_file() else []
+    rows = sum(shard.rows for shard in shards)
+    written = {shard.number for shard in shards}
+    beside = {int(path.stem) for path in (folder / "documents").glob("*.safetensors")}
+    lost = [str(shard_path(store, n)) for n in sorted(beside - written)]
+    lost += [str(shard_path(folder / "documents", n)) for n in sorted(written - beside)]
+    if rows == wanted and not lost:
+        return ""
+    files = f" ({', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} missing or damaged)" if lost else ""
+    return f"{store} holds {rows} of {wanted} documents{files}"
 
 
 def projection_path(folder: Path) -> Path:

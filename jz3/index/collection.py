@@ -195,7 +195,13 @@ class LoopCollection(Collection):
 
     def store(self, member: int = 0) -> Store:
         """See Collection."""
-        return Store(self._ctx.path("features", "store"))
+        from jz3.features.stage import lost_documents
+
+        folder = self._ctx.path("features", "store").parent
+        lost = lost_documents(folder) if (folder / "manifest.json").is_file() else ""
+        if lost:
+            raise Jz3Error(f"{lost}; run `jz3 index {self.folder}` to write them again")
+        return Store(folder / "store")
 
     def prepare_texts(self) -> None:
         """See Collection."""

@@ -17,10 +17,10 @@ from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import PROJECTIONS, check_model, load_job
 from jz3.scoring.plan import load_plan
 from jz3.scoring.reading import Reader
-from jz3.scoring.shard import scores_path, store_folder
-from jz3.scoring.workers import missing_shards
+from jz3.scoring.shard import has_rows, scores_path, store_folder
 from jz3.store import Store
 from jz3.store.format import differences
+from jz3.store.shard import shard_path
 
 if TYPE_CHECKING:
     from jz3.features.extract import Projection
@@ -83,7 +83,7 @@ class ScoredCollection(Collection):
             self.name += f", checkpoint {checkpoint} of 0 to {count - 1}"
         names = [name for name, _ in self._plan.settings.checkpoints()]
         self.models = tuple(names[number] for number in self._numbers)
-        missing = len(missing_shards(out, self._plan))
+        missing = len(self._plan.shards) - len(self._done())
         if missing:
             self.name += f" ({missing:,} of {len(self._plan.shards):,} shards are not scored yet)"
 
@@ -148,13 +148,18 @@ class ScoredCollection(Collection):
         if self.missing_features:
             raise Jz3Error(self.missing_features)
         number = self._numbers[member]
+        # A shard's features are written before its scores, so that of these every store has all.
+        done = {int(path.stem): path for path in self._done()}
         store = Store(self._store_folder(number))
         wanted = self._job.store_info(number, self._plan.settings)
         if different := differences(store.info, wanted, ("in the store", "in the run")):
             raise Jz3Error(f"{store.folder} is another run's store ({'; '.join(different)})")
-        # A shard's features are written before its scores.
-        whole = {int(path.stem) for path in self._done()}
-        store.shards = [shard for shard in store.shards if shard.number in whole]
+        store.shards = [shard for shard in store.shards if shard.number in done]
+        known = {shard.number for shard in store.shards}
+        for shard, path in done.items():
+            file = shard_path(store.folder, shard)
+            if shard not in known and file.name not in store.damaged and has_rows(path):
+                raise Jz3Error(f"{file} is missing; run the same `jz3 score` command to write it again")
         return store
 
     def prepare_texts(self) -> None:
@@ -175,8 +180,9 @@ class ScoredCollection(Collection):
         return ids, places
 
     def _done(self) -> list[Path]:
-        missing = set(missing_shards(self.folder, self._plan))
-        return [scores_path(self.folder, s.number) for s in self._plan.shards if s.number not in missing]
+        """Return the files of scores that are there, in order."""
+        paths = [scores_path(self.folder, shard.number) for shard in self._plan.shards]
+        return [path for path in paths if path.is_file()]
 
     def texts(self, keys: Sequence[Key]) -> list[Doc]:
         """See Collection."""

@@ -78,7 +78,8 @@ class ScoreSettings:
     problem_field: str = ""
     """The targets' field with the problem; found by itself if it is question or problem."""
     solution_field: str = ""
-    """The targets' field with the solution; found by itself if it is answer or solution."""
+    """The targets' field with the solution; found by itself if it is answer, solution or completion. Where
+    --problem-field is given and none of these is there, all of that field is scored."""
     baselines: tuple[str, ...] = ("hidden", "bm25", "loss", "random")
     """Columns without gradients: hidden (RDS+: cosine of position-weighted means of the last hidden states),
     bm25 (document frequencies from a sample; needs bm25s), loss, random."""

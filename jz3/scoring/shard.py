@@ -41,6 +41,26 @@ def store_folder(out: Path, number: int, checkpoints: int) -> Path:
     return out / ("store" if checkpoints == 1 else f"store-{number}")
 
 
+def has_rows(path: Path) -> bool:
+    """Tell whether a shard's file of scores has a row; one that can't be read counts as if it had."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path).num_rows > 0
+    except (pyarrow.ArrowException, OSError):
+        return True
+
+
+def lacks_features(out: Path, plan: Plan, number: int) -> bool:
+    """Tell whether a store lacks the features of a shard that has its scores; one without rows has none."""
+    if not plan.settings.keep_features:
+        return False
+    count = len(plan.settings.checkpoints())
+    kept = all(has_shard(store_folder(out, checkpoint, count), number) for checkpoint in range(count))
+    return not kept and has_rows(scores_path(out, number))
+
+
 @dataclass(slots=True)
 class _Rows:
     """The columns of a shard as they grow."""

@@ -26,6 +26,8 @@ FIELDS = (
 )
 """Pairs of fields that are known by themselves: what the model is given, and what is scored. `prompt`
 and `completion` are taken as they are; of `text` everything is scored."""
+PROBLEMS = ("question", "problem")
+"""Fields that are taken for the problem of a solution that is named."""
 STAGE = "targets"
 _PEEK = 100
 
@@ -93,8 +95,30 @@ def summary(rejects: list[Reject]) -> str:
 
 
 def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
-    if settings.problem_field and name != "control":
-        return settings.problem_field, settings.solution_field
+    """Return the fields of problem and solution; what isn't named is looked for in the file's first rows."""
+    problem, solution = settings.problem_field, settings.solution_field
+    if problem and solution and name != "control":
+        return problem, solution
+    seen = _seen(name, path, settings)
+    if name == "control" and not all(_has(seen, field) for field in (problem, solution) if field):
+        # The fields are named for the tasks, and the control's file may have others.
+        problem = solution = ""
+    if problem and not solution:
+        partners = [s for p, s in FIELDS if p == problem] + [s for _, s in FIELDS]
+        solution = next((s for s in partners if s != problem and s in seen), "")
+    elif solution and not problem:
+        partners = [*(p for p, s in FIELDS if s == solution), *PROBLEMS]
+        problem = next((p for p in partners if p != solution and p in seen), "")
+        if not problem:
+            raise Jz3Error(
+                f"target {name!r}: --solution-field {solution!r} is given, and {path} has no field "
+                f"{' or '.join(PROBLEMS)} for its problem (it has {_listed(seen)}); name it with --problem-field"
+            )
+    return (problem, solution) if problem else _known(name, path, seen)
+
+
+def _seen(name: str, path: Path, settings: ScoreSettings) -> dict[str, None]:
+    """Return the fields of a file's first rows."""
     seen: dict[str, None] = {}
     try:
         with open_lines(path) as stream:
@@ -107,6 +131,21 @@ def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
                 seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
     except (OSError, EOFError, zlib.error) as error:
         raise Jz3Error(f"target {name!r}: {path} can't be read: {error}") from error
+    return seen
+
+
+def _has(seen: dict[str, None], field: str) -> bool:
+    """Tell whether a field is there; as of the corpus it may be nested (a.b) or joined of several (a+b)."""
+    names = [name.strip() for name in field.split("+")]
+    return all(name in seen or name.partition(".")[0] in seen for name in names)
+
+
+def _listed(seen: dict[str, None]) -> str:
+    return ", ".join(map(str, seen)) or "none"
+
+
+def _known(name: str, path: Path, seen: dict[str, None]) -> tuple[str, str]:
+    """Return the first of the known pairs that a file has."""
     for pair in FIELDS:
         if all(not field or field in seen for field in pair):
             return pair
@@ -114,7 +153,7 @@ def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
         # The reader rejects every row for the field that it lacks, and the message counts them.
         return next((p, s) for p, s in FIELDS if p in seen)
     raise Jz3Error(
-        f"target {name!r}: {path} has the fields {', '.join(map(str, seen)) or 'none'}; wanted are question "
+        f"target {name!r}: {path} has the fields {_listed(seen)}; wanted are question "
         "and answer, problem and solution, prompt and completion or text: name others with "
         "--problem-field and --solution-field"
     )

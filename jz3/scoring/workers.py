@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from jz3.errors import Jz3Error
 from jz3.files import read_json
 from jz3.scoring.plan import Plan, load_plan, locked
+from jz3.scoring.shard import lacks_features, scores_path
 
 if TYPE_CHECKING:
     from jz3.scoring.shard import Scorer
@@ -31,16 +32,23 @@ USER_ERROR = 2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def is_done(out: Path, number: int) -> bool:
-    """Tell whether a shard's scores are there."""
-    return (out / "scores" / f"{number:06d}.parquet").is_file()
+def is_done(out: Path, plan: Plan, number: int) -> bool:
+    """Tell whether a shard's scores are there, and its features if they are kept."""
+    return scores_path(out, number).is_file() and not lacks_features(out, plan, number)
 
 
-def missing_shards(out: Path, plan: Plan) -> list[int]:
-    """Return the numbers of the shards that are not done."""
+def missing_shards(out: Path, plan: Plan, among: Collection[int] | None = None) -> list[int]:
+    """Return the numbers of the shards that are not done.
+
+    Args:
+        out: the run's folder.
+        plan: its plan.
+        among: only these are looked at; None: all.
+    """
     scores = out / "scores"
     there = {p.stem for p in scores.glob("*.parquet")} if scores.is_dir() else set()
-    return [s.number for s in plan.shards if f"{s.number:06d}" not in there]
+    numbers = [s.number for s in plan.shards if among is None or s.number in among]
+    return [n for n in numbers if f"{n:06d}" not in there or lacks_features(out, plan, n)]
 
 
 def parts(plan: Plan, count: int) -> list[int]:
@@ -81,11 +89,11 @@ def work(
     longest = 0.0
     scorer: Scorer | None = None
     for shard in shards[first:] + shards[:first]:
-        if is_done(out, shard.number):
+        if is_done(out, plan, shard.number):
             continue
         with locked(out / "claims" / f"{shard.number:06d}", wait=False) as mine:
             # Another worker may have finished it between the look and the claim.
-            if not mine or is_done(out, shard.number):
+            if not mine or is_done(out, plan, shard.number):
                 continue
             if deadline and time.time() + longest > deadline:
                 return False
@@ -235,7 +243,7 @@ class Progress:
 
     def __init__(self, out: Path, plan: Plan, workers: int) -> None:
         self._out, self._plan, self._workers = out, plan, workers
-        self._before = set(missing_shards(out, plan))
+        self._before = self._missing = set(missing_shards(out, plan))
         self._done: dict[int, tuple[int, int, float]] = {}
         """Per finished shard its tokens, bytes and seconds."""
         self._start = self._last = time.monotonic()
@@ -246,7 +254,8 @@ class Progress:
         if now - self._last < every:
             return ""
         self._last = now
-        missing = set(missing_shards(self._out, self._plan))
+        # What is done stays so, and a look into the stores for every shard would take long.
+        self._missing = missing = set(missing_shards(self._out, self._plan, self._missing))
         for number in self._before - missing - self._done.keys():
             path = self._out / "timing" / f"{number:06d}.json"
             if path.is_file():
