@@ -50,9 +50,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
             low, high = control["interval_given_sources"][task]
             parts.append(f"{task} {overlap:.0%} (chance given the sources {low:.0%} to {high:.0%})")
         lines.append(("control", f"overlap with an unrelated target's choice: {', '.join(parts)}"))
-        within = ", ".join(f"{task} {x:.0%}" for task, x in control["within_sources"].items())
-        low, high = control["within_interval"]
-        lines.append(("", f"of the best within each source: {within} (chance {low:.0%} to {high:.0%})"))
+        lines.append(("", f"of the best within each source: {_within(control)}"))
     comparison = selection["comparison"]
     rows = [row for row in comparison["table"] if row["budget"] == comparison["tokens"]]
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -96,6 +94,14 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, peak = sum(r["seconds"].values()), max(r["peak_memory"].values())
     lines.append(("cost", f"{seconds / 60:.1f} minutes, {peak / 2**30:.1f} GiB at the peak"))
     return lines
+
+
+def _within(control: dict[str, Any]) -> str:
+    if control["within_interval"] is None:
+        return "not compared, there are more sources than chosen texts"
+    shared = ", ".join(f"{task} {x:.0%}" for task, x in control["within_sources"].items())
+    low, high = control["within_interval"]
+    return f"{shared} (chance {low:.0%} to {high:.0%})"
 
 
 def _reasons(rejected: dict[str, int]) -> str:
