@@ -113,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Args:
             run: the folder of a run of the loop, or of `jz3 score --keep-features`, whose index is built.
             text: the problem.
-            file: many problems: JSON lines with `problem` and perhaps `solution`; answers are JSON lines.
+            file: many problems: JSON lines (plain, `.gz` or `.zst`) with `problem` and perhaps `solution`;
+                answers are JSON lines.
             solution: the solution of --text, if known: then only its tokens are scored.
             k: how many texts.
             exact: scan all codes instead of asking the index.

@@ -23,12 +23,12 @@ def explain(
     """Show which tokens of a text help with a problem, or with a run's task.
 
     Args:
-        where: a model (folder, hub name or shipped name) or the folder of a run.
+        where: a model (folder, hub name or shipped name) or the folder of a run of `jz3 run`.
         text: the text.
         doc: instead of --text, the id of a text of the run's corpus.
         problem: the problem; without one the run's target queries are taken.
         solution: its solution: then only its tokens are scored.
-        task: of the run, whose queries are taken; all tasks by default.
+        task: of the run, whose queries are taken instead of --problem; all tasks by default.
         queries: at most so many of them.
         html: also write a page of its own here.
         max_tokens: longer texts are cut at the end.
@@ -42,7 +42,21 @@ def explain(
     from jz3.templates import prompt_for
 
     config, reduction, prompt_field = ModelConfig(name=str(where), dtype=dtype), "mean", ""
+    if (where / "plan.json").is_file():
+        raise ValueError(
+            f"{where} is a run of `jz3 score`; jz3 explain takes a model, with --text and --problem, or the folder "
+            f"of a run of `jz3 run` (`jz3 explore {where}` shows the tokens of what it finds)"
+        )
+    if queries < 1:
+        raise ValueError(f"--queries must be at least 1, got {queries}")
     is_run = (where / "recipe.json").is_file()
+    for option, value in (("task", task), ("doc", doc)):
+        if value and not is_run:
+            raise ValueError(
+                f"--{option} {value}: {where} is no folder of `jz3 run`, which it is looked up in"
+            )
+    if task and problem:
+        raise ValueError("give either --task or --problem, not both")
     if is_run:
         from jz3.cli import stored_recipe
 

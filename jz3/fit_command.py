@@ -1,14 +1,18 @@
 """`jz3 fit`: the fit file of `adapted` features from files of queries, documents, or both."""
 
+import heapq
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tyro.conf import Positional
 
+from jz3.corpus.config import SourceConfig
+from jz3.corpus.readers import SourceText, read_jsonl_file, reject
 from jz3.errors import Jz3Error
-from jz3.files import hash_text, read_jsonl
+from jz3.records import Reject
 
 
 def fit(
@@ -33,8 +37,8 @@ def fit(
 
     Args:
         model: a folder, a name on the Hugging Face hub, `smollm2-135m-instruct` or `tiny`.
-        queries: JSON lines with `prompt` and `completion`.
-        documents: JSON lines with `text`.
+        queries: JSON lines with `prompt` and `completion`; plain, `.gz` or `.zst`.
+        documents: JSON lines with `text`, likewise.
         out: the fit's file; it holds the model's hash and serves that model only.
         k: numbers per document.
         rank: basis vectors per layer before the coordinates are chosen, mean of its two sides.
@@ -57,6 +61,16 @@ def fit(
 
     if queries is None and documents is None:
         raise ValueError("jz3 fit needs --queries, --documents, or both")
+    for name, value in (
+        ("k", k),
+        ("rank", rank),
+        ("layers", layers),
+        ("max-queries", max_queries),
+        ("max-documents", max_documents),
+        ("max-tokens", max_tokens),
+    ):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     folder = resolve_model(ModelConfig(name=model, dtype=dtype))
     tokenizer = load_tokenizer(folder)
     asked = _tokens(
@@ -64,16 +78,17 @@ def fit(
         ("prompt", "completion"),
         max_queries,
         seed,
-        lambda key, row: tokenize_query(tokenizer, key, row["prompt"], row["completion"], max_tokens),
+        lambda row: tokenize_query(tokenizer, row.where, row.meta["prompt"], row.text, max_tokens),
     )
     texts = _tokens(
         documents,
         ("text",),
         max_documents,
         seed,
-        lambda key, row: tokenize_text(
-            tokenizer, key, row["text"], max_tokens, prompt=str(row.get(prompt_field) or "")
+        lambda row: tokenize_text(
+            tokenizer, row.where, row.text, max_tokens, prompt=row.meta.get(prompt_field, "")
         ),
+        (prompt_field,) if prompt_field else (),
     )
     loaded: Any = load_model(folder, dtype)
     loaded = loaded.to(best_device())
@@ -105,30 +120,61 @@ def _tokens(
     fields: tuple[str, ...],
     limit: int,
     seed: int,
-    tokenize: Callable[[str, dict[str, str]], Any],
+    tokenize: Callable[[SourceText], Any],
+    optional: tuple[str, ...] = (),
 ) -> list[Any]:
-    """Read and tokenise a file's rows, at most `limit` of them; unusable ones are counted and told."""
+    """Read and tokenise a file's rows, at most `limit` of them; unusable ones are counted and told.
+
+    The last of `fields` is a row's text. The draw needs the number of rows, so that the file is read twice;
+    in memory are the drawn texts and, of the other rows, their places in the draw alone.
+    """
     from jz3.seeding import rng
 
     if path is None:
         return []
-    rows = list(read_jsonl(path))
-    found: list[Any] = []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    source = SourceConfig(
+        name="fit",
+        kind="jsonl",
+        paths=(str(path),),
+        text_field=fields[-1],
+        keep_fields=(*fields[:-1], *optional),
+    )
+    places = np.argsort(
+        rng(seed, "fit", path.name).permutation(sum(1 for _ in read_jsonl_file(path, source)))
+    )
+    drawn: list[tuple[int, Any]] = []
     unusable: Counter[str] = Counter()
-    for i in rng(seed, "fit", path.name).permutation(len(rows)):
-        if len(found) == limit:
-            break
-        row = rows[i]
-        if not (isinstance(row, dict) and all(isinstance(row.get(f), str) for f in fields)):
-            unusable[f"no text under {' and '.join(fields)}"] += 1
-            continue
-        try:
-            found.append(tokenize(hash_text("\n".join(row[f] for f in fields)), row))
-        except ValueError as error:
-            unusable[" ".join(str(error).split()[2:])] += 1
+    first: dict[str, str] = {}
+    for place, row in zip(places, read_jsonl_file(path, source), strict=True):
+        if isinstance(row, SourceText):
+            if len(drawn) == limit and -place < drawn[0][0]:
+                continue
+            row = _tokenized(row, fields, tokenize)
+        if isinstance(row, Reject):
+            unusable[row.reason] += 1
+            first.setdefault(row.reason, f"{row.where}: {row.detail}" if row.detail else row.where)
+        elif len(drawn) < limit:
+            heapq.heappush(drawn, (-int(place), row))
+        else:
+            heapq.heapreplace(drawn, (-int(place), row))
+    reasons = "; ".join(
+        f"{count} x {reason}, first {first[reason]}" for reason, count in unusable.most_common()
+    )
+    if not drawn:
+        raise Jz3Error(f"{path} holds no usable row with {' and '.join(fields)} ({reasons})")
     if unusable:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in unusable.most_common(3))
         print(f"{path}: {sum(unusable.values())} rows are unusable: {reasons}")
-    if not found:
-        raise Jz3Error(f"{path} holds no usable row with {' and '.join(fields)}")
-    return found
+    return [tokens for _, tokens in sorted(drawn, key=lambda pair: -pair[0])]
+
+
+def _tokenized(row: SourceText, fields: tuple[str, ...], tokenize: Callable[[SourceText], Any]) -> Any:
+    """Tokenise a row, or say why it can't be used."""
+    for name in fields[:-1]:
+        if name not in row.meta:
+            return reject("missing_field", row.where, f"no field {name!r}")
+    try:
+        return tokenize(row)
+    except ValueError as error:
+        return reject("nothing_to_score", row.where, str(error))

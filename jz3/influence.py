@@ -302,20 +302,21 @@ def negative_control(batches: Batches, tasks: Sequence[str], k: int) -> dict[str
     on the target. Targets that draw on different sources share less than chance, those that draw on
     the same source more: `expected_given_sources` is the chance of two choices that take as many texts
     of every source as these do. `within_sources` compares the top share k / N of every source, which
-    doesn't see the sources either.
+    doesn't see the sources either; with more than k sources there is no such share to take.
 
         expected_given_sources = (1/k) sum over sources s of k_task(s) k_control(s) / n_s
 
     Args:
-        batches: the scores; read twice, in memory that grows with k. Without a column
-            `influence:control` there is nothing to compare.
+        batches: the scores; read twice, in memory that grows with k and, by a name and some numbers, with
+            the sources. Without a column `influence:control` there is nothing to compare.
         tasks: the tasks' names.
         k: how many texts are chosen.
 
     Returns:
         Per task `overlap`, `expected_given_sources`, `interval_given_sources` and `within_sources`;
         `within_interval`, `chance` and `chance_interval`. The intervals tell where two choices that
-        have nothing else in common fall: hypergeometric, mean +- 1.96 standard deviations.
+        have nothing else in common fall: hypergeometric, mean +- 1.96 standard deviations. With more than
+        k sources `within_sources` is empty and `within_interval` None.
     """
     counts: Counter[str] = Counter()
     for batch in batches():
@@ -327,7 +328,8 @@ def negative_control(batches: Batches, tasks: Sequence[str], k: int) -> dict[str
     n = counts.total()
     code = {source: number for number, source in enumerate(sorted(counts))}
     sizes = [counts[source] for source in code]
-    shares = [max(1, round(size * k / n)) for size in sizes]
+    # One text of every source would be more than are chosen, and memory and time would grow with the sources.
+    shares = [max(1, round(size * k / n)) for size in sizes] if len(sizes) <= k else []
     names = [*tasks, "control"]
     tops = {name: TopK(k) for name in names}
     within = {(name, s): TopK(share) for name in names for s, share in enumerate(shares)}
@@ -339,7 +341,7 @@ def negative_control(batches: Batches, tasks: Sequence[str], k: int) -> dict[str
         for name in names:
             scores = np.asarray(batch[f"influence:{name}"])
             tops[name].add(scores, rows)
-            for s in np.unique(codes).tolist():
+            for s in np.unique(codes).tolist() if shares else ():
                 within[name, s].add(scores[codes == s], rows[codes == s])
     best = {name: top.best()[1] for name, top in tops.items()}
     mixes = {name: np.bincount(rows[:, 1], minlength=len(sizes)).tolist() for name, rows in best.items()}
@@ -351,13 +353,14 @@ def negative_control(batches: Batches, tasks: Sequence[str], k: int) -> dict[str
         expected, interval = shared_by_chance(mixes[task], mixes["control"], sizes, k)
         result["expected_given_sources"][task] = expected
         result["interval_given_sources"][task] = interval
-        shared = sum(
-            len(np.intersect1d(within[task, s].best()[1][:, 0], within["control", s].best()[1][:, 0]))
-            for s in range(len(sizes))
-        )
-        result["within_sources"][task] = shared / sum(shares)
+        if shares:
+            shared = sum(
+                len(np.intersect1d(within[task, s].best()[1][:, 0], within["control", s].best()[1][:, 0]))
+                for s in range(len(sizes))
+            )
+            result["within_sources"][task] = shared / sum(shares)
     chance, interval = shared_by_chance([k], [k], [n], k)
-    apart = shared_by_chance(shares, shares, sizes, sum(shares))[1]
+    apart = shared_by_chance(shares, shares, sizes, sum(shares))[1] if shares else None
     return {**result, "within_interval": apart, "chance": chance, "chance_interval": interval}
 
 

@@ -64,6 +64,20 @@ def test_a_prompt_is_not_scored(tiny_model: Path) -> None:
         tokenize_text(tokenizer, "t", text, found.start, prompt="What is 2+2?")
 
 
+def test_half_characters_are_refused(tiny_model: Path) -> None:
+    """As a JSON escape gives them: an emoji's first half."""
+    tokenizer: Any = load_tokenizer(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="text t is no valid Unicode: surrogates not allowed"):
+        tokenize_text(tokenizer, "t", "an apple \ud83c", 10)
+    for pair in (("a\ud83c", "b"), ("a", "b\ud83c")):
+        with pytest.raises(ValueError, match="query q is no valid Unicode"):
+            tokenize_query(tokenizer, "q", *pair, 10)
+        messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), pair, strict=True)]
+        with pytest.raises(ValueError, match="conversation c is no valid Unicode"):
+            tokenize_chat(tokenizer, "c", messages, 10)
+
+
 def test_start_token_is_added_and_never_scored(tiny_model: Path) -> None:
     plain, marked = load_tokenizer(tiny_model), with_start(tiny_model)
     assert start_tokens(plain) == () and start_tokens(marked) == (marked.eos_token_id,)

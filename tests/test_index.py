@@ -1,6 +1,7 @@
 """The index finds what the exact scan finds, in parts, resumed, grown; texts are looked up by offset."""
 
 import dataclasses
+import gzip
 import io
 import json
 import re
@@ -343,6 +344,32 @@ def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "needs one of problem, question, text" in told.out and "it has input" in told.out
     assert "holds no problem that could be answered" in told.err
     assert "must be" not in answers[0][1]["error"] and "empty" in answers[0][4]["error"]
+
+
+def test_query_a_file_as_users_have_it(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte order mark, half characters, compression, damage."""
+    lines = [
+        '{"text": "What is 3 * 4?"}',
+        '{"text": "3 \\ud83c"}',
+        '{"\\ud83c": 1}',
+        '{"text": "What is 4?"}',
+    ]
+    text = ("\ufeff" + "\n".join(lines)).encode()
+    plain, packed = tmp_path / "p.jsonl", tmp_path / "p.jsonl.gz"
+    plain.write_bytes(text)
+    packed.write_bytes(gzip.compress(text))
+    for file in (plain, packed):
+        assert main(["query", str(small_run), "--file", str(file), "--k", "1"]) == 0
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert ["matches" in answer for answer in answers] == [True, False, False, True]
+        assert "is no valid Unicode" in answers[1]["error"] and "it has ?" in answers[2]["error"]
+    assert main(["query", str(small_run), "--text", "3 \udcff"]) == 2
+    assert "is no valid Unicode" in capsys.readouterr().err
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert main(["query", str(small_run), "--file", str(packed)]) == 2
+    assert f"{packed} can't be read: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("products", ["int8", "int16"])

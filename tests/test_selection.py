@@ -9,6 +9,7 @@ import pytest
 from jz3.bm25 import Bm25
 from jz3.influence import agreement, negative_control, shared_by_chance
 from jz3.records import Query
+from jz3.report.terminal import _within
 from jz3.selection import SelectionConfig, StreamingSelection, chosen_rows, select
 from jz3.selection.stage import methods
 from jz3.topk import TopK
@@ -126,6 +127,22 @@ def test_negative_control_within_sources() -> None:
     assert found["expected_given_sources"]["t"] == 0 and found["interval_given_sources"]["t"] == [0, 0]
     low, high = found["within_interval"]
     assert 0 < low < 0.15 < high and low <= found["within_sources"]["t"] <= high
+
+
+def test_negative_control_with_more_sources_than_texts_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within sources there is nothing to compare; nothing is kept per source then."""
+    made: list[int] = []
+    monkeypatch.setattr("jz3.influence.TopK", lambda size: (made.append(size), TopK(size))[1])
+    generator = np.random.default_rng(3)
+    columns = {"influence:t": generator.random(400), "influence:control": generator.random(400)}
+    for count, compared in ((60, True), (61, False)):
+        made.clear()
+        found = control(columns, ["t"], 60, [f"s{i % count}" for i in range(400)])
+        assert len(made) == (2 + 2 * count if compared else 2)
+        assert bool(found["within_sources"]) == bool(found["within_interval"]) == compared
+        low, high = found["interval_given_sources"]["t"]
+        assert low <= found["overlap"]["t"] <= high and found["chance"] == 0.15
+        assert _within(found).startswith("t " if compared else "not compared")
 
 
 def test_negative_control_given_the_sources() -> None:

@@ -47,6 +47,14 @@ def test_merge_links_the_shards_in_order(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "c", verify=True)) == 20
 
 
+def test_stores_of_several_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 1, 10):
+        fill(tmp_path / "run" / f"store-{number}", 0)
+    assert main(["store", "info", str(tmp_path / "run")]) == 2
+    told, run = capsys.readouterr().err, tmp_path / "run"
+    assert f"has a store per checkpoint; give {run}/store-0 or {run}/store-1 or {run}/store-10" in told
+
+
 def test_merge_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")

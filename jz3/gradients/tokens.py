@@ -78,10 +78,11 @@ def tokenize_text(
         The tokens.
 
     Raises:
-        ValueError: there is nothing to predict, or `long` is neither.
+        ValueError: there is nothing to predict, the text is no valid Unicode, or `long` is neither.
     """
     if long not in ("truncate", "split"):
         raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
+    _check_unicode(f"text {key}", text)
     head, tail = (
         tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in split_prompt(text, prompt)
     )
@@ -115,8 +116,9 @@ def tokenize_query(
     A sequence longer than `max_tokens` is cut at its end (counted in `Tokens.cut`).
 
     Raises:
-        ValueError: nothing of the completion is left to score.
+        ValueError: nothing of the completion is left to score, or a text is no valid Unicode.
     """
+    _check_unicode(f"query {key}", prompt, completion)
     prefix = start_tokens(tokenizer)
     head = [*prefix, *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     tail = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
@@ -142,7 +144,8 @@ def tokenize_chat(
         The tokens; what the template itself puts before the answer is not scored.
 
     Raises:
-        ValueError: there is no template or no answer, or nothing of it is left to score.
+        ValueError: there is no template or no answer, nothing of it is left to score, or a text is no
+            valid Unicode.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use tokenize_query")
@@ -151,12 +154,22 @@ def tokenize_chat(
 
     def ids(part: Sequence[dict[str, str]], **options: Any) -> list[int]:
         text = tokenizer.apply_chat_template(list(part), tokenize=False, **options)
+        _check_unicode(f"conversation {key}", str(text))
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # pyright: ignore[reportArgumentType, reportReturnType]
 
     head, whole = ids(messages[:-1], add_generation_prompt=True), ids(messages)
     if whole[: len(head)] != head:
         raise ValueError(f"conversation {key}: the template changes the prompt when the answer is there")
     return _scored_tail(key, head, whole[len(head) :], max_tokens)
+
+
+def _check_unicode(what: str, *texts: str) -> None:
+    """Refuse half characters, as JSON escapes can hold them; a tokenizer would raise a TypeError."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is no valid Unicode: {error.reason}") from error
 
 
 def _scored_tail(key: str, head: list[int], tail: list[int], max_tokens: int) -> Tokens:

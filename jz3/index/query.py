@@ -1,13 +1,16 @@
 """`jz3 query`: the texts of a corpus that help most with a problem."""
 
+import io
 import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jz3.corpus.readers import open_lines
 from jz3.errors import Jz3Error
 from jz3.explain import token_values
 from jz3.features.extract import Projection, extract, open_sink
@@ -123,7 +126,7 @@ class Searcher:
         """Tokenise a problem: with a solution only its tokens are scored, without one all of `text`.
 
         Raises:
-            ValueError: the text is empty or too short to have a gradient.
+            ValueError: the text is empty, too short to have a gradient, or no valid Unicode.
         """
         if not text.strip():
             raise ValueError("the text to look up is empty")
@@ -247,24 +250,25 @@ def _show(found: Found, say: Callable[[str], None]) -> None:
 def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], None]) -> None:
     failed = count = 0
     gradient = search = 0.0
-    with open(path, encoding="utf-8", errors="replace") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            count += 1
-            try:
-                problem, solution = _problem(line)
-                found = searcher.ask(problem, solution, k)
-            except ValueError as error:
-                failed += 1
-                say(json.dumps({"line": number, "error": str(error)}, ensure_ascii=False))
-                continue
-            gradient, search = gradient + found.gradient_seconds, search + found.search_seconds
-            matches = [
-                {"id": m.doc.id, "score": m.score, "source": m.doc.source, "text": m.doc.text}
-                for m in found.matches
-            ]
-            say(json.dumps({"line": number, "problem": problem, "matches": matches}, ensure_ascii=False))
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        count += 1
+        try:
+            problem, solution = _problem(line)
+            found = searcher.ask(problem, solution, k)
+        except ValueError as error:
+            failed += 1
+            # It may quote half a character, which can't be written.
+            told = str(error).encode("utf-8", "replace").decode()
+            say(json.dumps({"line": number, "error": told}, ensure_ascii=False))
+            continue
+        gradient, search = gradient + found.gradient_seconds, search + found.search_seconds
+        matches = [
+            {"id": m.doc.id, "score": m.score, "source": m.doc.source, "text": m.doc.text}
+            for m in found.matches
+        ]
+        say(json.dumps({"line": number, "problem": problem, "matches": matches}, ensure_ascii=False))
     if failed == count:
         raise Jz3Error(f"{path} holds no problem that could be answered")
     done = count - failed
@@ -272,6 +276,15 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
         f"{count} problems, {failed} not answered; per problem: gradient {gradient / done * 1e3:.0f} ms, "
         f"search {search / done * 1e3:.1f} ms"
     )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of a file's lines, plain, `.gz` or `.zst`, with or without a byte order mark."""
+    try:
+        with io.TextIOWrapper(open_lines(path), encoding="utf-8-sig", errors="replace") as stream:
+            yield from enumerate(stream, 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise Jz3Error(f"{path} can't be read: {error}") from error
 
 
 def _problem(line: str) -> tuple[str, str]:

@@ -51,9 +51,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
             low, high = control["interval_given_sources"][task]
             parts.append(f"{task} {overlap:.0%} (chance given the sources {low:.0%} to {high:.0%})")
         lines.append(("control", f"overlap with an unrelated target's choice: {', '.join(parts)}"))
-        within = ", ".join(f"{task} {x:.0%}" for task, x in control["within_sources"].items())
-        low, high = control["within_interval"]
-        lines.append(("", f"of the best within each source: {within} (chance {low:.0%} to {high:.0%})"))
+        lines.append(("", f"of the best within each source: {_within(control)}"))
     comparison = selection["comparison"]
     rows = [row for row in comparison["table"] if row["budget"] == comparison["tokens"]]
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -98,6 +96,14 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _accuracy(a: dict[str, Any]) -> str:
     return f"{shown(a['accuracy'], '.0%')} ({shown(a['low'], '.0%')}-{shown(a['high'], '.0%')})"
+
+
+def _within(control: dict[str, Any]) -> str:
+    if control["within_interval"] is None:
+        return "not compared, there are more sources than chosen texts"
+    shared = ", ".join(f"{task} {x:.0%}" for task, x in control["within_sources"].items())
+    low, high = control["within_interval"]
+    return f"{shared} (chance {low:.0%} to {high:.0%})"
 
 
 def _reasons(rejected: dict[str, int]) -> str:

@@ -36,11 +36,17 @@ def find_store(folder: Path) -> Path:
     """Return the store of a folder: the folder itself, or that of a run.
 
     Raises:
-        Jz3Error: there is none.
+        Jz3Error: there is none, or one per checkpoint of `jz3 score`.
     """
     for path in (folder, folder / "store", folder / "features" / "store"):
         if (path / "store.json").is_file():
             return path
+    # One per checkpoint, see jz3.scoring.shard.store_folder.
+    several = sorted(
+        (path.parent for path in folder.glob("store-*/store.json")), key=lambda p: (len(p.name), p)
+    )
+    if several:
+        raise Jz3Error(f"{folder} has a store per checkpoint; give {' or '.join(map(str, several))}")
     raise Jz3Error(f"{folder} is no feature store and no run with one (no store.json)")
 
 
