@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from jz3.errors import Jz3Error
 from jz3.evaluation.nll import PADDING, SMALL_BATCH, _batch_size
 from jz3.inference import ROOM, PackedLinear, cache_argument, load_for_inference, roomy_cache
 from jz3.models import load_model
@@ -97,8 +98,12 @@ def test_the_caches_argument_is_found_by_name() -> None:
 
     def new(input_ids: Any, cache: Any = None) -> None: ...
 
+    def none(input_ids: Any, **kwargs: Any) -> None: ...
+
     assert cache_argument(SimpleNamespace(forward=old)) == "past_key_values"
     assert cache_argument(SimpleNamespace(forward=new)) == "cache"
+    with pytest.raises(Jz3Error, match="SimpleNamespace takes no cache and can't generate here"):
+        cache_argument(SimpleNamespace(forward=none))
 
 
 @pytest.mark.parametrize(
