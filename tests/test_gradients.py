@@ -257,6 +257,18 @@ def test_uncovered_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "not covered" in caplog.text and "experts.gate_up_proj" in caplog.text
 
 
+def test_layers_that_take_no_part_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, texts = random_model("mixtral"), random_texts(3)
+    model.model.layers[1].self_attn.spare = torch.nn.Linear(4, 4).double()
+    for _ in range(2):
+        with GradientPass(model, linear_layers(model), Whole()) as gradients:
+            for batch in make_batches(texts, 10_000):
+                gradients.run(batch)
+    [record] = [r for r in caplog.records if "took no part" in r.message]
+    assert record.message.startswith("1 layers of MixtralForCausalLM took no part")
+    assert record.message.endswith("model.layers.1.self_attn.spare")
+
+
 def test_output_layer_with_a_bias_is_refused() -> None:
     model = transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL, intermediate_size=48))
     assert model.lm_head.bias is not None

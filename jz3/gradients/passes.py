@@ -1,5 +1,6 @@
 """Forward and backward passes that hand every layer's factors to a sink."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from jz3.machine import PRODUCTS, best_products, products_obstacle
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+_said: set[str] = set()
 
 
 class Sink(Protocol):
@@ -97,6 +102,8 @@ class GradientPass:
             ValueError: `reduction` is unknown, the model is refused by `check_output_layer`, or `fast` or
                 `packed` asks for what can't be had.
         """
+        from jz3.gradients.experts import ExpertLinear
+
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         core = plain_model(model)
@@ -113,8 +120,10 @@ class GradientPass:
         if fast and self._packed:
             raise ValueError("the fast pass can't run: it takes padded rows, packed ones are asked for")
         self._layout: Any = None
-        self._holds = False
+        self._holds = self._ran = False
         self._hooks: list[Any] = []
+        # A batch may leave experts out; other layers only if the model uses their weights in a way of its own.
+        self._idle = {name for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
         self._fast = (
             None
             if fast is False or self._packed
@@ -154,6 +163,7 @@ class GradientPass:
                 not out.requires_grad
             ):  # Nothing of the loss depends on it, as where DoRA measures its matrices.
                 return
+            self._idle.discard(name)
             kept = self.sink.forward(name, rows(inputs[0].detach()))
             out.register_hook(lambda g: self.sink.backward(name, kept, rows(g)))
 
@@ -171,6 +181,8 @@ class GradientPass:
             backend.extension().hold_memory(False)
         for hook in self._hooks:
             hook.remove()
+        if self._hooks and self._ran and self._idle:
+            _say_idle(type(self.model).__name__, sorted(self._idle))
 
     def run(self, batch: Batch) -> PassResult:
         """Run one batch; the sink has seen every layer when this returns."""
@@ -178,6 +190,7 @@ class GradientPass:
 
         from jz3.ops.ce_hidden_grad import ce_hidden_grad
 
+        self._ran = True
         model = self.model
         device = next(model.parameters()).device
         ids, lengths, starts = (x.to(device) for x in (batch.ids, batch.lengths, batch.starts))
@@ -257,6 +270,17 @@ class GradientPass:
         padded = states.new_zeros(*ids.shape, states.shape[-1])
         padded[rows, columns] = states.detach()[0]
         return padded, lambda grad: states.backward(grad[rows, columns][None])
+
+
+def _say_idle(model: str, layers: list[str]) -> None:
+    """Log once that layers took no part in a pass: their weights are used directly, or not at all."""
+    message = (
+        f"{len(layers)} layers of {model} took no part, so that nothing of their gradients is in the features: "
+        f"{', '.join(layers[:3])}{' ...' if len(layers) > 3 else ''}"
+    )
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
 
 
 def set_products(model: "PreTrainedModel", products: str) -> str:
