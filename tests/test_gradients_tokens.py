@@ -57,6 +57,7 @@ def test_a_prompt_is_not_scored(tiny_model: Path) -> None:
     # Another beginning is no prompt, nor is none.
     for prompt in ("It is", ""):
         assert tokenize_text(tokenizer, "t", text, 100, prompt=prompt).start == 1
+    assert tokenize_text(tokenizer, "t", " \n \n", 100).start == 1
     for prompt in (text, f"{text} And 3+3?", "  What is\r\n2+2? It is 4. And 3+3?"):
         with pytest.raises(ValueError, match="at least"):
             tokenize_text(tokenizer, "t", text, 100, prompt=prompt)

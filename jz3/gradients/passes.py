@@ -159,9 +159,8 @@ class GradientPass:
             # Experts lay their tokens out themselves; routers return their logits first.
             rows = (lambda x: x) if isinstance(layer, ExpertLinear) else layout.rows
             out = output[0] if isinstance(output, tuple) else output
-            if (
-                not out.requires_grad
-            ):  # Nothing of the loss depends on it, as where DoRA measures its matrices.
+            # Nothing of the loss depends on it, as where DoRA measures its matrices.
+            if not out.requires_grad:
                 return
             self._idle.discard(name)
             kept = self.sink.forward(name, rows(inputs[0].detach()))

@@ -100,8 +100,9 @@ def tokenize_text(
 def split_prompt(text: str, prompt: str) -> tuple[str, str]:
     """Return what of a text is a prompt and what follows it; any white space is like any other."""
     words = prompt.split()
-    found = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), text)
-    if words and found:
+    if not words:
+        return "", text
+    if found := re.match(r"\s*" + r"\s+".join(map(re.escape, words)), text):
         size = found.end()
     else:  # A piece of a longer text may hold a part of the prompt alone.
         size = len(text) * " ".join(words).startswith(" ".join(text.split()))
