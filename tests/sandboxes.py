@@ -13,13 +13,17 @@ import pytest
 from jz3.errors import Jz3Error
 from jz3.grading.sandbox import Sandbox, SandboxConfig
 
-LIMITS = SandboxConfig(cpu_seconds=1, wall_seconds=2.5, memory_mb=512, output_bytes=20_000, workers=4)
+LIMITS = SandboxConfig(cpu_seconds=2, wall_seconds=6.0, memory_mb=512, output_bytes=20_000, workers=4)
+PATIENT = dataclasses.replace(LIMITS, cpu_seconds=60, wall_seconds=120.0, workers=1)
+"""For what takes over a second on a busy machine, such as filling the memory."""
 SECRET = "sk-secret-of-the-test"
 
 
-def open_level(level: str, preload: tuple[str, ...] = (), **features: bool) -> Sandbox:
+def open_level(
+    level: str, preload: tuple[str, ...] = (), limits: SandboxConfig = LIMITS, **features: bool
+) -> Sandbox:
     """Open a level of the sandbox, or skip with the machine's reason."""
-    sandbox = Sandbox(dataclasses.replace(LIMITS, level=level, preload=preload))
+    sandbox = Sandbox(dataclasses.replace(limits, level=level, preload=preload))
     sandbox._features.update(features)
     try:
         return sandbox.__enter__()

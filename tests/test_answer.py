@@ -23,7 +23,7 @@ from jz3.grading.answer import (
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(seconds=2, workers=2) as opened:
+    with Grader(seconds=3, workers=2) as opened:
         yield opened
 
 

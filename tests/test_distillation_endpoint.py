@@ -114,7 +114,7 @@ def test_every_fault_is_retried_until_it_is_answered(tmp_path: Path) -> None:
         return FAULTS[int(prompt.split()[1]) % len(FAULTS)] if attempt <= 2 else "ok"
 
     with FakeEndpoint(behave) as server:
-        replies, spent = ask(settings(server, tmp_path, timeout_seconds=0.5), tmp_path, requests(len(FAULTS)))
+        replies, spent = ask(settings(server, tmp_path, timeout_seconds=1.5), tmp_path, requests(len(FAULTS)))
     assert [r.failure for r in replies] == [""] * len(FAULTS)
     assert set(server.received.values()) == {3} and spent.calls == 3 * len(FAULTS)
     assert set(server.completed.values()) == {1}

@@ -231,7 +231,7 @@ def test_execution(grader: Grader) -> None:
             level="tool",
         ),
     ]  # fmt: skip
-    sandbox = dataclasses.replace(CONFIG.sandbox, cpu_seconds=1, wall_seconds=3.0, workers=2)
+    sandbox = dataclasses.replace(CONFIG.sandbox, cpu_seconds=3, wall_seconds=10.0, workers=2)
     with Executor(dataclasses.replace(CONFIG, sandbox=sandbox), grader) as executor:
         found = executor.run(rows)
     reasons = [f["reason"] for f in found]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandboxes import LIMITS, copies, left_over, open_level, sandbox_of
+from sandboxes import LIMITS, PATIENT, copies, left_over, open_level, sandbox_of
 
 from jz3.errors import Jz3Error
 from jz3.grading import cell as cell_module
@@ -105,7 +105,7 @@ def test_endless_loops(sandbox: Sandbox) -> None:
     )
     assert spin.reason == "timeout" and spin.stdout == "before\n"
     assert sleep.reason == mute.reason == "timeout"
-    assert sleep.seconds < 10 and mute.seconds < 10
+    assert sleep.seconds < 30 and mute.seconds < 30
     assert ignoring.reason in ("timeout", "killed")
 
 
@@ -113,8 +113,11 @@ def test_endless_loops(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "code", ["x = bytearray(10 << 30)", "x = []\nwhile True: x.append(bytearray(1 << 26))"]
 )
-def test_memory(sandbox: Sandbox, code: str) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_memory(level: str, code: str) -> None:
+    sandbox = open_level(level, limits=PATIENT)
     done = sandbox.run(code)
+    sandbox.close()
     assert done.reason == "memory", done
 
 
