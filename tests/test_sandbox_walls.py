@@ -63,7 +63,7 @@ print("done")
     ],
 )
 def test_each_wall_holds_alone(level: str, features: dict[str, bool], outside: Path) -> None:
-    opened = open_level(level, (), **features)
+    opened = open_level(level, (), LIMITS, **features)
     try:
         if level == "rlimits" and "landlock" not in features and "files" not in opened.guards:
             pytest.skip("this kernel has no Landlock")
