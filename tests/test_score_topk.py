@@ -79,6 +79,8 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         (9, 33_000, 2, 1),
         (21, 4500, 5, 7),
         (700, 256, 20, 8),
+        (5000, 64, 5, 40),
+        (5000, 64, 900, 25),
     ]:
         codes, mean, scale = table(rows, dim, kind)
         codes[rows // 2 :: 3] = codes[0].clone()
@@ -115,7 +117,7 @@ def test_rows_may_lie_in_pieces(on: str, monkeypatch: pytest.MonkeyPatch, kind: 
     assert empty[1].shape == (queries, 0)
 
 
-@pytest.mark.parametrize("digits", [(127, 63), (-128, -128)], ids=str)
+@pytest.mark.parametrize("digits", [(127, 0), (-127, 0), (127, 63), (-128, -128)], ids=str)
 @pytest.mark.parametrize("queries", [1, 2, 4, 30])
 def test_largest_levels_and_digits_do_not_overflow(digits: tuple[int, int], queries: int) -> None:
     if backend.extension_missing():
@@ -132,39 +134,76 @@ def test_largest_levels_and_digits_do_not_overflow(digits: tuple[int, int], quer
     assert torch.equal(score_topk_cpu(*arguments, *found)[0], score_topk_reference(*arguments, *found)[0])
 
 
-@pytest.mark.parametrize("planes", [1, 3])
-def test_any_number_of_planes(planes: int) -> None:
+def test_planes_of_any_digits() -> None:
+    """Those of jz3's own queries are smaller, and what their highest 7 bits leave fits 8."""
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())
-    codes, mean, scale = table(900, 200, "4bit")
-    digits = fold_queries(normal(3, 7, 200), mean, scale, CODEBOOKS["4bit"].unit)
-    more = torch.cat([digits.planes, digits.planes[1:]])[:planes].contiguous()
-    arguments = (codes, "4bit", more, digits.step, digits.bias, normal(4, 900), torch.arange(900))
-    expected = score_topk_reference(*arguments, torch.arange(7), 7, 30)
-    got = score_topk_cpu(*arguments, torch.arange(7), 7, 30)
+    codes, _, _ = table(3000, 256, "int8")
+    planes = torch.randint(-128, 128, (2, 30, 256), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    planes[0, :, :2] = 127
+    step, bias = torch.ones(30, dtype=torch.float64), torch.zeros(30, dtype=torch.float64)
+    arguments = (codes, "int8", planes, step, bias, torch.ones(3000), torch.arange(3000))
+    expected = score_topk_reference(*arguments, torch.arange(30), 30, 3)
+    got = score_topk_cpu(*arguments, torch.arange(30), 30, 3)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-def test_bounds_hold_for_the_worst_rows_and_queries() -> None:
+@pytest.mark.parametrize("queries", [7, 30])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_any_number_of_planes(planes: int, queries: int) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    codes, mean, scale = table(900, 200, "4bit")
+    digits = fold_queries(normal(3, queries, 200), mean, scale, CODEBOOKS["4bit"].unit)
+    more = torch.cat([digits.planes, digits.planes[1:]])[:planes].contiguous()
+    arguments = (codes, "4bit", more, digits.step, digits.bias, normal(4, 900), torch.arange(900))
+    expected = score_topk_reference(*arguments, torch.arange(queries), queries, 30)
+    got = score_topk_cpu(*arguments, torch.arange(queries), queries, 30)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_bounds_hold_for_the_worst_rows_and_queries(queries: int) -> None:
     """The scan skips rows by a bound on what the lower plane adds; here that bound is reached."""
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())
     dim, generator = 128, torch.Generator().manual_seed(0)
     low = torch.randint(-64, 64, (1, dim), generator=generator)
-    planes = torch.stack([torch.ones_like(low), low]).to(torch.int8)
+    planes = torch.stack([torch.ones_like(low), low]).to(torch.int8).expand(2, queries, dim).contiguous()
     codes = torch.full((4000, dim), 129, dtype=torch.uint8)
     codes[1::2] = (128 + low).to(torch.uint8)
     codes[3] = 128 - low.to(torch.int16).to(torch.uint8)
     codes[2500] = 0
-    step, bias = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    step, bias = torch.ones(queries, dtype=torch.float64), torch.zeros(queries, dtype=torch.float64)
     row_scale = torch.where(torch.arange(4000) % 7 == 0, -1.0, 1.0)
     arguments = (codes, "int8", planes, step, bias, row_scale, torch.arange(4000).flip(0))
-    expected = score_topk_reference(*arguments, torch.tensor([0]), 1, 40)
-    got = score_topk_cpu(*arguments, torch.tensor([0]), 1, 40)
+    expected = score_topk_reference(*arguments, torch.arange(queries), queries, 40)
+    got = score_topk_cpu(*arguments, torch.arange(queries), queries, 40)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_bounds_hold_for_a_row_that_the_highest_digits_do_not_see(
+    monkeypatch: pytest.MonkeyPatch, queries: int
+) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    monkeypatch.setattr(backend, "threads", lambda: 1)  # another would begin without a limit
+    dim, rows = 256, 4000
+    planes = torch.randint(-64, 64, (2, queries, dim), generator=torch.Generator().manual_seed(0))
+    planes[1] = planes[1, :1]
+    planes[0, :, 2:], planes[0, :, :2], planes[1, :, :2] = 0, 127, 0
+    codes = torch.full((rows, dim), 128, dtype=torch.uint8)
+    codes[5, 0] += int(0.75 * planes[1, 0].square().sum() / (127 * 128))
+    codes[2500] = (128 + planes[1, 0]).to(torch.uint8)
+    step, bias = torch.ones(queries, dtype=torch.float64), torch.zeros(queries, dtype=torch.float64)
+    arguments = (codes, "int8", planes.to(torch.int8), step, bias, torch.ones(rows), torch.arange(rows))
+    got = score_topk_cpu(*arguments, torch.arange(queries), queries, 1)
+    assert got[1].tolist() == [[2500]] * queries
+    assert got[0].tolist() == [[float(planes[1, 0].square().sum())]] * queries
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9, 30])
 def test_bounds_hold_for_rows_of_one_bit_along_the_lower_plane(queries: int) -> None:
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())
@@ -185,7 +224,7 @@ def test_bounds_hold_for_rows_of_one_bit_along_the_lower_plane(queries: int) -> 
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("queries", [1, 2, 4, 8, 9, 30])
 def test_bounds_hold_for_rows_of_four_bits_along_the_lower_plane(queries: int) -> None:
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())

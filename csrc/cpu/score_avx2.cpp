@@ -1,4 +1,4 @@
-// The kernels for AVX2: two rows x 1, 2 or 4 queries, both planes of a query as one number of 16 bits. Levels of 8 bits
+// The kernels for AVX2 and up to 24 queries: two rows x 1, 2 or 4, both planes of a query as one number of 16 bits. Levels of 8 bits
 // times digits of 7 are more than vpmaddubsw can add up, unless the levels' signs go over to the digits first. vpmaddwd
 // has room for them, takes as many instructions, and with both planes at once nothing is left to bound or to multiply
 // later. Of every 32 columns the queries' even ones come first, so that bytes become words by a mask and a shift.
@@ -205,6 +205,8 @@ Kernels avx2_kernels(int bits, int64_t queries) {
   Kernels k = choose_kernels(Isa::scalar, bits, queries);
   (queries <= 1 ? choose_pair<1> : queries <= 2 ? choose_pair<2> : choose_pair<4>)(k, bits);
   k.any_width = k.biased = k.wide = true;
+  k.single = single_avx2;
+  k.norm = norm_avx2;
   k.choose = choose_avx2;
   if (bits == 4) k.unpack = unpack_4bit;
   if (queries > MOST_DIRECT) k.codes = nullptr;

@@ -342,16 +342,17 @@ JZ3_AVX512 void multiply_rows(const uint8_t* bytes, int64_t stride, const int8_t
 
 }  // namespace
 
-void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
-                           int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums) {
+void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
+                           int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums) {
   constexpr int64_t span = 1 << 15;  // columns whose sums fit 32 bits
+  const int64_t blocks = (queries + TILE_QUERIES - 1) / TILE_QUERIES;
   const int64_t width = blocks * TILE_QUERIES, block_bytes = columns * TILE_QUERIES;
   const int64_t steps = columns / STEP * ((blocks + 1) / 2) * (TILE_ROWS / ROWS);
   Ahead next{ahead, ahead + ahead_bytes, (ahead_bytes / std::max<int64_t>(steps, 1) + 63) / 64 * 64};
   std::fill_n(sums, TILE_ROWS * width, 0.0);
   for (int64_t block = 0; block < blocks; block += 2)
     for (int64_t begin = 0; begin < columns; begin += span) {
-      const int8_t* const first = queries + block * block_bytes + begin * TILE_QUERIES;
+      const int8_t* const first = digits + block * block_bytes + begin * TILE_QUERIES;
       const int64_t count = std::min(span, columns - begin);
       for (int64_t r = 0; r < TILE_ROWS; r += ROWS)
         (block + 1 < blocks ? multiply_rows<true> : multiply_rows<false>)(

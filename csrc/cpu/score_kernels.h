@@ -82,15 +82,21 @@ Kernels avx512_kernels(int bits, int64_t queries);
 
 constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
 
-// For many queries where there are no tiles: 32 rows of bytes with blocks of 16 queries stored
+// For many queries where there are no tiles: 32 rows of bytes with blocks of 16 queries, the last filled up, stored
 // [block][columns / 64][16][16][4] (step, quad of columns, query, column of the quad): sums[row * 16 * blocks + query]
-// is set. `ahead` as above, for all 32 rows.
-using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
-                            int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+// is set. `ahead` as above, for all 32 rows. Beside `wide` kernels two neighbouring digits of a query, the first at an
+// even column, are at most NEIGHBOURS together, whatever their signs.
+using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
+                            int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+constexpr int NEIGHBOURS = 128;
 // Null where rows in pairs are faster.
 TileKernel choose_tile_kernel(Isa isa, int64_t queries);
-void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* queries, int64_t columns,
-                           int64_t blocks, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+void multiply_tiles_avx2(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns, int64_t queries,
+                         const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
+                           int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+int64_t single_avx2(const uint8_t* bytes, const int8_t* digits, int64_t columns);
+double norm_avx2(const uint8_t* bytes, int64_t columns);
 
 // The rows of the tile kernel: codes as they lie, and their columns, a multiple of 2 * STEP.
 struct CodeRows {

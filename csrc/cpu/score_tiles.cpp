@@ -49,7 +49,9 @@ struct PlainCode {
 
 TileKernel choose_tile_kernel(Isa isa, int64_t queries) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx512vnni && queries > 3 * QUERIES) return multiply_tiles_avx512;
+  if (queries <= 3 * QUERIES) return nullptr;
+  if (isa == Isa::avx512vnni) return multiply_tiles_avx512;
+  if (isa == Isa::avx2) return multiply_tiles_avx2;
 #endif
   return nullptr;
 }

@@ -4,6 +4,8 @@
 // Cauchy-Schwarz, |<level, rest>| <= |level| |rest|, and only rows that could still be among the k best of a query
 // are multiplied with these (on normal data one in thousands), so that a scan costs little more than that of one
 // plane and finds what the definition finds: the products are exact integers, the rest is float64 in its order.
+// AVX2 multiplies coarse digits instead, where rows are many for the k best of them (one in fifty stays open at 100 of
+// 200,000), and both planes as one number otherwise.
 //
 // Per row: row_bytes read once, dim * queries multiply-adds; memory is that of a tile and the k best per group. Where
 // all scores are wanted (score_codes), every plane is multiplied with every row and nothing is bounded.
@@ -16,33 +18,15 @@
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
-#include "cpu/score_kernels.h"
+#include "cpu/score_queries.h"
 
 namespace jz3 {
 namespace {
 
 constexpr int64_t CACHED = 16 << 10;  // digits of a block of queries that stay in the L1 cache
 constexpr int64_t TILE_BYTES = 128 << 10, MOST_ROWS = 128;
+constexpr int64_t PAIRS_AHEAD = 1 << 10;  // rows before coarse digits are tried again
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
-
-// Bytes that begin on a cache line: loads across two lines would cost the kernels a third of their speed.
-class Lines {
- public:
-  explicit Lines(int64_t bytes, uint8_t fill = 0) : lines_(size_t((bytes + 63) / 64)) {
-    for (Line& line : lines_) std::fill_n(line.byte, 64, fill);
-  }
-  uint8_t* data() { return lines_.empty() ? nullptr : lines_.front().byte; }
-  const uint8_t* data() const { return lines_.empty() ? nullptr : lines_.front().byte; }
-  const int8_t* digits() const { return reinterpret_cast<const int8_t*>(data()); }
-
- private:
-  struct alignas(64) Line {
-    uint8_t byte[64];
-  };
-  std::vector<Line> lines_;
-};
-
-constexpr int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 struct Found {
   float value;
@@ -80,101 +64,6 @@ class Best {
   std::vector<Found> heap_;
 };
 
-// How many blocks of 16 queries; with four of them together, the last three are four.
-int64_t tiles_of(int64_t queries, int64_t together) {
-  const int64_t count = (queries + TILE_QUERIES - 1) / TILE_QUERIES;
-  return count + (together == CODE_BLOCKS && count % CODE_BLOCKS == 3);
-}
-
-// The queries as the kernels want them, and per query what turns a sum into a score and bounds it.
-struct Queries {
-  int64_t columns, block, blocks, width;  // padded; queries of a block; blocks; queries in a row of sums
-  bool biased;                            // the products are with level + 128
-  bool wide;                              // all planes are one, of int16
-  int64_t planes;                         // multiplied one by one
-  Lines blocked;                   // [plane][block][step][queries of a block][64]
-  Lines single;                    // [plane][query][columns], without the first plane
-  Lines tiled;                     // for the tile kernels, then `blocked` is empty: [plane], as these want them
-  std::vector<int64_t> digit_sum;  // [plane][query]: of its digits, times 128
-  std::vector<double> first_step, offset, rest, slack;
-
-  // `together` blocks of 16 for the tile kernels, next to each other in every step; 0 for the others
-  Queries(const ScoreArguments& a, int64_t together, const Kernels& kernels)
-      : columns(rounded_up(std::max<int64_t>(a.row_bytes, 1) * (8 / a.bits),
-                           a.bits == 4 || together == CODE_BLOCKS ? 2 * STEP : STEP)),
-        block(kernels.block),
-        blocks((a.queries + block - 1) / block),
-        width(together ? tiles_of(a.queries, together) * TILE_QUERIES : blocks * block),
-        biased(together || kernels.biased),
-        wide(kernels.wide),
-        planes(wide ? 1 : a.planes_count),
-        blocked(together ? 0 : planes * blocks * block * columns * digit_bytes()),
-        single((planes - 1) * a.queries * columns),
-        tiled(together ? planes * width * columns : 0),
-        digit_sum(size_t(planes * a.queries)),
-        first_step(size_t(a.queries)),
-        offset(first_step),
-        rest(first_step),
-        slack(first_step) {
-    std::vector<int16_t> line(static_cast<size_t>(columns));
-    std::vector<double> below(static_cast<size_t>(columns));  // the planes after the first as one number
-    for (int64_t q = 0; q < a.queries; ++q) {
-      double first_square = 0, rest_square = 0;
-      std::fill(below.begin(), below.end(), 0.0);
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        const int8_t* const digits = a.planes + (plane * a.queries + q) * a.dim;
-        const int8_t* const lower = wide && a.planes_count == 2 ? digits + a.queries * a.dim : nullptr;
-        int64_t sum = 0, square = 0;
-        for (int64_t c = 0; c < a.dim; ++c) {
-          const int64_t digit = lower ? 128 * digits[c] + lower[c] : digits[c];
-          line[a.bits == 4 ? c / 128 * 128 + c % 2 * STEP + c % 128 / 2 : c] = int16_t(digit);
-          sum += digit, square += digit * digit;
-        }
-        digit_sum[plane * a.queries + q] = 128 * sum;
-        if (plane) {
-          for (int64_t c = 0; c < a.dim; ++c) below[c] = below[c] * 128 + digits[c];
-          std::copy(line.begin(), line.end(), single.data() + ((plane - 1) * a.queries + q) * columns);
-        } else {
-          first_square = double(square);
-        }
-        if (together) {
-          const int64_t tile = q / TILE_QUERIES, first = tile / together * together;
-          const int64_t count = std::min(together, width / TILE_QUERIES - first);
-          uint8_t* const to = tiled.data() + (plane * width + first * TILE_QUERIES) * columns +
-                              (tile - first) * STEP * TILE_QUERIES + q % TILE_QUERIES * 4;
-          for (int64_t c = 0; c < columns; c += 4)
-            std::copy_n(&line[c], 4, to + (c / STEP * STEP * count + c % STEP) * TILE_QUERIES);
-        } else {
-          const int64_t at = (plane * blocks + q / block) * columns * block + q % block * STEP;
-          for (int64_t c = 0; c < columns; c += STEP) {
-            if (wide)
-              put_wide(&line[c], blocked.data() + 2 * (at + c * block));
-            else
-              std::copy_n(&line[c], STEP, blocked.data() + at + c * block);
-          }
-        }
-      }
-      for (double x : below) rest_square += x * x;
-      const double first_power = std::ldexp(1.0, int(7 * (planes - 1)));
-      const double step = std::fabs(a.step[q]), excess = biased ? double(digit_sum[q]) : 0;
-      first_step[q] = a.step[q] * first_power;
-      offset[q] = a.bias[q] - excess * first_step[q];
-      rest[q] = step * (std::sqrt(rest_square) + ROUNDING * first_power * std::sqrt(first_square));
-      slack[q] = ROUNDING * (std::fabs(a.bias[q]) + std::fabs(excess * first_step[q]));
-    }
-  }
-
-  int64_t digit_bytes() const { return wide ? 2 : 1; }
-
- private:
-  // A step of one query, of every 32 columns the even ones first.
-  static void put_wide(const int16_t* step, uint8_t* to) {
-    int16_t ordered[STEP];
-    for (int64_t c = 0; c < STEP; ++c) ordered[c / 32 * 32 + c % 2 * 16 + c % 32 / 2] = step[c];
-    std::memcpy(to, ordered, sizeof ordered);
-  }
-};
-
 // The k best of a group so far, of all threads, so that each of them knows early what can't be among these.
 struct alignas(64) Shared {
   std::atomic<float> worst{-std::numeric_limits<float>::infinity()};  // of k; what is below can't enter
@@ -197,7 +86,6 @@ struct Plan {
   CodeKernel packed;  // by tiles, or null
   bool direct;                          // rows are used where they lie
   int64_t rows;                         // of a tile
-  Bounds bounds;
   std::vector<Shared> best;  // [group]
 };
 
@@ -257,18 +145,34 @@ class Scan {
     const Source source = in_place ? Source{row(begin), a_.stride, a_.row_bytes}
                                    : Source{bytes_.data(), queries.columns, queries.columns};
     std::fill(norms_.begin(), norms_.end(), 0.0);
-    multiply(source, count, 0, sums_.data(), a_.scores ? nullptr : norms_.data());
-    const int64_t open = a_.scores ? 0 : choose(begin, count);
-    const bool all = a_.scores || open * 4 > count * a_.queries;
-    if (all) {
-      rest_.resize(size_t((queries.planes - 1) * p_.rows * queries.width));
-      for (int64_t plane = 1; plane < queries.planes; ++plane)
-        multiply(source, count, plane, rest_.data() + (plane - 1) * p_.rows * queries.width, nullptr);
-    }
-    if (a_.scores)
+    if (a_.scores) {
+      multiply(source, count, 0, sums_.data(), nullptr);
+      multiply_rest(source, count);
       write(begin, count);
-    else
+    } else if (begin < pairs_until_) {
+      multiply_pairs(source, count, 0, sums_.data(), norms_.data());
+      offer(begin, choose(begin, count, queries.whole.all()), true, source);
+    } else {
+      multiply(source, count, 0, sums_.data(), norms_.data());
+      const int64_t open = choose(begin, count, queries.first.all());
+      const bool all = open * (queries.coarse ? 8 : 4) > count * a_.queries;
+      if (all) multiply_rest(source, count);
+      if (all && queries.coarse) pairs_until_ = begin + PAIRS_AHEAD;
       offer(begin, open, all, source);
+    }
+  }
+
+  // What the first sums leave out, for all rows.
+  void multiply_rest(const Source& source, int64_t count) {
+    const Queries& queries = p_.queries;
+    if (queries.coarse) {
+      ahead_end_ = ahead_;  // has been prefetched
+      multiply_pairs(source, count, 0, sums_.data(), nullptr);
+      return;
+    }
+    rest_.resize(size_t((queries.planes - 1) * p_.rows * queries.width));
+    for (int64_t plane = 1; plane < queries.planes; ++plane)
+      multiply(source, count, plane, rest_.data() + (plane - 1) * p_.rows * queries.width, nullptr);
   }
 
   void write(int64_t begin, int64_t count) const {
@@ -280,7 +184,9 @@ class Scan {
   float score(int64_t begin, int64_t r, int64_t q, const uint8_t* bytes) const {
     const bool biased = p_.queries.biased;
     const int64_t at = r * p_.queries.width + q;
-    int64_t dot = int64_t(sums_[at]) - (biased ? p_.queries.digit_sum[q] : 0);
+    int64_t dot = int64_t(sums_[at]);
+    if (bytes && p_.queries.coarse) dot = dot * p_.queries.unit[q] + single(bytes, 1, q);
+    if (biased) dot -= p_.queries.digit_sum[q];
     for (int64_t plane = 1; plane < p_.queries.planes; ++plane) {
       const int64_t sum = bytes ? single(bytes, plane, q)
                                 : int64_t(rest_[(plane - 1) * p_.rows * p_.queries.width + at]);
@@ -299,6 +205,10 @@ class Scan {
       multiply_tiles(source, count, plane, sums, norms);
       return;
     }
+    multiply_pairs(source, count, plane, sums, norms);
+  }
+
+  void multiply_pairs(const Source& source, int64_t count, int64_t plane, double* sums, double* norms) {
     const Queries& queries = p_.queries;
     const bool codes = p_.direct && a_.bits < 8;
     const int64_t most = CACHED / queries.block / queries.digit_bytes();  // columns
@@ -345,15 +255,15 @@ class Scan {
     for (int64_t r = 0; norms && r < count; ++r)
       norms[r] = p_.kernels.norm(source.bytes + r * source.stride, source.width);
     for (int64_t r = 0; r < count; r += TILE_ROWS)
-      p_.tiles(source.bytes + r * source.stride, source.stride, digits, queries.columns, queries.width / TILE_QUERIES,
+      p_.tiles(source.bytes + r * source.stride, source.stride, digits, queries.columns, a_.queries,
                ahead_ + r / TILE_ROWS * share, share, sums + r * queries.width);
   }
 
   // Returns how many pairs of a row and a query may be among the best.
-  int64_t choose(int64_t begin, int64_t count) {
+  int64_t choose(int64_t begin, int64_t count, const Bounds& bounds) {
     for (int64_t group = 0; group < a_.count; ++group) raise_limit(group);
     const Products products{sums_.data(), norms_.data(), a_.row_scale + begin, count, a_.queries, p_.queries.width};
-    return p_.kernels.choose(products, p_.bounds, limit_.data(), open_.data());
+    return p_.kernels.choose(products, bounds, limit_.data(), open_.data());
   }
 
   // Scores below the limit can't be among the k best of the group; one that rounds to it still may.
@@ -373,7 +283,7 @@ class Scan {
       for (; i < open && open_[i].row == r; ++i) {
         const int64_t q = open_[i].query;
         if (open_[i].most < limit_[q]) continue;
-        if (!bytes && !rest_known && p_.queries.planes > 1) bytes = unpacked(begin, r, source);
+        if (!bytes && !rest_known && (p_.queries.planes > 1 || p_.queries.coarse)) bytes = unpacked(begin, r, source);
         const float value = score(begin, r, q, bytes);
         const int64_t group = a_.groups[q];
         if (seen_[group] != begin + r) {
@@ -413,6 +323,7 @@ class Scan {
   std::vector<std::vector<int64_t>> members_;
   Lines bytes_;
   std::vector<int64_t> touched_;
+  int64_t pairs_until_ = 0;  // the row up to which rows are multiplied in pairs: coarse digits left too much open
   const uint8_t *codes_ = nullptr, *ahead_ = nullptr, *ahead_end_ = nullptr;  // of the piece at hand, its first row first_
   int64_t first_ = 0;
 };
@@ -422,17 +333,19 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const Isa isa = choose_isa(a.isa);
   const Isa plain = isa > Isa::avx512vnni ? std::min(choose_isa(-1), Isa::avx512vnni) : isa;
   const CodeKernel packed = choose_code_kernel(isa, a.bits, a.queries);
-  const TileKernel tiles = packed ? nullptr : choose_tile_kernel(plain, a.queries);
   Kernels kernels = choose_kernels(plain, a.bits, a.queries);
-  if (kernels.wide && (packed || a.planes_count > 2)) kernels = choose_kernels(Isa::scalar, a.bits, a.queries);
+  const bool narrow = kernels.wide && (packed || a.planes_count > 2);
+  if (narrow) kernels = choose_kernels(Isa::scalar, a.bits, a.queries);
+  // Wide kernels give whole scores at once.
+  const bool pairs = packed || narrow || (kernels.wide && (a.scores || !Queries::can_split(a)));
+  const TileKernel tiles = pairs ? nullptr : choose_tile_kernel(plain, a.queries);
   const Queries queries(a, packed ? CODE_BLOCKS : tiles ? 1 : 0, kernels);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
   const bool direct = packed || (!tiles && (a.bits == 8 ? fits : kernels.codes != nullptr));
   const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
-  const Bounds bounds{queries.first_step.data(), queries.offset.data(), queries.rest.data(), queries.slack.data()};
-  Plan plan{a, queries, levels, kernels, tiles, packed, direct, std::max(rows, TILE_ROWS), bounds,
+  Plan plan{a, queries, levels, kernels, tiles, packed, direct, std::max(rows, TILE_ROWS),
             std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
   for (Shared& shared : plan.best) shared.best = Best(a.k);
   parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads,
