@@ -171,10 +171,12 @@ def _tokens(
 
 def _tokenized(row: SourceText, fields: tuple[str, ...], tokenize: Callable[[SourceText], Any]) -> Any:
     """Tokenise a row, or say why it can't be used."""
+    from jz3.gradients import RefusedText
+
     for name in fields[:-1]:
         if name not in row.meta:
             return reject("missing_field", row.where, f"no field {name!r}")
     try:
         return tokenize(row)
-    except ValueError as error:
-        return reject("nothing_to_score", row.where, str(error))
+    except RefusedText as error:
+        return reject(error.reason, row.where, str(error))

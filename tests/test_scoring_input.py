@@ -276,7 +276,7 @@ def test_what_failed_before_its_fits_is_planned_anew(
         ([{"prompt": "p"}], "no usable query .*1 no_completion"),
         ([{"title": "q"}], "has the fields title; wanted are question"),
         ([], "has the fields none"),
-        ([{"question": "long " * 2000, "answer": "7"}], "no query with anything to score .*nothing_to_score"),
+        ([{"question": "long " * 2000, "answer": "7"}], "no query with anything to score .*prompt_too_long"),
     ],
 )
 def test_target_without_completions(tmp_path: Path, rows: list[Any], message: str, tiny_model: Path) -> None:

@@ -21,7 +21,15 @@ from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.features.trainer_checkpoint import adopt_checkpoints
 from jz3.files import atomic_path, hash_file, read_json, write_jsonl
-from jz3.gradients import Tokens, layer_shape, linear_layers, set_products, tokenize_query, tokenize_text
+from jz3.gradients import (
+    RefusedText,
+    Tokens,
+    layer_shape,
+    linear_layers,
+    set_products,
+    tokenize_query,
+    tokenize_text,
+)
 from jz3.models import best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
@@ -196,8 +204,8 @@ def tokenize_documents(
         try:
             prompt = doc.meta.get(config.prompt_field, "")
             documents.append(tokenize_text(tokenizer, doc.id, doc.text, limit, config.long, prompt))
-        except ValueError as error:
-            rejects.append(Reject(id=doc.id, stage="features", reason="too_short", detail=str(error)))
+        except RefusedText as error:
+            rejects.append(Reject(id=doc.id, stage="features", reason=error.reason, detail=str(error)))
     if not documents:
         raise Jz3Error("the corpus holds no usable text; see corpus/rejects.jsonl")
     return documents
@@ -215,10 +223,8 @@ def tokenize_queries(
                 tokenizer, query.id, query.prompt, query.completion, ctx.recipe.features.query_tokens
             )
             queries[query.role].append(tokens)
-        except ValueError as error:
-            rejects.append(
-                Reject(id=query.id, stage="features", reason="nothing_to_score", detail=str(error))
-            )
+        except RefusedText as error:
+            rejects.append(Reject(id=query.id, stage="features", reason=error.reason, detail=str(error)))
     if not queries["fit"]:
         raise Jz3Error("no usable target query; see targets/rejects.jsonl and features/rejects.jsonl")
     return queries

@@ -9,6 +9,7 @@ from jz3.gradients.layers import layer_shape, linear_layers
 from jz3.gradients.passes import GradientPass, PassResult, Sink, run_pass, set_products
 from jz3.gradients.tokens import (
     Batch,
+    RefusedText,
     Tokens,
     make_batches,
     start_tokens,
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "GradientPass",
     "PassResult",
+    "RefusedText",
     "Sink",
     "Tokens",
     "layer_shape",

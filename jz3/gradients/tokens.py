@@ -55,6 +55,14 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     return ()
 
 
+class RefusedText(ValueError):
+    """A text or query that can't be scored; `reason` is a word for it, as rejects have it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def tokenize_text(
     tokenizer: "PreTrainedTokenizerBase",
     key: str,
@@ -78,7 +86,8 @@ def tokenize_text(
         The tokens.
 
     Raises:
-        ValueError: there is nothing to predict, the text is no valid Unicode, or `long` is neither.
+        RefusedText: there is nothing to predict, or the text is no valid Unicode.
+        ValueError: `long` is neither.
     """
     if long not in ("truncate", "split"):
         raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
@@ -89,11 +98,13 @@ def tokenize_text(
     ids = [*start_tokens(tokenizer), *head, *tail]
     start = max(len(ids) - len(tail), 1)
     if len(ids) <= start:
-        raise ValueError(f"text {key} has {len(ids)} token(s); at least {start + 1} are needed")
+        message = f"text {key} has {len(ids)} token(s); at least {start + 1} are needed"
+        raise RefusedText("too_short", message)
     if long == "split":
         return Tokens(key, ids, start, window=max_tokens)
     if max_tokens <= start:
-        raise ValueError(f"text {key}: nothing is left to score within {max_tokens} token(s)")
+        message = f"text {key}: nothing is left to score within {max_tokens} token(s)"
+        raise RefusedText("prompt_too_long", message)
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
 
 
@@ -117,14 +128,14 @@ def tokenize_query(
     A sequence longer than `max_tokens` is cut at its end (counted in `Tokens.cut`).
 
     Raises:
-        ValueError: nothing of the completion is left to score, or a text is no valid Unicode.
+        RefusedText: nothing of the completion is left to score, or a text is no valid Unicode.
     """
     _check_unicode(f"query {key}", prompt, completion)
     prefix = start_tokens(tokenizer)
     head = [*prefix, *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     tail = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
     if not tail:
-        raise ValueError(f"query {key} has an empty completion")
+        raise RefusedText("empty_completion", f"query {key} has an empty completion")
     if tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
     return _scored_tail(key, head, tail, max_tokens)
@@ -145,8 +156,8 @@ def tokenize_chat(
         The tokens; what the template itself puts before the answer is not scored.
 
     Raises:
-        ValueError: there is no template or no answer, nothing of it is left to score, or a text is no
-            valid Unicode.
+        ValueError: there is no template or no answer.
+        RefusedText: nothing of the answer is left to score, or a text is no valid Unicode.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use tokenize_query")
@@ -170,14 +181,15 @@ def _check_unicode(what: str, *texts: str) -> None:
         for text in texts:
             text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is no valid Unicode: {error.reason}") from error
+        raise RefusedText("invalid_unicode", f"{what} is no valid Unicode: {error.reason}") from error
 
 
 def _scored_tail(key: str, head: list[int], tail: list[int], max_tokens: int) -> Tokens:
     ids = [*head, *tail]
     start = max(len(head), 1)
     if min(len(ids), max_tokens) <= start:
-        raise ValueError(f"query {key}: its prompt alone has {len(head)} tokens, the limit is {max_tokens}")
+        message = f"query {key}: its prompt alone has {len(head)} tokens, the limit is {max_tokens}"
+        raise RefusedText("prompt_too_long", message)
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
 
 

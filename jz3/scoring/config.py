@@ -126,7 +126,7 @@ class ScoreSettings:
         """Tokenise a text of the corpus.
 
         Raises:
-            ValueError: there is nothing to score.
+            RefusedText: there is nothing to score.
         """
         prompt = text.meta.get(self.prompt_field, "")
         return tokenize_text(tokenizer, text.where, text.text, self.max_tokens, prompt=prompt)

@@ -16,7 +16,7 @@ from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
 from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
-from jz3.gradients import Tokens, linear_layers, set_products
+from jz3.gradients import RefusedText, Tokens, linear_layers, set_products
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Reject
 from jz3.scoring.job import PROJECTIONS, Job
@@ -151,8 +151,8 @@ class Scorer:
                 continue
             try:
                 tokens = self.plan.settings.tokens_of(self.tokenizer, record)
-            except ValueError as error:
-                rows.rejects.append(_staged(reject("too_short", record.where, str(error), record.text)))
+            except RefusedText as error:
+                rows.rejects.append(_staged(reject(error.reason, record.where, str(error), record.text)))
                 continue
             window.append((record, tokens))
             if len(window) == self.plan.settings.window:
