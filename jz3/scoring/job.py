@@ -27,6 +27,7 @@ from jz3.files import (
     write_jsonl,
 )
 from jz3.gradients import (
+    RefusedText,
     Tokens,
     layer_shape,
     linear_layers,
@@ -220,8 +221,8 @@ def _prepare_checkpoint(
             try:
                 row = tokenize_query(tokenizer, q.id, q.prompt, q.completion, settings.query_tokens)
                 tokens[task].append(row)
-            except ValueError as error:
-                refused.append(Reject(id=q.id, stage="targets", reason="nothing_to_score", detail=str(error)))
+            except RefusedText as error:
+                refused.append(Reject(id=q.id, stage="targets", reason=error.reason, detail=str(error)))
         rejects += refused if not number else []
         if not tokens[task]:
             raise Jz3Error(f"target {task!r} has no query with anything to score ({summary(refused)})")
@@ -247,7 +248,7 @@ def _prepare_checkpoint(
         good = torch.isfinite(found.norm) & (found.norm > 0) & torch.isfinite(found.values).all(1)
         if not bool(good.any()):
             raise Jz3Error(f"target {task!r}: no query has a finite gradient of the model {name!r}")
-        one = torch.zeros(projection.k)
+        one = torch.zeros(projection.k, dtype=torch.float32)
         if kind == "known":
             one[column] = 1
         else:
@@ -280,7 +281,7 @@ def _fidelity(
     documents = []
     for text in reader.sample(settings.exact_documents + len(seen), "exact"):
         if text.where not in seen and len(documents) < settings.exact_documents:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(RefusedText):
                 documents.append(settings.tokens_of(tokenizer, text))
     queries = [
         t for task, group in tokens.items() if task != "control" for t in group[: settings.exact_queries]
@@ -359,7 +360,7 @@ def _projection(
         for text in reader.sample(settings.fit_documents, "fit"):
             try:
                 documents.append(settings.tokens_of(tokenizer, text))
-            except ValueError:
+            except RefusedText:
                 continue  # the text's shard rejects it with the reason
         if settings.fit_documents and not documents:
             raise Jz3Error(no_usable_text(reader))
