@@ -55,6 +55,8 @@ def explain(
             raise ValueError(
                 f"--{option} {value}: {where} is no folder of `jz3 run`, which it is looked up in"
             )
+    if solution and not problem:
+        raise ValueError("--solution needs its --problem")
     if task and problem:
         raise ValueError("give either --task or --problem, not both")
     if is_run:

@@ -150,6 +150,8 @@ def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "cosine of gradients" in out and "helps most" in out and page.is_file()
     assert main([*arguments[:-4], "--problem", "[red]7[/b] + 9?", *arguments[-2:]]) == 0
     assert "[red]7[/b] + 9?" in capsys.readouterr().out
+    assert main(["explain", "tiny", "--text", TEXT, "--solution", "16"]) == 2
+    assert "--solution needs its --problem" in capsys.readouterr().err
     assert main(["explain", "tiny", "--text", TEXT]) == 2
     assert "needs --problem" in capsys.readouterr().err
     assert main(["explain", "tiny", "--problem", "7 + 9?"]) == 2

@@ -356,15 +356,16 @@ def test_query_a_file_as_users_have_it(
         '{"\\ud83c": 1}',
         '{"text": "What is 4?"}',
     ]
-    text = ("\ufeff" + "\n".join(lines)).encode()
+    text = ("\ufeff" + "\n".join(lines)).encode() + b'\n{"text": "caf\xe9"}\n' + b"[" * 200_000
     plain, packed = tmp_path / "p.jsonl", tmp_path / "p.jsonl.gz"
     plain.write_bytes(text)
     packed.write_bytes(gzip.compress(text))
     for file in (plain, packed):
         assert main(["query", str(small_run), "--file", str(file), "--k", "1"]) == 0
         answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert ["matches" in answer for answer in answers] == [True, False, False, True]
+        assert ["matches" in answer for answer in answers] == [True, False, False, True, False, False]
         assert "is no valid Unicode" in answers[1]["error"] and "it has ?" in answers[2]["error"]
+        assert "is no valid Unicode" in answers[4]["error"] and "nested too deeply" in answers[5]["error"]
     assert main(["query", str(small_run), "--text", "3 \udcff"]) == 2
     assert "is no valid Unicode" in capsys.readouterr().err
     packed.write_bytes(packed.read_bytes()[:-9])
@@ -397,6 +398,8 @@ def test_query_asks(
     assert told.out.count("cosine") == 2 and "at least 2 are needed" in told.err
     assert main(["query", str(small_run), "--text", "x", "--file", "y"]) == 2
     assert "not both" in capsys.readouterr().err
+    assert main(["query", str(small_run), "--file", "y", "--solution", "z"]) == 2
+    assert "--solution needs its --text" in capsys.readouterr().err
     assert main(["query", str(small_run), "--file", str(small_run / "none")]) == 2
     assert "is no file" in capsys.readouterr().err
     assert main(["query", str(small_run), "--text", "What is 3?", "--k", "0"]) == 2

@@ -200,6 +200,8 @@ def command(
     """
     if text is not None and file:
         raise ValueError("give either --text or --file, not both")
+    if solution and text is None:
+        raise ValueError("--solution needs its --text")
     if file and not file.is_file():
         raise ValueError(f"{file} is no file")
     # Before models and index are loaded.
@@ -279,9 +281,12 @@ def _answer_file(searcher: Searcher, path: Path, k: int, say: Callable[[str], No
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of a file's lines, plain, `.gz` or `.zst`, with or without a byte order mark."""
+    """Yield number and text of a file's lines, plain, `.gz` or `.zst`, with or without a byte order mark.
+
+    Bytes that are no UTF-8 become half characters, which the tokenizer's check refuses.
+    """
     try:
-        with io.TextIOWrapper(open_lines(path), encoding="utf-8-sig", errors="replace") as stream:
+        with io.TextIOWrapper(open_lines(path), encoding="utf-8-sig", errors="surrogateescape") as stream:
             yield from enumerate(stream, 1)
     except (OSError, EOFError, zlib.error) as error:
         raise Jz3Error(f"{path} can't be read: {error}") from error
@@ -289,7 +294,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _problem(line: str) -> tuple[str, str]:
     """Return problem and solution of a line, an object with some of the fields PROBLEM and SOLUTION."""
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("the line is nested too deeply") from error
     if not isinstance(row, dict):
         raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
     problem = next((row[k] for k in PROBLEM if row.get(k)), None)
