@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,7 @@ def run_pipeline(
         for stage in stages_up_to(last):
             ctx = StageContext(recipe=recipe, run_dir=run_dir, name=stage.name)
             if (ctx.out / "manifest.json").exists():
+                _check_inputs(stage, ctx)
                 lost = stage.lost(ctx.out)
                 if not lost:
                     say(f"{stage.name}: done before, {read_json(ctx.out / 'manifest.json')['seconds']:.0f} s")
@@ -148,11 +150,14 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
                 f"the disk of {ctx.out} is full; free some space and run again, it goes on from here"
             ) from error
         raise
+    made = ctx.out / "manifest.json"
     manifest = {
         "stage": stage.name,
+        # Of this making: what was only mended is still what its successors were made from.
+        "id": (read_json(made) if made.exists() else {}).get("id") or secrets.token_hex(8),
         "key": stage_key(stage, ctx.recipe),
         "settings": {name: dataclasses.asdict(getattr(ctx.recipe, name)) for name in stage.sections},
-        "inputs": {name: read_json(ctx.run_dir / name / "manifest.json")["key"] for name in stage.needs},
+        "inputs": {name: ctx.manifest(name).get("id", "") for name in stage.needs},
         "summary": summary,
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory": peak_memory(),
@@ -163,8 +168,25 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
             "cores": os.cpu_count(),
         },
     }
-    write_json(ctx.out / "manifest.json", manifest)
+    write_json(made, manifest)
     return manifest
+
+
+def _check_inputs(stage: Stage, ctx: StageContext) -> None:
+    """Refuse a result that was made from what other stages no longer hold.
+
+    Raises:
+        Jz3Error: a predecessor has been deleted and made again since.
+    """
+    inputs = ctx.manifest(stage.name)["inputs"]
+    made = {name: ctx.manifest(name).get("id") for name in stage.needs}  # older versions noted none
+    if others := [name for name, key in made.items() if key and inputs[name] != key]:
+        later = [s.name for s in STAGES if stage.name in {x.name for x in stages_up_to(s.name)}]
+        there = [str(ctx.run_dir / n) for n in later if (ctx.run_dir / n).exists()]
+        raise Jz3Error(
+            f"{ctx.out} was made from another {' and '.join(others)} than {ctx.run_dir} holds now; delete what "
+            f"followed from it, to make it again: {' '.join(there)}"
+        )
 
 
 def _claim(recipe: Recipe, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:
     page = (tiny_run / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     assert page.count("data:image/png;base64,") == 3
-    assert "not GPT-4" in page
+    assert "not GPT-4" in page and f"<code>{shipped_recipe('tiny').selection.chooser}</code>" in page
 
 
 def test_report_of_an_evaluation_without_some_numbers(
@@ -144,6 +145,19 @@ def test_other_settings_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     done = subprocess.run(command("run", recipe, "--out", tiny_run), capture_output=True, text=True)
     assert done.returncode == 2
     assert "features.k: 256 -> 128" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_results_of_what_is_no_longer_there_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    recipe = shipped_recipe("tiny")
+    shutil.rmtree(run / "corpus")
+    with pytest.raises(Jz3Error, match="features was made from another corpus .* to make it again: .*selection"):
+        run_pipeline(recipe, run, "influence")
+    for name in NAMES[NAMES.index("corpus") + 1 :]:
+        shutil.rmtree(run / name)
+    run_pipeline(recipe, run, "features")
+    assert finished_files(run).items() <= finished_files(tiny_run).items()
 
 
 def test_query_finds_a_text(tiny_run: Path) -> None:

@@ -84,7 +84,8 @@ def _plot(draw: Callable[[Any], None]) -> str:
 
 
 def _histogram(axes: Any, scores: dict[str, Any]) -> None:
-    for colour, name in zip(COLOURS, [c for c in scores if c.startswith("influence:")], strict=False):
+    for i, name in enumerate(c for c in scores if c.startswith("influence:")):
+        colour = COLOURS[i % len(COLOURS)]
         axes.hist(scores[name], bins=40, histtype="step", color=colour, label=name.split(":", 1)[1])
     axes.set_xlabel("influence: mean cosine of gradients")
     axes.set_ylabel("texts")

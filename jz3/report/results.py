@@ -25,6 +25,8 @@ def gather(ctx: StageContext) -> dict[str, Any]:
     summary = {name: m["summary"] for name, m in manifests.items()}
     influence = summary["influence"]
     labels = [STAND_IN] if ctx.recipe.distillation.teacher.kind == "offline" else []
+    if not labels and (said := summary["distillation"]["stand_in"]):  # of recorded replies
+        labels = [f"The recorded teacher of this run is a stand-in: {said}."]
     return {
         "recipe": ctx.recipe.name,
         "seed": ctx.recipe.seed,
