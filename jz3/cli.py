@@ -271,7 +271,7 @@ def stored_recipe(run_dir: Path) -> Any:
 def _recipe(path: Path) -> Any:
     from jz3.config import load_recipe, shipped_recipe
 
-    if path.suffix == "" and not path.exists():
+    if path.suffix == "" and not path.is_file():  # a run's folder may have the name
         return shipped_recipe(str(path))
     return load_recipe(path)
 

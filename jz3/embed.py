@@ -95,6 +95,7 @@ class Features:
         Raises:
             ValueError: a query is too short, or its gradient is zero or not finite.
         """
+        self.model.eval()  # training may have gone on since: dropout would make features of chance
         set_products(self.model, self.products)
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         found = extract(
@@ -162,7 +163,7 @@ def featurize(
         Jz3Error: a checkpoint that Less names doesn't fit, or `int8` or `int16` can't be had.
     """
     kind = kind or Adapted()
-    if not docs:
+    if len(docs) == 0:
         raise ValueError("docs is empty")
     model.eval()
     products = set_products(model, products)

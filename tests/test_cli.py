@@ -70,6 +70,16 @@ def test_file_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert line.endswith(f"{out}: Not a directory")
 
 
+def test_a_folder_with_a_recipes_name_hides_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `jz3 run tiny --out tiny` leaves one."""
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "tiny", "--out", "tiny", "--dry-run"]) == 0
+    assert "evaluation" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,17 @@ def test_three_calls(tiny_model: Path) -> None:
     assert again.shape == (1, 256)
 
 
+def test_queries_are_encoded_without_dropout(tiny_model: Path) -> None:
+    """A model that goes on to be trained is in training mode again."""
+    model: Any = load_model(tiny_model, "float32")
+    features = jz3.featurize(model, load_tokenizer(tiny_model), np.array(DOCS), jz3.Sketch(k=128))
+    before = features.encode([QUERY])
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert np.array_equal(features.encode([QUERY]), before)
+
+
 def unit(values: np.ndarray) -> np.ndarray:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 

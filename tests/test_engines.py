@@ -170,7 +170,7 @@ def test_bad_sampling_is_refused(settings: dict[str, Any]) -> None:
 
 
 def test_unknown_engine_and_missing_package_are_named(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="choose transformers, vllm or openai"):
+    with pytest.raises(ValueError, match="engine must be one of transformers, vllm, openai, got 'vlm'"):
         open_engine(EngineConfig(name="vlm"), tiny_model)
     try:
         import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]

@@ -40,6 +40,7 @@ def test_combinations() -> None:
         ({"combine": "median"}, "combine must be one of"),
         ({"candidates": 0}, "at least 1"),
         ({"chooser": "coverage", "k": 30, "candidates": 20}, "raise selection.candidates"),
+        ({"k": 0}, "selection.k must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_told(changes: dict[str, Any], told: str) -> None:

@@ -54,6 +54,9 @@ class Generation:
     new_tokens: int
 
 
+ENGINES = ("transformers", "vllm", "openai")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Which generator continues prompts."""
@@ -82,6 +85,8 @@ class EngineConfig:
     """For `openai`: seconds until a request counts as failed."""
 
     def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.tensor_parallel < 1:
@@ -113,7 +118,7 @@ def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> E
     """Open the configured engine on the model in folder `model`.
 
     Raises:
-        ValueError: the engine's name is unknown, or a setting it needs is missing.
+        ValueError: a setting that the engine needs is missing.
         Jz3Error: the engine's package is not installed; the message names the extra.
     """
     if config.name == "transformers":
@@ -124,8 +129,6 @@ def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> E
         from jz3.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, model, dtype)
-    if config.name == "openai":
-        from jz3.engines.openai_engine import OpenAIEngine
+    from jz3.engines.openai_engine import OpenAIEngine
 
-        return OpenAIEngine(config)
-    raise ValueError(f"unknown engine {config.name!r}; choose transformers, vllm or openai")
+    return OpenAIEngine(config)

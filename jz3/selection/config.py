@@ -31,6 +31,8 @@ class SelectionConfig:
     `max` can collapse onto one task."""
 
     def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"selection.k must be at least 1, got {self.k}")
         if self.chooser not in BUILT_IN or self.chooser == "control":
             known = ", ".join(name for name in BUILT_IN if name != "control")
             raise ValueError(f"selection.chooser must be one of {known}, got {self.chooser!r}")
