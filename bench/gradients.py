@@ -11,6 +11,7 @@ Peers run in environments of their own, named by JZ3_PEER_PYTHON; see bench/peer
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -201,6 +202,7 @@ def breakdown(model: Any, layers: Any, sink: Any, batches: Any) -> dict[str, flo
 
 def main() -> None:
     """Measure, print, write the JSON."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is about CPUs, and a GPU would choose the number formats
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians count")

@@ -1,15 +1,17 @@
 """Which implementation of an op runs, and why: cuda, triton, cpu, else the reference.
 
-`JZ3_BACKEND` forces one: a back end's name for all ops, or `op=backend` for single ones, comma
+`JZ3_BACKEND` forces one: a back end's name for all ops that have it, or `op=backend` for single ones, comma
 separated (`JZ3_BACKEND=cpu,sketch=reference`). A forced back end that can't run is an error.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ def call(name: str, *arguments: Any) -> Any:
         backend = next(b for b in later if not _obstacle(name, b, device, wanted=False))
     if refused:
         _say_once(logging.INFO, f"{name} on {device} runs on {backend} where {', '.join(refused)}")
-    return implementation(name, backend)(*arguments)
+    with _current_device(arguments):
+        return implementation(name, backend)(*arguments)
 
 
 def implementation(name: str, backend: str) -> Callable[..., Any]:
@@ -132,7 +135,7 @@ def forced(name: str) -> str:
             )
         if op == name:
             special = backend
-        elif not op:
+        elif not op and (backend == "reference" or name not in _ops or backend in _ops[name].native):
             general = backend
     return special or general
 
@@ -217,7 +220,22 @@ def _signed(value: Any) -> Any:
 
 
 def _device(arguments: tuple[Any, ...]) -> str:
-    return next((a.device.type for a in arguments if hasattr(a, "device") and hasattr(a, "dim")), "cpu")
+    first = _first_tensor(arguments)
+    return "cpu" if first is None else first.device.type
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Any:
+    return next((a for a in arguments if hasattr(a, "device") and hasattr(a, "dim")), None)
+
+
+def _current_device(arguments: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Make the GPU of the arguments the current one: Triton launches there and on its stream."""
+    first = _first_tensor(arguments)
+    if first is None or first.device.type != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.cuda.device(first.device)
 
 
 def _say_once(level: int, message: str) -> None:
@@ -316,7 +334,8 @@ def report(device: str = "") -> dict[str, Any]:
     ops = {}
     for name, module in OPS.items():
         importlib.import_module(f"jz3.ops.{module}")
-        chosen, reason = choose(name, device)
+        # What only the CPU has an implementation of is done there and brought to the device.
+        chosen, reason = choose(name, "cpu" if set(_ops[name].native) == {"cpu"} else device)
         ops[name] = {"backend": chosen, "reason": reason}
     features = extension().cpu_features() if not extension_missing() else extension_missing()
     return {

@@ -172,7 +172,10 @@ def score_topk(
     from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 
     device = codes.device
-    best = (torch.empty(count, 0, device=device), torch.empty(count, 0, dtype=torch.int64, device=device))
+    best = (
+        torch.empty(count, 0, device=device, dtype=torch.float32),
+        torch.empty(count, 0, dtype=torch.int64, device=device),
+    )
     for begin in range(0, len(codes) if count else 0, ROWS):
         rows = slice(begin, begin + ROWS)
         scores = score_rows(codes[rows], kind, planes, step, bias, row_scale[rows])

@@ -79,8 +79,8 @@ def segment_project_kernel(
 
 @triton.jit
 def segment_sum_kernel(p_partial, p_first, p_out, n, B: tl.constexpr):
-    segment = tl.program_id(0)
-    j = tl.program_id(1) * B + tl.arange(0, B)
+    segment = tl.program_id(1)
+    j = tl.program_id(0) * B + tl.arange(0, B)
     first, last = tl.load(p_first + segment), tl.load(p_first + segment + 1)
     acc = tl.zeros((B,), tl.float32)
     for chunk in range(first, last):
@@ -145,5 +145,9 @@ def segment_project(
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)
     summing = launch.parameters("segment_sum/any", a.device)
-    segment_sum_kernel[(len(first) - 1, cdiv(n, summing["B"]))](partial, first_chunk, out, n, **summing)
+    grid = (
+        cdiv(n, summing["B"]),
+        len(first) - 1,
+    )  # a layer's exact gradient has more blocks than y reaches, 65,535
+    segment_sum_kernel[grid](partial, first_chunk, out, n, **summing)
     return out

@@ -20,8 +20,8 @@ from jz3.kernels import cdiv, launch
 
 @triton.jit
 def sketch_kernel(p_block, p_first, p_order, p_out, S, K, stride_block, BS: tl.constexpr, BB: tl.constexpr):
-    bucket = tl.program_id(0) * BB + tl.arange(0, BB)  # [BB]
-    row = (tl.program_id(1) * BS + tl.arange(0, BS)).to(tl.int64)  # [BS]
+    bucket = tl.program_id(1) * BB + tl.arange(0, BB)  # [BB]
+    row = (tl.program_id(0) * BS + tl.arange(0, BS)).to(tl.int64)  # [BS]
     known = bucket < K
     first = tl.load(p_first + bucket, mask=known, other=0)
     last = tl.load(p_first + bucket + 1, mask=known, other=0)
@@ -63,6 +63,6 @@ def sketch(block: torch.Tensor, key: int, dim: int) -> torch.Tensor:
     out = torch.empty(rows, dim, dtype=torch.float32, device=block.device)
     if rows:
         blocks = launch.parameters("sketch/any", block.device)
-        grid = (cdiv(dim, blocks["BB"]), cdiv(rows, blocks["BS"]))
+        grid = (cdiv(rows, blocks["BS"]), cdiv(dim, blocks["BB"]))  # y reaches 65,535 only
         sketch_kernel[grid](block, first, order, out, rows, dim, block.stride(0), **blocks)
     return out

@@ -19,7 +19,7 @@ std::string record;
 dim3 grid, block;
 size_t shared;
 cudaStream_t stream;
-int allowed = 0;
+int allowed = 0, most_shared = 227 << 10;
 std::vector<int64_t> first_queries;  // of each launch of score_topk
 
 CUresult encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
@@ -75,9 +75,19 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void** argum
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) allowed = value;
-  return cudaSuccess;
+  return allowed <= most_shared ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+  *value = most_shared;
+  return cudaSuccess;
+}
+void set_shared_memory(int most) { most_shared = most; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
   const bool known = strcmp(symbol, "cuTensorMapEncodeTiled") == 0;

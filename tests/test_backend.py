@@ -9,6 +9,7 @@ import torch
 
 from jz3 import backend
 from jz3.errors import Jz3Error
+from jz3.ops.signs import sign_bits
 from jz3.ops.sketch import sketch
 
 
@@ -91,7 +92,11 @@ def test_malformed_forcing_is_an_error(value: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_forced_back_end_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JZ3_BACKEND", "cuda")
+    monkeypatch.setenv("JZ3_BACKEND", "triton")
+    with pytest.raises(Jz3Error, match="JZ3_BACKEND forces triton for sketch on cpu"):
+        sketch(torch.ones(1, 3), "m", 2, seed=0)
+    assert sign_bits(0, "m", 2, 128).shape == (2, 4)  # has no back end but the CPU's
+    monkeypatch.setenv("JZ3_BACKEND", "sketch=cuda")
     with pytest.raises(
         Jz3Error, match="JZ3_BACKEND forces cuda for sketch on cpu, which can't run: it has no implementation"
     ):
@@ -112,6 +117,41 @@ def test_without_the_extension_the_reference_runs_loudly(
     assert expected.shape == (1, 2)
     with pytest.raises(Jz3Error, match="not built"):
         backend.extension()
+
+
+def test_a_second_gpu_is_made_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current one, whose memory the tensors may not be in."""
+
+    class OnSecond:
+        device = torch.device("cuda:1")
+
+        def dim(self) -> int:
+            return 1
+
+    current = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            current.append(device)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            current.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(backend, "choose", lambda name, device: ("triton", ""))
+    op = backend.Op(
+        name="sketch",
+        reference=lambda *a: None,
+        native={"triton": lambda *a: list(current)},
+        example=lambda device: (),
+    )
+    monkeypatch.setitem(backend._ops, "sketch", op)
+    assert backend.call("sketch", OnSecond(), 3) == [torch.device("cuda:1")]
+    assert current == [torch.device("cuda:1"), None]
+    assert backend.call("sketch", torch.zeros(1), 3) == current
 
 
 def test_importing_ops_imports_no_torch() -> None:

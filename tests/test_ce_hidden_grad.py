@@ -64,6 +64,16 @@ def test_large_logits_don_t_overflow() -> None:
     assert float(loss[0]) == 1200 and torch.equal(grad, torch.tensor([[2.0, 2.0]]))
 
 
+def test_float16_products_of_a_large_vocabulary_don_t_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs take them: sums of exponentials reach the vocabulary's size."""
+    h, weight = torch.zeros(2, 8, dtype=torch.float16), normal(1, 100_000, 8, dtype=torch.float16)
+    y, weights = torch.tensor([5, 70_000]), torch.ones(2)
+    expected = module.ce_hidden_grad_reference(h, weight, y, weights)
+    monkeypatch.setattr(module, "_has_instructions", lambda dtype: True)
+    loss, grad = module.ce_hidden_grad_chunked(h, weight, y, weights)
+    assert torch.allclose(loss, expected[0]) and torch.allclose(grad, expected[1], rtol=0, atol=0.01)
+
+
 def test_no_targets_and_no_tokens() -> None:
     weight = normal(1, 9, 4)
     loss, grad = ce_hidden_grad(normal(0, 3, 4), weight, torch.full((3,), -100))

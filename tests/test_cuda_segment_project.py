@@ -150,6 +150,22 @@ def test_accuracy(
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@simulated
+def test_exact_gradients_on_devices_of_99_kb(
+    modules: dict[str, Any], launchers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, g, left, given, matrix = example("identity", torch.bfloat16, 136, 136, 16, SHORT)
+    plain, exact = expected(a, g, matrix, SHORT)
+    extension = SimulatedCuda(modules, launchers, ("80",))
+    launchers.set_shared_memory(99 << 10)
+    try:
+        got = run(monkeypatch, extension, "exact", a, g, left, torch.tensor(SHORT), None, given)
+    finally:
+        launchers.set_shared_memory(227 << 10)
+    assert_as_accurate(got, plain, exact)
+    assert set(extension.launched) == {"jz3_segment_exact_bf16_64"}
+
+
 MUTANTS = {
     "sm80": {
         "no barrier in the loop": (

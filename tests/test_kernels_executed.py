@@ -163,7 +163,7 @@ def test_segment_project(arch: int, dense: bool) -> None:
         grid = (len(chunks), cdiv(p_o, blocks(arch, row)["BQ"]), 1)
         machine.run(kernel, grid, *addresses, p_i, o, p_o, 32, 80, 48)
         n, width = p_o * p_i, blocks(arch, "segment_sum/any")["B"]
-        machine.run(summing, (3, cdiv(n, width)), partial, machine.put(np.array(first, np.int64)), out, n)
+        machine.run(summing, (cdiv(n, width), 3), partial, machine.put(np.array(first, np.int64)), out, n)
         return [machine.get(out, 3, p_o, p_i)]
 
     (got,) = on_every_schedule(execute)
@@ -318,7 +318,7 @@ def run_sketch(machine: Machine, kernel: Any, arch: int) -> torch.Tensor:
     block = normal(0, 6, 992, dtype=torch.bfloat16)
     first, order = sorted_plan(77, 992, 304, torch.device("cpu"))
     out = machine.empty(6, 304)
-    grid = (cdiv(304, sizes["BB"]), cdiv(6, sizes["BS"]))
+    grid = (cdiv(6, sizes["BS"]), cdiv(304, sizes["BB"]))
     machine.run(kernel, grid, *map(machine.put, (block, first, order)), out, 6, 304, 992)
     return machine.get(out, 6, 304)
 

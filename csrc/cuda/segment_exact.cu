@@ -96,7 +96,12 @@ JZ3_KERNEL(bf16, Bf16, 256, 128)
 JZ3_KERNEL(fp16, Fp16, 256, 128)
 
 cudaError_t launch_segment_exact(const SegmentProject& p, bool bf16, int64_t groups, cudaStream_t stream) {
-  const bool large = p.outputs > 64 || p.columns > 64;
+  // GeForce and its like (sm_86, sm_89, sm_120) have 99 KB of shared memory: too little for the large blocks.
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const bool large = (p.outputs > 64 || p.columns > 64) && most >= STAGES * STAGE_BYTES<256, 128>;
   const int64_t rows = large ? 256 : 64, columns = large ? 128 : 64;
   const int bytes = STAGES * (large ? STAGE_BYTES<256, 128> : STAGE_BYTES<64, 64>);
   void (*const kernels[2][2])(SegmentProject) = {{jz3_segment_exact_fp16_64, jz3_segment_exact_fp16_256},
@@ -104,7 +109,7 @@ cudaError_t launch_segment_exact(const SegmentProject& p, bool bf16, int64_t gro
   const auto kernel = kernels[bf16][large];
   const int64_t grid = groups * ((p.outputs + rows - 1) / rows) * ((p.columns + columns - 1) / columns);
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   kernel<<<unsigned(grid), THREADS, size_t(bytes), stream>>>(p);
   return cudaGetLastError();

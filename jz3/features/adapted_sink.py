@@ -67,7 +67,7 @@ class AdaptedSink:
         import torch
 
         parts = [getattr(self._fit, side)[n] for n in names if n in self._coordinates]
-        return torch.cat([torch.zeros(size, 0), *parts], 1).to(self._device, dtype)
+        return torch.cat([torch.zeros(size, 0, dtype=torch.float32), *parts], 1).to(self._device, dtype)
 
     def _project(self, side: str, names: tuple[str, ...], x: "torch.Tensor") -> "torch.Tensor":
         """Multiply factors [B, S, D] with bases and sketch of a side; a CPU keeps the result [B S, P] in float32."""
@@ -116,10 +116,11 @@ class AdaptedSink:
 
         if self._square is None:
             count, width, _ = g.shape
-            self._square = torch.zeros(count, device=g.device)
-            self._values = torch.zeros(count, self._fit.k, device=g.device)
-            # Pads have no gradient, so that a row of the batch is its text's segment.
-            self._bounds = torch.arange(0, count * width + 1, width, device=g.device)
+            self._square = torch.zeros(count, device=g.device, dtype=torch.float32)
+            self._values = torch.zeros(count, self._fit.k, device=g.device, dtype=torch.float32)
+            # Pads have no gradient, so that a row of the batch is its text's segment. On the CPU, where kernels want
+            # them.
+            self._bounds = torch.arange(0, count * width + 1, width)
         projected, begin = kept
         turns = self._turn("left", name), self._turn("right", name)
         chosen, start = self._coordinates.get(name, self._none), self._offset.get(name, 0)
@@ -143,7 +144,7 @@ class AdaptedSink:
 
         key = f"{side} turned", name
         if key not in self._matrices:
-            turned = torch.zeros(0, BUCKETS)
+            turned = torch.zeros(0, BUCKETS, dtype=torch.float32)
             if name in self._coordinates:
                 basis = getattr(self._fit, side)[name]
                 turned = basis.T @ fold_matrix(self._signs(side, name, len(basis)))

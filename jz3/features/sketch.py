@@ -45,7 +45,7 @@ class Sketch:
         """[K] zeros: hashed coordinates are centred by construction."""
         import torch
 
-        return torch.zeros(self.k)
+        return torch.zeros(self.k, dtype=torch.float32)
 
     @property
     def scale(self) -> "torch.Tensor":
@@ -108,9 +108,9 @@ class SketchSink:
 
         count, width, _ = g.shape
         if self._square is None:
-            self._square = torch.zeros(count, device=g.device)
-            self._values = torch.zeros(count, self._sketch.k, device=g.device)
-        bounds = torch.arange(0, count * width + 1, width, device=g.device)
+            self._square = torch.zeros(count, device=g.device, dtype=torch.float32)
+            self._values = torch.zeros(count, self._sketch.k, device=g.device, dtype=torch.float32)
+        bounds = torch.arange(0, count * width + 1, width)
         block = (
             segment_project(kept.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds).flatten(1).float()
         )

@@ -113,6 +113,9 @@ def ce_hidden_grad_chunked(
             total = logits.exp_().sum(1, keepdim=True)
             loss[index] = (total.log() - own)[:, 0]
             logits.scatter_add_(1, target, -total)
+            if product == torch.float16:  # sums up to the vocabulary's size don't fit
+                logits.div_(total)
+                total = torch.ones_like(total)
         else:
             total = loss.new_empty(len(index), 1)
             part = loss.new_empty(len(index))

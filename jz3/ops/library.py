@@ -93,7 +93,7 @@ def ce_hidden_grad_op(
 def _(
     h: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return h.new_empty(h.shape[0], dtype=_result_dtype(h)), torch.empty_like(h)
+    return h.new_empty(h.shape[0], dtype=_result_dtype(h)), h.new_empty(h.shape)
 
 
 @torch.library.custom_op("jz3::encode", mutates_args=())

@@ -21,7 +21,7 @@ PEAKS: dict[str, dict[str, Any]] = {
         tensor={"bf16": 312e12, "f16": 312e12, "tf32": 156e12, "s8": 624e12, "u8": 624e12, "b1": 4992e12},
     ),
     "H100": dict(
-        sms=132, clock=1.755e9, dram=3.35e12, l2=5.5e12,
+        sms=132, clock=1.98e9, dram=3.35e12, l2=5.5e12,
         tensor={"bf16": 989e12, "f16": 989e12, "tf32": 494e12, "s8": 1979e12, "u8": 1979e12},
     ),
 }  # fmt: skip
