@@ -123,7 +123,7 @@ def token_values(
     for _ in run_pass(model, layers, sink, make_batches([text], batch_tokens), reduction):
         pass
     _check_norm(f"text {text.id}", sink.square)
-    values = torch.zeros(len(queries), len(text.ids))
+    values = torch.zeros(len(queries), len(text.ids), dtype=torch.float32)
     products = _QuerySink(sink.factors)
     for batch, _ in run_pass(model, layers, products, make_batches(queries, batch_tokens), reduction):
         square = products.square

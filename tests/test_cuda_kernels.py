@@ -140,6 +140,11 @@ def test_scores_are_exact(
         assert torch.equal(values, expected[0]) and torch.equal(found, expected[1])
 
 
+def test_chunk_topk_of_nothing_but_nan_is_no_shorter() -> None:
+    values, ids = chunk_topk(torch.full((2, 50), torch.nan), torch.arange(50), 3)
+    assert bool(values.isnan().all()) and values.shape == ids.shape == (2, 3)
+
+
 def test_chunk_topk_is_top_k() -> None:
     values = torch.from_numpy(np.random.default_rng(0).integers(0, 40, (3, 1000))).float()
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0))

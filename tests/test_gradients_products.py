@@ -119,6 +119,14 @@ def test_gated_products(sizes: tuple[int, int, int]) -> None:
     assert_as_accurate(gated.backward(g, gate_up), plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_of_other_sizes_and_of_none(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="x must have 64 columns, got 8"):
+        Product(normal(1, 64, 48, dtype=dtype))(normal(0, 3, 8, dtype=dtype))
+    empty = Product(torch.zeros(0, 16, dtype=dtype))(torch.zeros(48, 0, dtype=dtype))
+    assert torch.equal(empty, torch.zeros(48, 16, dtype=dtype))
+
+
 def test_gated_products_without_tiles_are_refused() -> None:
     both = normal(1, 64, 128, dtype=torch.bfloat16)
     if not can_gate(both):

@@ -184,6 +184,23 @@ def test_groups_of_words_divide_a_block(kind: str, dtype: torch.dtype) -> None:
 
 
 @layers
+def test_output_layer_names_what_does_not_fit(kind: str, dtype: torch.dtype) -> None:
+    h, y, weights = normal(2, 9, 64, dtype=dtype), torch.arange(9), torch.ones(9)
+    layer = OutputLayer(normal(1, 100, 64, dtype=dtype), kind, (64, 128))
+    loss, grad = layer(h, y, weights)
+    narrow = layer(h, y.int(), weights)
+    assert torch.equal(narrow[0], loss) and torch.equal(narrow[1], grad)
+    for arguments, message in (
+        ((h[:, :32], y, weights), r"h must be \[T, 64\] .* got \[9, 32\]"),
+        ((h.half(), y, weights), "h must be .* torch.float16"),
+        ((h, y[:5], weights), "y must have the axes"),
+        ((h, y, weights[:3]), "weights must have the axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*arguments)
+
+
+@layers
 @pytest.mark.parametrize("words", [16, 211, 1200])
 def test_output_layer(words: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses to within the logits' error; gradients as near as their sums of rounded terms allow."""

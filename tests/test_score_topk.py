@@ -323,6 +323,8 @@ def test_wrong_arguments_are_named() -> None:
         ({"k": 0}, "k must be in"),
         ({"groups": torch.tensor([0, 2])}, "groups must be counted from 0 without gaps"),
         ({"groups": torch.tensor([-1, 0])}, "groups must be counted from 0 without gaps"),
+        ({"groups": torch.tensor([-1, -1])}, "groups must be counted from 0 without gaps"),
+        ({"groups": torch.tensor([0, 1 << 40])}, "groups must be counted from 0 without gaps"),
         ({"reduce": "sum"}, "reduce must be mean or max, got 'sum'"),
         ({"codes": codes[:, :3]}, "codes must have 4 bytes a row"),
         ({"codes": [codes, codes[:, :3]]}, "codes must have the axes"),

@@ -256,6 +256,16 @@ def test_nothing_tracks_gradients_and_no_documents_is_fine() -> None:
         ({"documents": 2}, ValueError, r"segments must have the axes \[T\] with T = 5"),
         ({"segments": torch.full((5,), 2), "documents": 2}, ValueError, r"segments must lie in \[-1, 1\]"),
         ({"segments": torch.full((5,), -2), "documents": 2}, ValueError, r"segments must lie in \[-1, 1\]"),
+        (
+            {"segments": torch.tensor([0, 1, 1, 2**31 - 1, 0], dtype=torch.int32), "documents": 2},
+            ValueError,
+            r"segments must lie in \[-1, 1\]",
+        ),
+        (
+            {"segments": torch.tensor([0, 1, 1, 2**62, 0]), "documents": 2},
+            ValueError,
+            r"segments must lie in \[-1, 1\]",
+        ),
         ({"documents": 2.0}, TypeError, "documents must be an int"),
         ({"outputs": 2}, ValueError, "outputs is for packed signs"),
         ({"left": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, "outputs must be given"),

@@ -5,6 +5,7 @@ import torch
 from accuracy import BACKENDS, assert_as_accurate, normal
 
 from jz3 import backend
+from jz3.ops import sign_project as module
 from jz3.ops.sign_project import sign_project, sign_project_reference
 from jz3.ops.signs import signs
 
@@ -72,6 +73,16 @@ def test_pieces_add_up(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
         x[:, 2048:], 40, seed=0, name="m", first_col=2048
     )
     assert torch.allclose(whole, sign_project(x, 40, seed=0, name="m"), rtol=1e-5, atol=1e-4)
+
+
+def test_signs_are_made_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    monkeypatch.setenv("JZ3_BACKEND", "sign_project=cpu")
+    x = normal(0, 3, 5000)
+    whole = sign_project(x, 70, seed=4, name="m")
+    monkeypatch.setattr(module, "TILE", 16 * module.CPU_CHUNK)
+    assert torch.allclose(sign_project(x, 70, seed=4, name="m"), whole, atol=1e-4)
 
 
 def test_inner_products_are_kept_on_average(on: str) -> None:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,7 +18,8 @@
 namespace jz3 {
 
 // Calls body(part, begin, end) for contiguous parts of [0, count), whose `cost` is the number of elementary
-// steps of one item. An exception of any part is thrown again here.
+// steps of one item. An exception of any part is thrown again here. Where no more threads are to be had, their parts
+// are done by this one.
 template <class Body>
 void parallel(int64_t count, int64_t cost, int threads, const Body& body) {
   const int64_t worthwhile = count * std::max<int64_t>(cost, 1) / 100000 + 1;
@@ -31,8 +33,14 @@ void parallel(int64_t count, int64_t cost, int threads, const Body& body) {
     }
   };
   std::vector<std::thread> workers;
-  for (int64_t part = 1; part < parts; ++part) workers.emplace_back(run, part);
+  workers.reserve(size_t(parts - 1));
+  int64_t part = 1;
+  try {
+    for (; part < parts; ++part) workers.emplace_back(run, part);
+  } catch (const std::system_error&) {
+  }
   run(0);
+  for (; part < parts; ++part) run(part);
   for (auto& worker : workers) worker.join();
   for (auto& error : errors)
     if (error) std::rethrow_exception(error);

@@ -83,10 +83,12 @@ double peak_int8(int isa, int threads, double seconds) {
     parallel(threads, 1000000, threads, [&](int64_t part, int64_t, int64_t) {
       int32_t sink[3] = {int32_t(part), 3, 5};
       ++ready;
-      while (ready < threads) {
+      auto start = Clock::now();
+      // All at once, unless there are fewer threads than wanted.
+      while (ready < threads && Clock::now() - start < std::chrono::seconds(1)) {
       }
       int64_t done = 0;
-      const auto start = Clock::now();
+      start = Clock::now();
       double passed = 0;
       while (passed < seconds) {
         done += loop(1 << 12, sink);

@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -60,7 +61,10 @@ class Pool {
     const auto job = std::make_shared<Job>(item, count, threads);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < threads - 1; ++workers_) std::thread([this, own = workers_ + 1] { serve(size_t(own)); }).detach();
+      try {
+        for (; workers_ < threads - 1; ++workers_) std::thread([this, own = workers_ + 1] { serve(size_t(own)); }).detach();
+      } catch (const std::system_error&) {  // no more are to be had: those there are do it all
+      }
       job_ = job;
       number_.fetch_add(1);
     }
@@ -95,14 +99,22 @@ class Pool {
   int workers_ = 0;
 };
 
+struct OwnPool {
+  pid_t owner;
+  Pool pool;
+};
+
 // Threads don't outlive a fork, nor may they be waited for at exit: a process has a pool of its own, never destroyed.
+// Without a lock, which a fork may find closed.
 Pool& pool() {
-  static std::mutex mutex;
-  static Pool* own = nullptr;
-  static pid_t owner = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (owner != getpid()) own = new Pool, owner = getpid();
-  return *own;
+  static std::atomic<OwnPool*> current{nullptr};
+  OwnPool* own = current.load();
+  while (!own || own->owner != getpid()) {
+    OwnPool* const made = new OwnPool{getpid(), {}};
+    if (current.compare_exchange_strong(own, made)) return made->pool;
+    delete made;
+  }
+  return own->pool;
 }
 
 }  // namespace

@@ -215,7 +215,7 @@ class Scan {
     const int64_t per_byte = codes ? 8 / a_.bits : 1;
     const int64_t span = (queries.wide ? std::min(most, WIDE_COLUMNS) : most) / per_byte;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
-    const int64_t steps = calls * ((std::min(span, source.width) + STEP - 1) / STEP);
+    const int64_t steps = std::max<int64_t>(calls * ((std::min(span, source.width) + STEP - 1) / STEP), 1);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
     const int64_t ahead_step = plane ? 0 : std::min<int64_t>(2 * STEP, (ahead_end_ - ahead_ + steps - 1) / steps);
     double spare[QUERIES];

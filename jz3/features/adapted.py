@@ -253,7 +253,7 @@ def fit_adapted(
     sink = _FactorSink()
     norms: list[torch.Tensor] = []
     for group, texts in enumerate(groups):
-        norm = torch.zeros(len(texts))
+        norm = torch.zeros(len(texts), dtype=torch.float32)
         for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
             factors, square, squares = sink.take()
             finder.add(group, factors, square, squares, 1.0 / len(texts))

@@ -112,8 +112,11 @@ def extract(
     weight = next(model.parameters())
     sink = sink or open_sink(projection, weight.dtype, weight.device)
     count, width = len(texts), model.config.get_text_config().hidden_size
-    values, norm = torch.zeros(count, projection.k), torch.zeros(count)
-    loss, hidden = torch.zeros(count), torch.zeros(count, width)
+    values, norm = (
+        torch.zeros(count, projection.k, dtype=torch.float32),
+        torch.zeros(count, dtype=torch.float32),
+    )
+    loss, hidden = torch.zeros(count, dtype=torch.float32), torch.zeros(count, width, dtype=torch.float32)
 
     def take(positions: list[int], found: tuple[Any, ...]) -> None:
         rows = torch.tensor(positions)

@@ -46,14 +46,14 @@ class Known:
         """[K] zeros."""
         import torch
 
-        return torch.zeros(self.k)
+        return torch.zeros(self.k, dtype=torch.float32)
 
     @property
     def scale(self) -> "torch.Tensor":
         """[K] ones: cosines are meant to be kept as they are, not coded."""
         import torch
 
-        return torch.ones(self.k)
+        return torch.ones(self.k, dtype=torch.float32)
 
     def save(self, path: Path) -> str:
         """Write the queries' features to `path`, the fit beside it (`<stem>-fit`), and return a hash."""
@@ -163,7 +163,7 @@ def fit_known(
     )
     weight = next(model.parameters())
     sink = AdaptedSink(fit, weight.dtype, weight.device)
-    columns = torch.zeros(fit.k, len(texts))
+    columns = torch.zeros(fit.k, len(texts), dtype=torch.float32)
     for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
         values, norm = sink.take()
         for row, position in enumerate(batch.positions):

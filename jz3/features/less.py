@@ -75,7 +75,7 @@ class Less:
         """[K] zeros: random projections are centred by construction."""
         import torch
 
-        return torch.zeros(self.k)
+        return torch.zeros(self.k, dtype=torch.float32)
 
     @property
     def scale(self) -> "torch.Tensor":
@@ -184,7 +184,7 @@ def less_batches(
 
     checkpoints = [Checkpoint.load(path, less.model_hash) for path in less.checkpoints]
     total = sum(c.learning_rate for c in checkpoints)
-    values = torch.zeros(len(texts), less.k)
+    values = torch.zeros(len(texts), less.k, dtype=torch.float32)
     batches = make_batches(texts, batch_tokens)
     for number, checkpoint in enumerate(checkpoints):
         sink = LessSink(less, checkpoint, side)

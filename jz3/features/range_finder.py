@@ -40,7 +40,7 @@ class RangeFinder:
                 generator = torch.Generator().manual_seed(seed_for(seed, "range finder", name, side) >> 1)
                 omega = torch.randn(size, columns, generator=generator)
                 self.omega[name, side] = torch.linalg.qr(omega).Q.to(device)
-                self.sketch[name, side] = torch.zeros(size, columns, device=device)
+                self.sketch[name, side] = torch.zeros(size, columns, device=device, dtype=torch.float32)
 
     def add(self, group: int, factors: Any, square: "torch.Tensor", squares: Any, weight: float) -> None:
         """Add a batch: Y += weight * sum of G G^T Omega / ||G||^2, both sides, finite texts only."""

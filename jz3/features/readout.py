@@ -43,7 +43,7 @@ class Readout:
         """[K] zeros: hashed coordinates are centred by construction."""
         import torch
 
-        return torch.zeros(self.k)
+        return torch.zeros(self.k, dtype=torch.float32)
 
     @property
     def scale(self) -> "torch.Tensor":
@@ -98,9 +98,12 @@ class ReadoutPass:
         with torch.no_grad():
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             rows = [list(range(len(ids)))] if batch.windowed else [[row] for row in range(len(ids))]
-            values = torch.zeros(len(rows), k, device=ids.device)
-            norm, loss = torch.zeros(len(rows)), torch.zeros(len(rows))
-            pooled = torch.zeros(len(rows), states.shape[2])
+            values = torch.zeros(len(rows), k, device=ids.device, dtype=torch.float32)
+            norm, loss = (
+                torch.zeros(len(rows), dtype=torch.float32),
+                torch.zeros(len(rows), dtype=torch.float32),
+            )
+            pooled = torch.zeros(len(rows), states.shape[2], dtype=torch.float32)
             for text, mine in enumerate(rows):
                 spans = [(r, int(batch.starts[r]), int(batch.lengths[r])) for r in mine]
                 h = torch.cat([states[r, max(a - 1, 0) : max(b - 1, 0)] for r, a, b in spans])
@@ -137,9 +140,9 @@ class ReadoutPass:
         logits = [(h @ self._weight[p].T).float() for p in pieces] if keep else []
         parts = logits or ((h @ self._weight[p].T).float() for p in pieces)
         total = torch.logsumexp(torch.stack([torch.logsumexp(x, 1) for x in parts], 1), 1)
-        gram = torch.zeros(count, count, device=h.device)
-        hashed = torch.zeros(count, self._readout.left, device=h.device)
-        target = torch.zeros(count, device=h.device)
+        gram = torch.zeros(count, count, device=h.device, dtype=torch.float32)
+        hashed = torch.zeros(count, self._readout.left, device=h.device, dtype=torch.float32)
+        target = torch.zeros(count, device=h.device, dtype=torch.float32)
         for number, piece in enumerate(pieces):
             part = logits[number] if keep else (h @ self._weight[piece].T).float()
             here = (targets >= piece.start) & (targets < piece.stop)

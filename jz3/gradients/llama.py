@@ -160,7 +160,7 @@ class _Native:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (x + add, its RMSNorm, 1 / rms)."""
         total = x if add is None else torch.empty_like(x)
-        y, scale = torch.empty_like(x), torch.empty(len(x))
+        y, scale = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32)
         pointers = (x, add, weight, total, y, scale)
         self._run["rms_norm"](*map(_address, pointers), *x.shape, epsilon, backend.threads())
         return total, y, scale
@@ -339,7 +339,11 @@ class Blocks:
             pairs = ((part.states, own.flatten(0, 1), middle), (found, back.flatten(0, 1), grad))
             for ours, theirs, through in pairs:
                 # In float32 what the block adds is compared; in bfloat16 its rounding hides that.
-                base = through.float() if self.model_dtype == torch.float32 else torch.zeros(())
+                base = (
+                    through.float()
+                    if self.model_dtype == torch.float32
+                    else torch.zeros((), dtype=torch.float32)
+                )
                 error = (ours.float() - theirs.float()).norm() / (theirs.float() - base).norm()
                 worst = max(worst, float(error)) if error == error else float("inf")
         return worst
@@ -362,7 +366,9 @@ class Run:
         self.blocks = model.blocks if blocks is None else blocks
         self.rows, self.tokens = rows, len(x) // rows
         positions = torch.arange(self.tokens)[None]
-        self.angles = [t[0].contiguous() for t in model.rotary(torch.zeros(1), positions)]
+        self.angles = [
+            t[0].contiguous() for t in model.rotary(torch.zeros(1, dtype=torch.float32), positions)
+        ]
         self.saved: list[dict[str, Any]] = []
         with torch.no_grad():
             add = None
@@ -394,7 +400,7 @@ class Run:
         kept = self._offer(y, [name[p] for p in (q, k, v) if p in name])
         qkv = block.qkv.forward(y)
         mixed = x.new_empty(len(x), own.heads * own.width)
-        statistics = torch.empty(self.rows, own.heads, self.tokens)
+        statistics = torch.empty(self.rows, own.heads, self.tokens, dtype=torch.float32)
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
         self.native.attention(qkv, *self.angles, mixed, statistics, None, None, sizes=sizes, scale=own.scale)
         kept |= self._offer(mixed, [name[o]] if o in name else [])

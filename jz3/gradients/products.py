@@ -41,7 +41,7 @@ def pack(matrix: torch.Tensor) -> torch.Tensor:
     """
     depth, columns = matrix.shape
     if matrix.dtype == torch.float32:
-        packed = torch.empty(-(-columns // LANES), depth, LANES)
+        packed = torch.empty(-(-columns // LANES), depth, LANES, dtype=torch.float32)
     else:
         packed = torch.empty(-(-columns // 64), -(-depth // 2), 64, dtype=torch.int32)
     run = getattr(backend.extension(), f"pack_product_{str(matrix.dtype).removeprefix('torch.')}")
@@ -56,7 +56,7 @@ def fold_matrix(signs: torch.Tensor) -> torch.Tensor:
     Source: Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams (2002).
     """
     place = torch.arange(len(signs)) % BUCKETS
-    matrix = torch.zeros(len(signs), BUCKETS)
+    matrix = torch.zeros(len(signs), BUCKETS, dtype=torch.float32)
     # Neighbours lie in one lane of two vectors: the halves of 32 bits.
     matrix[torch.arange(len(signs)), place // 2 + place % 2 * (BUCKETS // 2)] = signs.float()
     return matrix
@@ -83,7 +83,7 @@ class Product:
         self._bias, self._signs = bias, None
         self._matrix = self._packed = None
         whole = matrix.dtype == torch.float32 or not self._depth % 2  # pairs of bfloat16
-        if matrix.device.type == "cpu" and whole and native_products(matrix.dtype):
+        if matrix.device.type == "cpu" and whole and self._depth and native_products(matrix.dtype):
             self._packed = pack(matrix)
             if signs is not None:
                 # As bits.
@@ -104,6 +104,8 @@ class Product:
             [T, O], or [T, O + BUCKETS] with signs.
         """
         dtype = dtype or x.dtype
+        if x.shape[1] != self._depth:
+            raise ValueError(f"x must have {self._depth} columns, got {x.shape[1]}")
         if self._packed is None:
             matrix: Any = self._matrix
             y = x @ matrix if self._bias is None else torch.addmm(self._bias, x, matrix)
@@ -352,15 +354,23 @@ class OutputLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses [T] float32 and weighted gradients [T, d] for hidden states [T, d] and targets [T]."""
         from jz3.ops.ce_hidden_grad import ce_hidden_grad
+        from jz3.ops.checks import check_tensors
 
         if self._packed is None:
             return ce_hidden_grad(h, self._weight, y, weights)
-        h, y, weights = h.contiguous(), y.contiguous(), weights.float().contiguous()
+        check_tensors(
+            "OutputLayer", h=(h, "T d", "float"), y=(y, "T", "int"), weights=(weights, "T", "float")
+        )
+        if h.dtype != self._weight.dtype or h.shape[1] != self._weight.shape[1]:
+            raise ValueError(
+                f"h must be [T, {self._weight.shape[1]}] {self._weight.dtype}, got {list(h.shape)} {h.dtype}"
+            )
+        h, y, weights = h.contiguous(), y.long().contiguous(), weights.float().contiguous()
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(self._weight):
             raise ValueError(
                 f"targets must be in [0, {len(self._weight)}), got {int(y.min())} to {int(y.max())}"
             )
-        loss, rest, grad = torch.empty(len(h)), torch.empty(len(h)), torch.empty_like(h)
+        (loss, rest), grad = torch.empty(2, len(h), dtype=torch.float32), torch.empty_like(h)
         tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
         sizes = (len(h), *self._weight.shape, *self._groups)
         run = getattr(backend.extension(), f"cross_entropy_{str(h.dtype).removeprefix('torch.')}")

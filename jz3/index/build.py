@@ -278,7 +278,9 @@ def _recall_queries(
 
     if count < 1:
         raise ValueError(f"index.recall_queries must be at least 1, got {count}")
-    given = torch.empty(0, vectors.k) if queries is None else queries[:count].float().cpu()
+    given = (
+        torch.empty(0, vectors.k, dtype=torch.float32) if queries is None else queries[:count].float().cpu()
+    )
     missing = count - len(given)
     if not missing:
         return given

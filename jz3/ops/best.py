@@ -63,7 +63,7 @@ def chunk_topk(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[to
         return top_k(values, ids.expand(len(values), -1), k)
     bound = values.topk(k, dim=1).values[:, -1:]
     best = []
-    for row, above in zip(values, values >= bound, strict=True):
+    for row, above in zip(values, ~(values < bound), strict=True):  # a NaN is no smaller
         best.append(top_k(row[above][None], ids[above][None], k))
     return torch.cat([v for v, _ in best]), torch.cat([i for _, i in best])
 

@@ -201,9 +201,9 @@ def _encode_cpu(
 
     book = CODEBOOKS[kind]
     values, mean, scale = values.contiguous(), mean.contiguous(), scale.contiguous()
-    thresholds = torch.tensor(book.thresholds(), dtype=torch.float32)
+    thresholds = torch.tensor(book.thresholds(), dtype=torch.float32, device="cpu")
     rows, dim = values.shape
-    out = torch.empty(rows, row_bytes(kind, dim), dtype=torch.uint8)
+    out = torch.empty(rows, row_bytes(kind, dim), dtype=torch.uint8, device="cpu")
     backend.extension().encode(
         values.data_ptr(),
         mean.data_ptr(),
@@ -228,8 +228,8 @@ def _decode_cpu(
 
     book = CODEBOOKS[kind]
     codes, mean, scale = codes.contiguous(), mean.contiguous(), scale.contiguous()
-    table = torch.tensor(book.levels, dtype=torch.float32) * book.unit
-    out = torch.empty(len(codes), len(mean), dtype=torch.float32)
+    table = torch.tensor(book.levels, dtype=torch.float32, device="cpu") * book.unit
+    out = torch.empty(len(codes), len(mean), dtype=torch.float32, device="cpu")
     backend.extension().decode(
         codes.data_ptr(),
         mean.data_ptr(),

@@ -95,7 +95,7 @@ def score_topk_checkpoints(
         codes, count = checkpoints[0].codes, folded[0].count
         if ids is None:
             ids = torch.arange(len(codes), device=codes.device)
-        best = (torch.empty(count, 0, device=codes.device), ids.new_empty(count, 0))
+        best = (torch.empty(count, 0, device=codes.device, dtype=torch.float32), ids.new_empty(count, 0))
         queries = len(folded[0].groups)
         chunk = max(1, min(MOST_ROWS, CHUNK // max(queries, 1)))
         for begin in range(0, len(codes) if count else 0, chunk):
@@ -140,7 +140,11 @@ def _scores(checkpoint: CheckpointCodes, folded: Folded, rows: slice) -> "torch.
 
     codes, digits = checkpoint.codes[rows], folded.digits
     row_scale = checkpoint.row_scale
-    row_scale = torch.ones(len(codes), device=codes.device) if row_scale is None else row_scale[rows]
+    row_scale = (
+        torch.ones(len(codes), device=codes.device, dtype=torch.float32)
+        if row_scale is None
+        else row_scale[rows]
+    )
     return backend.call(
         "score_codes", codes, checkpoint.kind, digits.planes, digits.step, digits.bias, row_scale
     )
@@ -159,8 +163,8 @@ def score_codes_cpu(
     import torch
 
     book = CODEBOOKS[kind]
-    levels = torch.tensor(book.levels, dtype=torch.int8)
-    scores = torch.empty(len(step), len(codes))
+    levels = torch.tensor(book.levels, dtype=torch.int8, device="cpu")
+    scores = torch.empty(len(step), len(codes), dtype=torch.float32, device="cpu")
     if codes.stride(1) != 1:
         codes = codes.contiguous()
     tensors = [x.contiguous() for x in (levels, planes, step, bias, row_scale, scores)]

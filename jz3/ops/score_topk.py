@@ -93,7 +93,7 @@ def score_codes_reference(
 
     levels = torch.tensor(CODEBOOKS[kind].levels, dtype=torch.float64, device=codes.device)
     digits = [plane.double().T for plane in planes]
-    scores = torch.empty(len(step), len(codes), device=codes.device)
+    scores = torch.empty(len(step), len(codes), device=codes.device, dtype=torch.float32)
     for begin in range(0, len(codes), REFERENCE_ROWS):
         rows = slice(begin, begin + REFERENCE_ROWS)
         level = levels[unpack_codes(codes[rows], kind, planes.shape[2]).long()]
@@ -127,7 +127,7 @@ def score_topk_reference(
         best = [merge_topk([*best, (scores, ids[rows].expand(count, -1))], k)]
     if best:
         return best[0]
-    empty = torch.empty(count, 0, device=codes.device)
+    empty = torch.empty(count, 0, device=codes.device, dtype=torch.float32)
     return empty, empty.long()
 
 
@@ -279,10 +279,9 @@ def check_and_fold(
         groups = torch.arange(sizes["Q"], device=codes.device)
     groups = groups.long()
     count = int(groups.max()) + 1 if len(groups) else 0
-    members = (
-        torch.bincount(groups, minlength=count) if int(groups.min() if count else 0) >= 0 else groups[:0]
-    )
-    if count and (len(members) == 0 or int(members.min()) == 0):
+    fits = 0 <= int(groups.min() if len(groups) else 0) and count <= len(groups)
+    members = torch.bincount(groups, minlength=count) if fits else groups[:0]
+    if len(groups) and (len(members) == 0 or int(members.min()) == 0):
         raise ValueError(
             f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
         )
@@ -321,11 +320,12 @@ def score_topk_cpu(
     import torch
 
     book = CODEBOOKS[kind]
-    levels = torch.tensor(book.levels, dtype=torch.int8)
+    levels = torch.tensor(book.levels, dtype=torch.int8, device="cpu")
     if isinstance(codes, torch.Tensor):
         codes = (codes if codes.stride(1) == 1 else codes.contiguous(),)
     k = min(k, len(ids))
-    values, found = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
+    values = torch.empty(count, k, dtype=torch.float32, device="cpu")
+    found = torch.empty(count, k, dtype=torch.int64, device="cpu")
     addresses = np.array([piece.data_ptr() for piece in codes], np.uint64)
     begins = np.cumsum([0, *map(len, codes)], dtype=np.int64)
     planes, step, bias, row_scale, ids, groups = (
@@ -408,7 +408,7 @@ def score_codes_cuda(
     bits = CODEBOOKS[kind].bits
     ordered = fragments(planes, bits, codes.shape[1])
     row_scale, step, bias = row_scale.contiguous(), step.contiguous(), bias.contiguous()
-    scores = torch.empty(len(step), len(codes), device=codes.device)
+    scores = torch.empty(len(step), len(codes), device=codes.device, dtype=torch.float32)
     with torch.cuda.device(codes.device):
         backend.cuda_extension().score_codes(
             codes.data_ptr(),
@@ -450,7 +450,7 @@ def _score_topk_cuda(
         best = [merge_topk(best, k)]
     if best:
         return best[0]
-    empty = torch.empty(count, min(k, len(codes)), device=codes.device)
+    empty = torch.empty(count, min(k, len(codes)), device=codes.device, dtype=torch.float32)
     return empty, empty.long()
 
 

@@ -235,12 +235,12 @@ def _sort_tokens(
             f"got {tuple(segments.shape)}"
         )
     segments = segments.cpu()
-    counts = torch.bincount((segments + 1).clamp(min=0), minlength=documents + 1)
-    if len(counts) > documents + 1 or (tokens and int(segments.min()) < -1):
+    if tokens and not -1 <= int(segments.min()) <= int(segments.max()) < documents:
         raise ValueError(
             f"segment_project: segments must lie in [-1, {documents - 1}], got values in "
             f"[{int(segments.min())}, {int(segments.max())}]"
         )
+    counts = torch.bincount(segments.long() + 1, minlength=documents + 1)
     return counts.cumsum(0), torch.argsort(segments, stable=True)
 
 
@@ -259,8 +259,10 @@ def _segment_project_triton(
         a, g = a[tokens], g[tokens]
     if left is None or outputs is None:
         return kernels.segment_project(a, g, left, bounds)
-    blocks = kernels.segment_project(a, g, unpack_left(left, outputs, a.dtype), bounds)
-    return blocks.mul_(1 / math.sqrt(outputs))
+    # A power of two before, which is exact, so that sums of float16 hardly overflow; what is left of 1 / sqrt(Q) after.
+    exponent = round(math.log2(outputs) / 2)
+    matrix = unpack_left(left, outputs, a.dtype).mul_(2.0**-exponent)
+    return kernels.segment_project(a, g, matrix, bounds).mul_(2.0**exponent / math.sqrt(outputs))
 
 
 def segment_project_cpu(
@@ -281,7 +283,7 @@ def segment_project_cpu(
 
     a, g, left = (x if x.stride(1) == 1 else x.contiguous() for x in (a, g, left))
     rows, columns = outputs or left.shape[1], a.shape[1]
-    out = torch.empty(len(bounds) - 1, rows, columns)
+    out = torch.empty(len(bounds) - 1, rows, columns, dtype=torch.float32, device="cpu")
     backend.extension().segment_project(
         a=a.data_ptr(),
         g=g.data_ptr(),
@@ -331,8 +333,8 @@ def _segment_project_cuda(
     if tokens is not None:
         slots = torch.where(slots < 0, -1, tokens[slots.clamp(min=0)]).int()
     pieces, tiles, groups, first, documents = tables
-    out = torch.empty(len(bounds) - 1, rows, columns, device=a.device)
-    partial = torch.empty(int(plan.partials[-1]), rows, columns, device=a.device)
+    out = torch.empty(len(bounds) - 1, rows, columns, device=a.device, dtype=torch.float32)
+    partial = torch.empty(int(plan.partials[-1]), rows, columns, device=a.device, dtype=torch.float32)
     a = _aligned(a)
     with torch.cuda.device(a.device):
         stream = torch.cuda.current_stream().cuda_stream

@@ -22,6 +22,10 @@ CUDA_PIECE = 128 * BLOCK
 CUDA_PARTIAL = 256 << 20
 """Columns that a CUDA block sums up, and the bytes of partial sums held at a time."""
 
+GRID = 65_535
+TRITON_MOST = 64 * GRID
+"""The most blocks of a launch along y or z, and so the most projections where these lie along y."""
+
 TILE = 4 << 20
 """Numbers of x in float32, or signs where they can't be made as they are used, that the CPU implementation holds
 at a time."""
@@ -78,7 +82,7 @@ def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "t
     """Signs made where they are used, or where AVX-512 lacks tiles of Omega with products by torch's BLAS."""
     import torch
 
-    module, out = backend.extension(), torch.zeros(len(x), k)
+    module, out = backend.extension(), torch.zeros(len(x), k, dtype=torch.float32, device="cpu")
     fused = module.has_sign_project()
     width = CPU_CHUNK * max(1, TILE // max(len(x) if fused else k, 1) // CPU_CHUNK)
     for begin in range(0, x.shape[1] if len(x) else 0, width):
@@ -89,9 +93,12 @@ def _sign_project_cpu(x: "torch.Tensor", key: int, k: int, first_col: int) -> "t
             sizes = (*part.shape, k, part.stride(0))
             module.sign_project(part.data_ptr(), out.data_ptr(), key, block, *sizes, backend.threads())
         else:
-            omega = torch.empty(k, part.shape[1])
-            module.sign_matrix(omega.data_ptr(), key, k, part.shape[1], 0, block, backend.threads())
-            out.addmm_(part, omega.T)
+            for row in range(0, k, TILE // CPU_CHUNK):
+                some = out[:, row : row + TILE // CPU_CHUNK]
+                omega = torch.empty(some.shape[1], part.shape[1], dtype=torch.float32, device="cpu")
+                sizes = (*omega.shape, row, block)
+                module.sign_matrix(omega.data_ptr(), key, *sizes, backend.threads())
+                some.addmm_(part, omega.T)
     return out.mul_(1 / math.sqrt(k))
 
 
@@ -99,12 +106,13 @@ def _sign_project_cuda(x: "torch.Tensor", key: int, k: int, first_col: int) -> "
     """The compiled tensor-core kernel; fixed pieces of columns, whose sums are added in order."""
     import torch
 
-    out = torch.zeros(len(x), k, device=x.device)
-    width = CUDA_PIECE * max(1, CUDA_PARTIAL // max(4 * len(x) * k, 1))
+    out = torch.zeros(len(x), k, device=x.device, dtype=torch.float32)
+    pieces = min(CUDA_PARTIAL // max(4 * len(x) * k, 1), GRID)
+    width = CUDA_PIECE * max(1, pieces)
     for begin in range(0, x.shape[1] if len(x) else 0, width):
         part = x[:, begin : begin + width]
         pieces = -(-part.shape[1] // CUDA_PIECE)
-        partial = torch.empty(pieces, len(x), k, device=x.device)
+        partial = torch.empty(pieces, len(x), k, device=x.device, dtype=torch.float32)
         with torch.cuda.device(x.device):
             backend.cuda_extension().sign_project(
                 part.data_ptr(),
@@ -130,8 +138,10 @@ def _sign_project_triton(x: "torch.Tensor", key: int, k: int, first_col: int) ->
 
 
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
-    x = arguments[0]
+    x, _, k, _ = arguments
     dtype = str(x.dtype).removeprefix("torch.")
+    if chosen == "triton" and k > TRITON_MOST:
+        return f"{k} projections (it takes up to {TRITON_MOST})"
     if chosen == "cuda" and dtype != "bfloat16":
         return f"{dtype} (it takes bfloat16)"
     if chosen == "cuda" and (x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16):

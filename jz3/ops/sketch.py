@@ -90,7 +90,7 @@ def _sketch_cpu(block: "torch.Tensor", key: int, dim: int) -> "torch.Tensor":
     if block.stride(1) != 1:
         block = block.contiguous()
     rows, n = block.shape
-    out = torch.empty(rows, dim, dtype=torch.float32)
+    out = torch.empty(rows, dim, dtype=torch.float32, device="cpu")
     backend.extension().sketch(
         block.data_ptr(),
         out.data_ptr(),

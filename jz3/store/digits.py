@@ -86,7 +86,7 @@ def digits_of(mean: "torch.Tensor", scale: "torch.Tensor", widths: "torch.Tensor
     first = widths.cumsum(0) - widths
     place = widths[number] - 1 - (torch.arange(len(number), device=device) - first[number])
     step = scale * torch.tensor(STEPS, device=device)[widths]
-    means = torch.zeros(len(number), device=device)
+    means = torch.zeros(len(number), device=device, dtype=torch.float32)
     means[first] = mean
     book = CODEBOOKS["1bit"]
     level = book.unit * book.levels[1]
@@ -121,7 +121,7 @@ def decode_digits(codes: "torch.Tensor", mean: "torch.Tensor", digits: Digits) -
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
     bits = ((codes[:, :, None] >> shifts) & 1).flatten(1)[:, : len(digits.number)]
     weights = 2.0 ** digits.place.float()
-    index = torch.zeros(len(codes), len(mean), device=codes.device)
+    index = torch.zeros(len(codes), len(mean), device=codes.device, dtype=torch.float32)
     # Sums of whole numbers are exact in any order.
     index.index_add_(1, digits.number, bits.float() * weights)
     return mean + digits.step * (index + 0.5 - digits.middle)

@@ -201,7 +201,7 @@ def _on_cpu(
 
     if not best:
         count = len(queries) if groups is None else int(groups.max()) + 1
-        return torch.empty(count, 0), np.empty((count, 0), np.uint64)
+        return torch.empty(count, 0, dtype=torch.float32), np.empty((count, 0), np.uint64)
     values, found_ids = best[0]
     return values.cpu(), found_ids.cpu().numpy().view(np.uint64) ^ SIGN
 
@@ -245,7 +245,7 @@ def _topk_values(
     if groups is not None:
         count = int(groups.max()) + 1
         index = groups.long()[:, None].expand_as(scores)
-        empty = torch.zeros(count, scores.shape[1], device=scores.device)
+        empty = torch.zeros(count, scores.shape[1], device=scores.device, dtype=torch.float32)
         kind = "amax" if reduce == "max" else "mean"
         scores = empty.scatter_reduce(0, index, scores, kind, include_self=False)
     return chunk_topk(scores, ids, k)
