@@ -31,7 +31,8 @@ def test_three_calls(tiny_model: Path) -> None:
 def test_queries_are_encoded_without_dropout(tiny_model: Path) -> None:
     """A model that goes on to be trained is in training mode again."""
     model: Any = load_model(tiny_model, "float32")
-    features = jz3.featurize(model, load_tokenizer(tiny_model), np.array(DOCS), jz3.Sketch(k=128))
+    docs: Any = np.array(DOCS)
+    features = jz3.featurize(model, load_tokenizer(tiny_model), docs, jz3.Sketch(k=128))
     before = features.encode([QUERY])
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
