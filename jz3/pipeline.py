@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import logging
 import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ STAGES = (
         name="filtering",
         target="jz3.filtering:run",
         needs=("synthesis", "targets"),
-        sections=("filtering",),
+        sections=("filtering", "evaluation.benchmarks"),
     ),
     Stage(
         name="training",
         target="jz3.training:run_training",
-        needs=("filtering", "targets"),
+        needs=("filtering",),
         sections=("model", "training"),
     ),
     Stage(
@@ -131,10 +132,13 @@ def run_pipeline(
 def stage_key(stage: Stage, recipe: Recipe) -> str:
     """Return the hash of all settings that a stage's result depends on, its predecessors' included."""
     sections = {name for s in stages_up_to(stage.name) for name in s.sections}
+    return hash_text(canonical_json({"seed": recipe.seed, **_settings(recipe, sorted(sections))}))
+
+
+def _settings(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
+    """Return what a recipe says in each of the sections and single settings."""
     table = dataclasses.asdict(recipe)
-    return hash_text(
-        canonical_json({"seed": recipe.seed, **{name: table[name] for name in sorted(sections)}})
-    )
+    return {name: functools.reduce(lambda part, key: part[key], name.split("."), table) for name in sections}
 
 
 def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         # Of this making: what was only mended is still what its successors were made from.
         "id": (read_json(made) if made.exists() else {}).get("id") or secrets.token_hex(8),
         "key": stage_key(stage, ctx.recipe),
-        "settings": {name: dataclasses.asdict(getattr(ctx.recipe, name)) for name in stage.sections},
+        "settings": _settings(ctx.recipe, stage.sections),
         "inputs": {name: ctx.manifest(name).get("id", "") for name in stage.needs},
         "summary": summary,
         "seconds": round(time.monotonic() - start, 3),
@@ -209,7 +213,8 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     if not different:
         return
     done = [s for s in STAGES if (run_dir / s.name).is_dir()]
-    changed = {line.split(":")[0].split(".")[0] for line in different}
+    # A setting's name and its section's, since a stage may depend on either.
+    changed = {".".join(line.split(":")[0].split(".")[:depth]) for line in different for depth in (1, 2)}
     touched = [s for s in done if changed & _depends_on(stages_up_to(s.name))]
     fixed = {s.name: _depends_on([p for p in stages_up_to(s.name) if not p.extends]) for s in touched}
     refused = [s.name for s in touched if changed & fixed[s.name]]

@@ -33,7 +33,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     """Stages whose files it reads."""
     sections: tuple[str, ...] = ()
-    """Sections of the recipe that its result depends on."""
+    """Sections of the recipe that its result depends on, or single settings of one: `section.setting`."""
     extends: bool = False
     """Whether its own files are kept by what they depend on, so that with other settings of its own it goes
     on with what fits instead of being refused."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jz3.errors import Jz3Error
+from jz3.evaluation import BenchmarkConfig, EvaluationConfig
 from jz3.files import read_jsonl, write_jsonl
 from jz3.filtering import run
 from jz3.filtering.arithmetic import find_equations, wrong_equations
@@ -294,7 +295,11 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def context(
-    folder: Path, rows: list[Problem], teacher: list[Problem], config: FilteringConfig
+    folder: Path,
+    rows: list[Problem],
+    teacher: list[Problem],
+    config: FilteringConfig,
+    benchmarks: tuple[BenchmarkConfig, ...] = (),
 ) -> StageContext:
     """A run's folder with what the stage reads."""
     (folder / "filtering").mkdir(parents=True, exist_ok=True)
@@ -310,7 +315,10 @@ def context(
     write_jsonl(folder / "distillation" / "initial.jsonl", (r.to_json() for r in teacher))
     write_jsonl(folder / "distillation" / "boost.jsonl", ())
     write_jsonl(folder / "targets" / "eval.jsonl", [query.to_json()])
-    recipe: Any = types.SimpleNamespace(seed=0, filtering=config)
+    write_jsonl(folder / "targets" / "instruction.jsonl", ())
+    recipe: Any = types.SimpleNamespace(
+        seed=0, filtering=config, evaluation=EvaluationConfig(benchmarks=benchmarks)
+    )
     return StageContext(recipe=recipe, run_dir=folder, name="filtering")
 
 
@@ -369,6 +377,35 @@ def test_the_stage(tmp_path: Path) -> None:
     report = json.loads((ctx.out / "decontamination.json").read_text())
     assert report["sets"]["held_out"]["rows"] == 1
     assert report["sets"]["held_out"]["examples"][0]["id"] == "s6"
+
+
+def test_benchmarks_are_kept_out_of_problems_and_instruction_data(tmp_path: Path) -> None:
+    pens = "Ann has 7 red and 8 blue pens in a box. How many pens has she in all?"
+    birds = "A tree holds 19 birds and 4 of them fly off to the lake. How many birds are left on the tree?"
+    path = tmp_path / "test.jsonl"
+    row = {"question": pens, "options": "A) 15 B) 14 C) 13", "Answer": "A"}
+    write_jsonl(path, [row, {"question": birds, "answer": "19 - 4 = 15\n#### 15"}])
+    rows = [problem(pens, "7 + 8 = 15: \\boxed{15}", id="s0"), problem(id="s1")]
+    benchmark = BenchmarkConfig(name="school", path=str(path), limit=1)
+    ctx = context(tmp_path / "run", rows, [], small(), (benchmark,))
+    taught = Query(
+        id="i0", task="taught", problem=GOOD, prompt="p", completion="It is 36.", role="instruction"
+    )
+    copied = dataclasses.replace(taught, id="i1", problem=f"{birds} Think well.", completion="19 - 4 = 15.")
+    recited = dataclasses.replace(taught, id="i2", completion=f"Another one: {FARMER}")
+    write_jsonl(
+        tmp_path / "run" / "targets" / "instruction.jsonl",
+        [copied.to_json(), taught.to_json(), recited.to_json()],
+    )
+    summary = run(ctx)
+    assert (summary["in"], summary["kept"], summary["rejected"]) == (2, 1, {"contaminated": 1})
+    assert summary["instruction"] == {"in": 3, "kept": 1, "rejected": {"contaminated": 2}}
+    assert summary["contaminated_by_set"] == {"held_out": 1, "school": 2}
+    assert list(read_jsonl(ctx.out / "instruction.jsonl")) == [taught.to_json()]
+    rejects = {r["id"]: r for r in read_jsonl(ctx.out / "rejects.jsonl")}
+    assert set(rejects) == {"s0", "i1", "i2"}
+    assert rejects["i1"]["where"] == "instruction taught" and rejects["i1"]["detail"].startswith("school #1:")
+    assert rejects["i1"]["text"].endswith("19 - 4 = 15.") and rejects["i2"]["detail"].startswith("held_out")
 
 
 def test_the_stage_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,18 @@ def test_evaluation_files(tmp_path: Path) -> None:
         list(evaluation_questions(EvaluationFile(path=str(path))))
 
 
+def test_evaluation_files_that_protect_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set.jsonl.*fields must name"):
+        EvaluationFile(path="set.jsonl", fields=())
+    path = tmp_path / "set.jsonl"
+    for rows in ([], [{"question": "Find 2 + 3."}, {"question": ""}]):
+        write_jsonl(path, rows)
+        config = FilteringConfig(evaluation_files=(EvaluationFile(path=str(path), name="t"),))
+        with pytest.raises(Jz3Error, match="set.jsonl.*no question of 6 words.*min_question_words"):
+            build_index(config, [{"task": "t", "problem": QUESTION}])
+    assert build_index(FilteringConfig(min_question_words=4, evaluation_files=config.evaluation_files), [])
+
+
 def test_known_test_questions_in_the_fine_tuning_sample(shared_data: Path) -> None:
     """Four rows hold an exact test question; one MATH question has a single number changed."""
     fields = {

@@ -1,5 +1,6 @@
 """The whole loop on the tiny preset: what it leaves, what it refuses, what a kill can't change."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jz3.config import shipped_recipe
+from jz3.config import settled, shipped_recipe
 from jz3.errors import Jz3Error
+from jz3.evaluation import BenchmarkConfig
 from jz3.evaluation.intervals import mean
 from jz3.files import hash_file, read_json, read_jsonl, write_json
 from jz3.influence import read_scores
-from jz3.pipeline import NAMES, STAGES, run_pipeline, stages_up_to
+from jz3.pipeline import NAMES, STAGES, run_pipeline, stage_key, stages_up_to
 from jz3.report.page import render
 from jz3.report.terminal import print_results
 from jz3.stage import Stage, StageContext
@@ -225,6 +227,36 @@ def test_stage_order_respects_needs() -> None:
         assert set(stage.needs) <= seen
         seen.add(stage.name)
     assert [s.name for s in stages_up_to("index")] == ["corpus", "targets", "features", "index"]
+
+
+def test_filters_depend_on_the_benchmarks_alone_of_the_evaluation() -> None:
+    recipe = shipped_recipe("tiny")
+    added = BenchmarkConfig(name="gsm8k", path="gsm8k.jsonl")
+    other = dataclasses.replace(
+        recipe, evaluation=dataclasses.replace(recipe.evaluation, benchmarks=(added,))
+    )
+    longer = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, max_new_tokens=9))
+    keys = {
+        stage.name: [stage_key(stage, r) for r in (recipe, other, longer)]
+        for stage in STAGES
+        if stage.name in ("synthesis", "filtering", "training", "evaluation")
+    }
+    assert len(set(keys["synthesis"])) == 1 and len(set(keys["evaluation"])) == 3
+    for name in ("filtering", "training"):
+        assert keys[name][0] == keys[name][2] != keys[name][1]
+
+
+def test_other_benchmarks_are_refused_by_finished_filters(tmp_path: Path) -> None:
+    recipe = shipped_recipe("tiny")
+    (tmp_path / "synthesis").mkdir()
+    write_json(tmp_path / "recipe.json", dataclasses.asdict(settled(recipe)))
+    (tmp_path / "filtering").mkdir()
+    added = BenchmarkConfig(name="gsm8k", path="gsm8k.jsonl")
+    other = dataclasses.replace(
+        recipe, evaluation=dataclasses.replace(recipe.evaluation, benchmarks=(added,))
+    )
+    with pytest.raises(Jz3Error, match="evaluation.benchmarks.* which its filtering depend on"):
+        run_pipeline(other, tmp_path)
 
 
 def full_disk(ctx: StageContext) -> dict[str, object]:

@@ -115,7 +115,7 @@ def mixture(run_dir, kept, instruction):
         run_dir / "filtering" / "kept.jsonl",
         [problem(i, kind="tool" if i % 2 else "cot") for i in range(kept)],
     )
-    write_jsonl(run_dir / "targets" / "instruction.jsonl", queries)
+    write_jsonl(run_dir / "filtering" / "instruction.jsonl", queries)
 
 
 def test_the_mixture_is_read_in_two_stages(tmp_path):

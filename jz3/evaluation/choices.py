@@ -15,6 +15,12 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
     return "\n".join([question.strip(), HEADING, *lines])
 
 
+def without_choices(problem: str) -> str:
+    """Return the bare question of a problem that `with_choices` wrote; other problems as they are."""
+    question, found, _ = problem.rpartition(f"\n{HEADING}\n")
+    return question if found else problem
+
+
 def choices_of(problem: str) -> dict[str, str]:
     """Return letter and text of the choices that `with_choices` wrote; empty for other problems."""
     _, found, choices = problem.rpartition(f"\n{HEADING}\n")

@@ -16,6 +16,12 @@ class EvaluationFile:
     fields: tuple[str, ...] = ("question",)
     """The fields that make up a question, in order, e.g. `["body", "question"]`."""
 
+    def __post_init__(self) -> None:
+        if not self.fields:
+            raise ValueError(
+                f"evaluation file {self.path!r}: fields must name what makes up a question, got none"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilteringConfig:
@@ -52,7 +58,7 @@ class FilteringConfig:
     min_question_words: int = 6
     """Evaluation questions with fewer words are ignored, and counted."""
     evaluation_files: tuple[EvaluationFile, ...] = ()
-    """Evaluation sets beside the run's own."""
+    """Evaluation sets beside the run's own and those of `evaluation.benchmarks`, which are always kept out."""
     executions: int = 2
     """How often a tool solution must print its stated output, each time with other string hashes, so
     that kept rows don't depend on chance, time or hash order."""

@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 import xxhash
 
 from jz3.errors import Jz3Error
+from jz3.evaluation.benchmarks import load_benchmark
+from jz3.evaluation.choices import without_choices
+from jz3.evaluation.config import BenchmarkConfig
 from jz3.filtering.config import EvaluationFile, FilteringConfig
 
 _WORD = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w]")
@@ -118,22 +121,35 @@ def _hash(words: list[str], start: int, size: int) -> int:
     return xxhash.xxh3_64_intdigest("\x1f".join(words[start : start + size]).encode("utf-8", "surrogatepass"))
 
 
-def build_index(config: FilteringConfig, queries: list[dict[str, Any]]) -> DecontaminationIndex:
-    """Index the run's evaluation questions and those of the configured files.
+def build_index(
+    config: FilteringConfig, queries: list[dict[str, Any]], benchmarks: Sequence[BenchmarkConfig] = ()
+) -> DecontaminationIndex:
+    """Index the run's evaluation questions, those of its benchmarks and those of the configured files.
 
     Args:
         config: the filters' settings.
         queries: rows of the run's evaluation queries, with `task` and `problem`.
+        benchmarks: those the run is evaluated on; all their problems count, whatever their limit.
 
     Raises:
-        Jz3Error: a configured file is missing or lacks a field.
+        Jz3Error: a file is missing or can't be read, lacks a field, or has no question to compare with.
     """
     index = DecontaminationIndex(config.ngram, config.min_question_words)
     for query in queries:
         index.add(query["task"], query["problem"])
+    for benchmark in benchmarks:
+        for query in load_benchmark(benchmark.name, benchmark.path):
+            # Who copies a question seldom writes the choices in the same way.
+            index.add(benchmark.name, without_choices(query.problem))
     for file in config.evaluation_files:
+        before = len(index.lengths)
         for question in evaluation_questions(file):
             index.add(file.name or Path(file.path).stem, question)
+        if len(index.lengths) == before:
+            raise Jz3Error(
+                f"evaluation file {file.path!r} has no question of {config.min_question_words} words or more; "
+                "correct its `fields`, lower filtering.min_question_words or leave the file out"
+            )
     return index
 
 

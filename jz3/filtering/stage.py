@@ -1,5 +1,7 @@
 """The stage `filtering`: every filter in order, each refusal counted, every finding kept.
 
+The instruction data are the user's own and only compared with the evaluation questions.
+
 Order: fields, language, length, boxed answer, solvability, repetition (`text`); arithmetic;
 contamination; execution of tool solutions; cross-check of the others; duplicates last, so that a
 duplicate gives way only to a row that is kept.
@@ -16,11 +18,11 @@ from jz3.files import write_json, write_jsonl
 from jz3.filtering.arithmetic import wrong_equations
 from jz3.filtering.config import FilteringConfig
 from jz3.filtering.crosscheck import cross_check
-from jz3.filtering.decontaminate import DecontaminationIndex, build_index
+from jz3.filtering.decontaminate import DecontaminationIndex, Hit, build_index
 from jz3.filtering.execute import Executor
 from jz3.filtering.text import TEXT_FILTERS, fields_present, length, prose
 from jz3.grading.answer import Grader
-from jz3.records import Problem, Reject, Verdict
+from jz3.records import Problem, Query, Reject, Verdict
 from jz3.stage import StageContext
 
 READ_SHARD = 2048
@@ -46,12 +48,13 @@ class Judged:
 def filter_problems(context: StageContext) -> dict[str, Any]:
     """Run the stage.
 
-    Reads synthesis/problems.jsonl, distillation/initial.jsonl and boost.jsonl, targets/eval.jsonl;
-    writes kept.jsonl, verdicts.jsonl, rejects.jsonl and decontamination.json.
+    Reads synthesis/problems.jsonl, distillation/initial.jsonl and boost.jsonl, targets/eval.jsonl and
+    instruction.jsonl, and the benchmarks; writes kept.jsonl, instruction.jsonl, verdicts.jsonl,
+    rejects.jsonl and decontamination.json.
     """
     config = context.recipe.filtering
     judged = [Judged(row) for row in _input(context, config)]
-    index = build_index(config, context.rows("targets", "eval.jsonl"))
+    index = build_index(config, context.rows("targets", "eval.jsonl"), context.recipe.evaluation.benchmarks)
     found = context.shards(
         "read", [j.row for j in judged], READ_SHARD, lambda rows: read_rows(rows, config, index), "problems"
     )
@@ -75,7 +78,7 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
             item.checks.update(checks)
             item.refuse(reason, ", ".join(checks.values()))
     _refuse_duplicates(judged, config)
-    return _write(context, judged, index, config)
+    return _write(context, judged, _instruction(context, index, config), index, config)
 
 
 def _input(context: StageContext, config: FilteringConfig) -> list[Problem]:
@@ -123,15 +126,57 @@ def _read(row: Problem, config: FilteringConfig, index: DecontaminationIndex) ->
     checks["equations"] = f"{count - len(wrong)}/{count}"
     if wrong and not reason:
         reason, detail = "wrong_arithmetic", wrong[0][:300]
-    hits = [h for text in (row.problem, prose(row.solution)) for h in index.find(text)]
-    hits.sort(key=lambda h: -h.share)
+    hits = _overlaps(row.problem, row.solution, index)
     checks["overlap"] = f"{hits[0].share:.2f}" if hits else "0"
-    if hits and hits[0].share >= config.min_question_share and not reason:
-        reason, detail = "contaminated", f"{hits[0].suite} #{hits[0].question}: {hits[0].span}"
+    if not reason:
+        reason, detail = _contaminated(hits, config)
+    return {"reason": reason, "detail": detail, "checks": checks, "hits": _best(hits)}
+
+
+def _overlaps(problem: str, solution: str, index: DecontaminationIndex) -> list[Hit]:
+    hits = [h for text in (problem, prose(solution)) for h in index.find(text)]
+    return sorted(hits, key=lambda h: -h.share)
+
+
+def _contaminated(hits: list[Hit], config: FilteringConfig) -> tuple[str, str]:
+    """Return reason and detail if the first hit covers enough of its question, else empty texts."""
+    if hits and hits[0].share >= config.min_question_share:
+        return "contaminated", f"{hits[0].suite} #{hits[0].question}: {hits[0].span}"
+    return "", ""
+
+
+def _best(hits: list[Hit]) -> list[dict[str, Any]]:
+    """Return the first hit of each evaluation set, as it is kept."""
     best = {h.suite: h for h in reversed(hits)}
-    kept = [{"suite": h.suite, "question": h.question, "phrases": h.phrases, "share": round(h.share, 4), "span": h.span}
+    return [{"suite": h.suite, "question": h.question, "phrases": h.phrases, "share": round(h.share, 4), "span": h.span}
             for _, h in sorted(best.items())]  # fmt: skip
-    return {"reason": reason, "detail": detail, "checks": checks, "hits": kept}
+
+
+@dataclass(slots=True)
+class Instruction:
+    """A row of the instruction data with the evaluation questions found in it."""
+
+    row: Query
+    reason: str
+    detail: str
+    hits: list[dict[str, Any]]
+
+
+def _instruction(
+    context: StageContext, index: DecontaminationIndex, config: FilteringConfig
+) -> list[Instruction]:
+    rows = [Query.from_json(row) for row in context.rows("targets", "instruction.jsonl")]
+
+    def work(part: list[Query]) -> list[dict[str, Any]]:
+        found = []
+        for row in part:
+            hits = _overlaps(row.problem, row.completion, index)
+            reason, detail = _contaminated(hits, config)
+            found.append({"reason": reason, "detail": detail, "hits": _best(hits)})
+        return found
+
+    found = context.shards("instruction", rows, READ_SHARD, work, "instruction rows")
+    return [Instruction(row, **result) for row, result in zip(rows, found, strict=True)]
 
 
 def _refuse_duplicates(judged: list[Judged], config: FilteringConfig) -> None:
@@ -146,14 +191,20 @@ def _refuse_duplicates(judged: list[Judged], config: FilteringConfig) -> None:
 
 
 def _write(
-    context: StageContext, judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig
+    context: StageContext,
+    judged: list[Judged],
+    instruction: list[Instruction],
+    index: DecontaminationIndex,
+    config: FilteringConfig,
 ) -> dict[str, Any]:
     out = context.out
     write_jsonl(out / "kept.jsonl", (j.row.to_json() for j in judged if not j.reason))
+    write_jsonl(out / "instruction.jsonl", (i.row.to_json() for i in instruction if not i.reason))
     verdicts = (Verdict(id=j.row.id, keep=not j.reason, reason=j.reason, checks=j.checks) for j in judged)
     write_jsonl(out / "verdicts.jsonl", (v.to_json() for v in verdicts))
-    write_jsonl(out / "rejects.jsonl", (_reject(j).to_json() for j in judged if j.reason))
-    report = _contamination(judged, index, config)
+    refused = [item for item in (*judged, *instruction) if item.reason]
+    write_jsonl(out / "rejects.jsonl", (_reject(item).to_json() for item in refused))
+    report = _contamination([*judged, *instruction], index, config)
     write_json(out / "decontamination.json", report)
     executed = [j for j in judged if "execution" in j.checks]
     return {
@@ -162,6 +213,11 @@ def _write(
         "kept_by_kind": _count(j.row.kind for j in judged if not j.reason),
         "rejected": _count(j.reason for j in judged if j.reason),
         "by_origin": _by_origin(judged),
+        "instruction": {
+            "in": len(instruction),
+            "kept": sum(not i.reason for i in instruction),
+            "rejected": _count(i.reason for i in instruction if i.reason),
+        },
         "sandbox": {
             "level": _count(j.checks["sandbox_level"] for j in executed),
             "executed": len(executed),
@@ -172,15 +228,16 @@ def _write(
     }
 
 
-def _reject(item: Judged) -> Reject:
+def _reject(item: Judged | Instruction) -> Reject:
     row = item.row
+    problem = isinstance(row, Problem)
     return Reject(
         id=row.id,
         stage="filtering",
         reason=item.reason,
         detail=item.detail,
-        where=row.prompt_id,
-        text=f"{row.problem}\n\n{row.solution}"[:4000],
+        where=row.prompt_id if problem else f"instruction {row.task}",
+        text=f"{row.problem}\n\n{row.solution if problem else row.completion}"[:4000],
     )
 
 
@@ -203,7 +260,7 @@ def _by_origin(judged: list[Judged]) -> dict[str, Any]:
 
 
 def _contamination(
-    judged: list[Judged], index: DecontaminationIndex, config: FilteringConfig
+    judged: list[Judged | Instruction], index: DecontaminationIndex, config: FilteringConfig
 ) -> dict[str, Any]:
     """Report for each evaluation set which of its questions were met, refused or only brushed."""
     sets: dict[str, Any] = {}

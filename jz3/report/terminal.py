@@ -64,12 +64,8 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (stage, f"asked {r[key]['asked']}, parsed {r[key]['parsed']}{_reasons(r[key]['rejected'])}")
         )
-    lines.append(
-        (
-            "filters",
-            f"{r['filtering']['in']} in, {r['filtering']['kept']} kept{_reasons(r['filtering']['rejected'])}",
-        )
-    )
+    for stage, part in (("filters", r["filtering"]), ("instruction", r["filtering"]["instruction"])):
+        lines.append((stage, f"{part['in']} in, {part['kept']} kept{_reasons(part['rejected'])}"))
     training = r["training"]
     lines.append(
         (

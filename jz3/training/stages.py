@@ -73,7 +73,7 @@ def run_training(ctx: StageContext) -> dict[str, Any]:
     """Train the base model on the two-stage mixture: kept synthetic problems, then instruction data.
 
     Args:
-        ctx: reads filtering/kept.jsonl and targets/instruction.jsonl; writes model/ and log.jsonl.
+        ctx: reads filtering/kept.jsonl and instruction.jsonl; writes model/ and log.jsonl.
 
     Returns:
         The training's summary.
@@ -82,10 +82,11 @@ def run_training(ctx: StageContext) -> dict[str, Any]:
         Jz3Error: there is no row at all.
     """
     kept = [Problem.from_json(row) for row in ctx.rows("filtering", "kept.jsonl")]
-    queries = [Query.from_json(row) for row in ctx.rows("targets", "instruction.jsonl")]
+    queries = [Query.from_json(row) for row in ctx.rows("filtering", "instruction.jsonl")]
     if not kept and not queries:
         raise Jz3Error(
-            "no synthetic problem was kept and there is no instruction data; see filtering/verdicts.jsonl"
+            "no synthetic problem was kept and there is no instruction data; see filtering/verdicts.jsonl "
+            "and rejects.jsonl"
         )
     notes = []
     if not kept:
