@@ -65,6 +65,7 @@ STAGES = (
         target="jz3.filtering:run",
         needs=("synthesis", "targets"),
         sections=("filtering", "evaluation.benchmarks"),
+        before="jz3.filtering.decontaminate:check_files",
     ),
     Stage(
         name="training",
@@ -109,12 +110,16 @@ def run_pipeline(
 
     Raises:
         Jz3Error: the folder is another recipe's (the difference is shown), another process runs in
-            it, or the disk is full.
+            it, a file for a later stage can't be read, or the disk is full.
     """
     recipe = settled(recipe)
     with _locked(run_dir):
         _claim(recipe, run_dir)
-        for stage in stages_up_to(last):
+        stages = stages_up_to(last)
+        for stage in stages:
+            if not (run_dir / stage.name / "manifest.json").exists():
+                stage.look_ahead(recipe)
+        for stage in stages:
             ctx = StageContext(recipe=recipe, run_dir=run_dir, name=stage.name)
             if (ctx.out / "manifest.json").exists():
                 _check_inputs(stage, ctx)

@@ -40,6 +40,9 @@ class Stage:
     check: str = ""
     """`module:function`; the function takes the folder of the finished stage and says what has been lost of it,
     so that the stage goes on; an empty text: nothing. Where none is named, what is finished stays so."""
+    before: str = ""
+    """`module:function`; the function takes the recipe and raises for files that the stage would refuse, so that
+    a run with a broken one ends before its first stage."""
 
     def function(self) -> Callable[["StageContext"], dict[str, Any]]:
         """Import and return the stage's function."""
@@ -48,6 +51,11 @@ class Stage:
     def lost(self, folder: Path) -> str:
         """Say what has been lost of the finished stage; empty: nothing."""
         return _imported(self.check)(folder) if self.check else ""
+
+    def look_ahead(self, recipe: "Recipe") -> None:
+        """Raise for files of the user that the stage would refuse."""
+        if self.before:
+            _imported(self.before)(recipe)
 
 
 def _imported(target: str) -> Callable[..., Any]:

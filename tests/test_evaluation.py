@@ -153,6 +153,13 @@ def test_every_layout_is_read(tmp_path: Path, row: dict[str, Any], expected: tup
         ('{"question": "Q", "choices": ["a"], "answer": 3}\n', "none of the 1 choices"),
         ('{"question": "Q", "options": "1 2 3", "Answer": "A"}\n', "not marked"),
         ('{"question": 5, "answer": 7}\n', "can't be read"),
+        ('{"question": null, "answer": "#### 1"}\n', ":1 .*problem None is no text"),
+        ('{"problem": "P", "solution": null, "answer": "1"}\n', ":1 .*solution None is no text"),
+        ('{"problem": "P", "solution": "S", "answer": null}\n', ":1 .*answer None is no text"),
+        ('{"question": "Q", "options": "A) 1 B) 2", "Answer": null}\n', ":1 .*answer None is no text"),
+        ('{"question": "Q", "options": "AB", "correct": "A", "rationale": "R"}\n', ":1 .*'AB' is no list"),
+        ('{"question": "Q", "choices": "ab", "answer": 1}\n', ":1 .*choices 'ab' is no list"),
+        ('{"input": 5, "target": 1}\n', ":1 .*problem 5 is no text"),
     ],
 )
 def test_bad_benchmarks_are_refused_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
@@ -163,6 +170,16 @@ def test_bad_benchmarks_are_refused_with_file_and_line(tmp_path: Path, text: str
     assert str(path) in str(caught.value)
     with pytest.raises(Jz3Error, match="can't be read"):
         load_benchmark("b", tmp_path / "absent.jsonl")
+
+
+def test_benchmark_with_a_byte_order_mark_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    row = {"problem": "P", "solution": "S", "answer": 7}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")
+    [read] = load_benchmark("b", "~/b.jsonl")
+    assert (read.problem, read.answer) == ("P", "7")
 
 
 def test_real_benchmarks_are_read_whole(shared_data: Path) -> None:

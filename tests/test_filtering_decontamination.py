@@ -78,6 +78,8 @@ def test_evaluation_files(tmp_path: Path) -> None:
     ]
     with pytest.raises(Jz3Error, match="'text'.*body, question"):
         list(evaluation_questions(EvaluationFile(path=str(path), fields=("text",))))
+    path.write_text('{"question": "Why?"}', encoding="utf-8-sig")
+    assert list(evaluation_questions(EvaluationFile(path=str(path)))) == ["Why?"]
     path.write_text("{broken\n")
     with pytest.raises(Jz3Error, match="not valid JSON"):
         list(evaluation_questions(EvaluationFile(path=str(path))))

@@ -259,6 +259,25 @@ def test_other_benchmarks_are_refused_by_finished_filters(tmp_path: Path) -> Non
         run_pipeline(other, tmp_path)
 
 
+def test_broken_benchmark_ends_a_run_before_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text('{"question": "What is 1 + 1?", "answer": null}\n')
+    added = BenchmarkConfig(name="gsm8k", path=str(path))
+    recipe = shipped_recipe("tiny")
+    recipe = dataclasses.replace(
+        recipe, evaluation=dataclasses.replace(recipe.evaluation, benchmarks=(added,))
+    )
+    monkeypatch.setattr("jz3.pipeline._run_stage", lambda stage, ctx: {"seconds": 0, "peak_memory": 0})
+    with pytest.raises(Jz3Error, match="gsm8k.jsonl:1 .* can't be read"):
+        run_pipeline(recipe, tmp_path / "run")
+    run_pipeline(recipe, tmp_path / "run", "synthesis")  # it doesn't look at them
+    (tmp_path / "run" / "filtering").mkdir()
+    write_json(tmp_path / "run" / "filtering" / "manifest.json", {"seconds": 0})
+    run_pipeline(recipe, tmp_path / "run")
+
+
 def full_disk(ctx: StageContext) -> dict[str, object]:
     raise OSError(errno.ENOSPC, "No space left on device", str(ctx.out / "docs.jsonl"))
 

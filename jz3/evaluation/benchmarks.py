@@ -35,9 +35,10 @@ def load_benchmark(name: str, path: Path | str, limit: int = 0) -> list[Query]:
         Jz3Error: the file is missing or empty, or a line can't be read; an evaluation set is used
             whole or not at all.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Some editors put a byte order mark first.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Jz3Error(f"benchmark {name!r}: {path} can't be read ({error})") from error
     queries = []
@@ -77,16 +78,26 @@ def _read_row(line: str, where: str) -> Parts:
     for fields, read in LAYOUTS:
         if set(fields) <= set(row):
             try:
-                problem, solution, answer = read(row)
+                parts = read(row)
+                for part, text in zip(("problem", "solution", "answer"), parts, strict=True):
+                    _expect(text, str, part)
             except (TypeError, ValueError, AttributeError, IndexError) as error:
                 raise Jz3Error(
                     f"{where} has the fields {', '.join(fields)} but can't be read: {error}"
                 ) from error
-            if not problem.strip() or not answer.strip():
-                raise Jz3Error(f"{where} has no {'problem' if not problem.strip() else 'answer'}")
-            return problem.strip(), solution.strip(), answer.strip()
+            problem, solution, answer = (text.strip() for text in parts)
+            if not problem or not answer:
+                raise Jz3Error(f"{where} has no {'problem' if not problem else 'answer'}")
+            return problem, solution, answer
     known = "; ".join(", ".join(fields) for fields, _ in LAYOUTS)
     raise Jz3Error(f"{where} has the fields {', '.join(sorted(row))}; known layouts: {known}")
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    """Return the value if it is of this kind; what isn't would be graded or split as something else."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} {value!r} is no {'text' if kind is str else 'list'}")
+    return value
 
 
 def _gsm8k(row: dict[str, Any]) -> Parts:
@@ -99,7 +110,8 @@ def _gsm8k(row: dict[str, Any]) -> Parts:
 
 
 def _math(row: dict[str, Any]) -> Parts:
-    return row["problem"], row["solution"], str(row["answer"])
+    answer = row["answer"]
+    return row["problem"], row["solution"], str(answer) if type(answer) in (int, float) else answer
 
 
 def _ocw(row: dict[str, Any]) -> Parts:
@@ -115,7 +127,9 @@ def _asdiv(row: dict[str, Any]) -> Parts:
 
 
 def _aqua(row: dict[str, Any]) -> Parts:
-    options = [re.sub(r"^\(?[A-Z]\s*\)\s*", "", option) for option in row["options"]]
+    options = [
+        re.sub(r"^\(?[A-Z]\s*\)\s*", "", option) for option in _expect(row["options"], list, "options")
+    ]
     return with_choices(row["question"], options), row["rationale"], row["correct"]
 
 
@@ -136,11 +150,10 @@ def _sat(row: dict[str, Any]) -> Parts:
 
 
 def _mmlu(row: dict[str, Any]) -> Parts:
-    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(row["choices"]):
-        raise ValueError(
-            f"answer {row['answer']!r} is the number of none of the {len(row['choices'])} choices"
-        )
-    return with_choices(row["question"], row["choices"]), "", chr(ord("A") + row["answer"])
+    choices, answer = _expect(row["choices"], list, "choices"), row["answer"]
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer!r} is the number of none of the {len(choices)} choices")
+    return with_choices(row["question"], choices), "", chr(ord("A") + answer)
 
 
 def _gsm_hard(row: dict[str, Any]) -> Parts:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -16,6 +16,9 @@ from jz3.evaluation.benchmarks import load_benchmark
 from jz3.evaluation.choices import without_choices
 from jz3.evaluation.config import BenchmarkConfig
 from jz3.filtering.config import EvaluationFile, FilteringConfig
+
+if TYPE_CHECKING:
+    from jz3.config import Recipe
 
 _WORD = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w]")
 _IGNORED = frozenset("$,.;:!?\"'`()[]{}|&~")
@@ -153,6 +156,15 @@ def build_index(
     return index
 
 
+def check_files(recipe: "Recipe") -> None:
+    """Read the benchmarks and the evaluation files of a recipe as the stage will.
+
+    Raises:
+        Jz3Error: one of them can't be used.
+    """
+    build_index(recipe.filtering, [], recipe.evaluation.benchmarks)
+
+
 def evaluation_questions(file: EvaluationFile) -> Iterator[str]:
     """Read the questions of a configured evaluation set.
 
@@ -160,7 +172,7 @@ def evaluation_questions(file: EvaluationFile) -> Iterator[str]:
         Jz3Error: a line can't be read; a set that is kept out only in part would be worse than none.
     """
     try:
-        with open(Path(file.path).expanduser(), encoding="utf-8") as handle:
+        with open(Path(file.path).expanduser(), encoding="utf-8-sig") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
                     yield _question(json.loads(line), file, number)
