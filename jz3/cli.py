@@ -280,7 +280,7 @@ def _run(recipe: Any, out: Path, last: str, dry_run: bool) -> None:
     if dry_run:
         from jz3.estimate import print_estimate
 
-        print_estimate(recipe)
+        print_estimate(recipe, last)
         return
     from jz3 import backend
     from jz3.pipeline import run_pipeline

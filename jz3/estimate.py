@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jz3.config import Recipe
+    from jz3.evaluation import EvaluationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +55,19 @@ class StageEstimate:
     usd: float = 0.0
 
 
-def estimate(recipe: "Recipe") -> list[StageEstimate]:
-    """Compute every stage's cost from counts and the recipe's assumptions.
+def estimate(recipe: "Recipe", last: str = "report") -> list[StageEstimate]:
+    """Compute the cost of every stage up to `last` from counts and the recipe's assumptions.
 
     FLOP per token: gradients 4 N (forward and activation gradients; the weight-gradient product is
     never done), training 6 N, generation 2 N, with N the model's parameters.
 
     Raises:
-        ValueError: the model's parameters or the corpus's size are neither known nor given.
+        ValueError: the model's parameters or the corpus's size are neither known nor given, or the
+            stage is unknown.
     """
+    from jz3.pipeline import stages_up_to
+
+    wanted = {stage.name for stage in stages_up_to(last)}
     a = recipe.estimate
     n = a.parameters or _local_parameters(Path(recipe.model.name))
     synthesiser = a.synthesiser_parameters or n
@@ -98,7 +103,7 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
         )
         / 1e6
     )
-    problems = recipe.synthesis.count
+    problems = recipe.synthesis.count * recipe.synthesis.samples
     synthetic = problems * a.kept_share * a.reply_tokens
     instruction = (
         a.instruction_tokens or float(sum(i.count for i in recipe.targets.instruction)) * a.reply_tokens
@@ -106,10 +111,14 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
     read = (synthetic + instruction) * recipe.training.epochs
     if recipe.training.max_tokens:
         read = min(read, float(recipe.training.max_tokens))
-    evaluated = sum(t.eval for t in recipe.targets.tasks)
-    return [
+    held_out = [t.eval for t in recipe.targets.tasks]
+    benchmarks, unread = _benchmark_sizes(recipe.evaluation)
+    limit, settings = recipe.evaluation.limit, len(recipe.evaluation.settings)
+    solved = sum(min(size, limit) if limit > 0 else size for size in (*held_out, *benchmarks))
+    unknown = f", without {', '.join(unread)} (no such file)" if unread else ""
+    rows = [
         StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
-        StageEstimate("targets", f"{queries:,} queries, {evaluated:,} held out"),
+        StageEstimate("targets", f"{queries:,} queries, {sum(held_out):,} held out"),
         gpu(
             "features",
             f"{texts:,} texts x {features.k} numbers x {features.bits} bits",
@@ -153,21 +162,38 @@ def estimate(recipe: "Recipe") -> list[StageEstimate]:
         gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
         gpu(
             "evaluation",
-            f"{evaluated:,} problems x 2 models x 2 settings",
-            evaluated * 4.0 * a.reply_tokens,
+            f"{solved:,} problems x 2 models x {settings} setting(s){unknown}",
+            solved * 2.0 * settings * a.reply_tokens,
             2 * n,
             a.generation_utilisation,
         ),
         StageEstimate("report", "results.json, report.html"),
     ]
+    return [row for row in rows if row.stage in wanted]
 
 
-def print_estimate(recipe: "Recipe") -> None:
-    """Print the estimate as a table, with the assumptions it rests on."""
+def _benchmark_sizes(config: "EvaluationConfig") -> tuple[list[int], list[str]]:
+    """Return how many problems each benchmark gives, and the names of those that nothing tells of."""
+    sizes, unread = [], []
+    for benchmark in config.benchmarks:
+        path = Path(benchmark.path).expanduser()
+        if path.is_file():
+            with open(path, "rb") as handle:
+                size = sum(bool(line.strip()) for line in handle)
+            sizes.append(min(size, benchmark.limit) if benchmark.limit > 0 else size)
+        elif benchmark.limit > 0:
+            sizes.append(benchmark.limit)
+        else:
+            unread.append(benchmark.name)
+    return sizes, unread
+
+
+def print_estimate(recipe: "Recipe", last: str = "report") -> None:
+    """Print the estimate up to the stage `last` as a table, with the assumptions it rests on."""
     from rich.console import Console
     from rich.table import Table
 
-    rows = estimate(recipe)
+    rows = estimate(recipe, last)
     table = Table(title=f"{recipe.name}: estimate, nothing was run", title_justify="left")
     for name in ("stage", "items", "tokens", "bytes", "calls", "GPU hours", "USD"):
         table.add_column(name, justify="left" if name in ("stage", "items") else "right")

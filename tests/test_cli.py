@@ -1,12 +1,15 @@
 """Errors of users are told in one line; recipes are checked to the last key; dry runs cost nothing."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jz3.cli import main
 from jz3.config import load_recipe, shipped_recipe
-from jz3.estimate import estimate
+from jz3.estimate import StageEstimate, estimate
+from jz3.evaluation import BenchmarkConfig
 from jz3.pipeline import NAMES
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "jz3" / "recipes").glob("*.toml"))
@@ -98,6 +101,44 @@ def test_estimate_names_every_stage_and_counts_the_papers_calls() -> None:
     assert by_stage["distillation"].calls == 9300
     assert by_stage["training"].tokens == pytest.approx(4.6e9, rel=0.15)
     assert by_stage["features"].gpu_hours > 1
+
+
+def test_estimate_counts_what_is_written_and_solved(tmp_path: Path) -> None:
+    recipe = shipped_recipe("tiny")
+    held_out = [task.eval for task in recipe.targets.tasks]
+    path = tmp_path / "b.jsonl"
+    path.write_text("{}\n\n{}\n{}\n{}\n{}\n")
+
+    def stages(**settings: Any) -> dict[str, StageEstimate]:
+        evaluation = replace(recipe.evaluation, **settings)
+        synthesis = replace(recipe.synthesis, samples=3)
+        rows = estimate(replace(recipe, evaluation=evaluation, synthesis=synthesis))
+        return {row.stage: row for row in rows}
+
+    benchmarks = (
+        BenchmarkConfig(name="all", path=str(path)),
+        BenchmarkConfig(name="some", path=str(path), limit=4),
+        BenchmarkConfig(name="told", path=str(tmp_path / "none.jsonl"), limit=6),
+        BenchmarkConfig(name="absent", path=str(tmp_path / "none.jsonl")),
+    )
+    reply = recipe.estimate.reply_tokens
+    found = stages(benchmarks=benchmarks)
+    assert found["evaluation"].tokens == (sum(held_out) + 5 + 4 + 6) * 4 * reply
+    assert found["evaluation"].items.endswith("2 setting(s), without absent (no such file)")
+    assert f"{recipe.synthesis.count * 3:,} problems" in found["synthesis"].items
+    found = stages(benchmarks=benchmarks, limit=2, settings=("nl",))
+    assert found["evaluation"].tokens == (sum(min(n, 2) for n in held_out) + 3 * 2) * 2 * reply
+
+
+def test_dry_run_ends_at_the_last_stage_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "paper-7b", "--until", "distillation", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split("│")[1].strip() for line in lines if line.startswith("│")}
+    assert {"distillation", "total"} <= shown and not shown & {"comparison", "synthesis", "training"}
+    assert "unknown stage 'fly'" in complaint(capsys, "run", "tiny", "--until", "fly", "--dry-run")
 
 
 def test_recipe_survives_its_own_file(tmp_path: Path) -> None:
