@@ -163,7 +163,7 @@ def test_exact_gradients_on_devices_of_99_kb(
     finally:
         launchers.set_shared_memory(227 << 10)
     assert_as_accurate(got, plain, exact)
-    assert set(extension.launched) == {"jz3_segment_exact_bf16_64"}
+    assert {name for name in extension.launched if "exact" in name} == {"jz3_segment_exact_bf16_64"}
 
 
 MUTANTS = {
