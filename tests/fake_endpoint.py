@@ -25,7 +25,8 @@ class FakeEndpoint:
 
     `behave(prompt, attempt)` returns `ok`, `no_boxed`, `no_usage`, an HTTP status such as `500`, `hang`
     (no answer), `cut` (truncated JSON), `drop` (connection closed), `no_choices`, `echo_key` (an error
-    that repeats the Authorization header) or `quota`.
+    that repeats the Authorization header) or `quota`; or a JSON object whose `usage` and `content`
+    replace those of the answer.
     """
 
     prompt_tokens = 100
@@ -81,11 +82,12 @@ class FakeEndpoint:
                 elif what == "quota":
                     self._send(429, {"error": {"message": "no money left", "code": "insufficient_quota"}})
                 else:
+                    odd = json.loads(what) if what.startswith("{") else {}
                     text = "[Problem]: A\n\n[Solution]: It is 2." if what == "no_boxed" else REPLY
                     choice = {
                         "index": 0,
                         "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": text},
+                        "message": {"role": "assistant", "content": odd.get("content", text)},
                     }
                     answer: dict[str, Any] = {
                         "id": "x",
@@ -101,6 +103,8 @@ class FakeEndpoint:
                     }
                     if what == "no_usage":
                         del answer["usage"]
+                    elif "usage" in odd:
+                        answer["usage"] = odd["usage"]
                     self._send(200, answer, cut=what == "cut")
                     if what in ("ok", "no_boxed", "no_usage"):
                         with endpoint._lock:

@@ -213,6 +213,44 @@ def test_without_usage_the_most_is_assumed_and_said(tmp_path: Path, caplog: pyte
     assert caplog.text.count("reports no usage") == 1
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {},
+        {"prompt_tokens": 7},
+        {"prompt_tokens": 7, "completion_tokens": None},
+        {"completion_tokens": 0.5},
+        "7",
+    ],
+)
+def test_an_incomplete_usage_loses_no_answer(
+    tmp_path: Path, usage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeEndpoint(lambda prompt, attempt: json.dumps({"usage": usage})) as server:
+        replies, spent = ask(settings(server, tmp_path), tmp_path, requests(2))
+        assert server.requests == 2
+    assert spent.completion_tokens == 2 * len(replies[0].text) and spent.prompt_tokens == 2 * len("Prompt 0")
+    assert caplog.text.count("reports no usage") == 1
+
+
+def test_content_in_parts_is_joined_and_one_without_text_is_asked_again(tmp_path: Path) -> None:
+    parts = [
+        {"type": "text", "text": "[Problem]: A"},
+        {"type": "refusal"},
+        {"type": "text", "text": " and B"},
+    ]
+
+    def behave(prompt: str, attempt: int) -> str:
+        if prompt == "Prompt 0":
+            return json.dumps({"content": parts})
+        return json.dumps({"content": [{"type": "image"}]}) if attempt == 1 else "ok"
+
+    with FakeEndpoint(behave) as server:
+        replies, spent = ask(settings(server, tmp_path), tmp_path, requests(2))
+        assert server.received == {"Prompt 0": 1, "Prompt 1": 2} and spent.calls == 3
+    assert replies[0].text == "[Problem]: A and B" and replies[1].text.startswith("[Problem]")
+
+
 def test_pace_and_concurrency(tmp_path: Path) -> None:
     with FakeEndpoint(delay=0.05) as server:
         ask(settings(server, tmp_path, concurrency=3), tmp_path, requests())
@@ -275,8 +313,9 @@ def test_dry_run_and_estimate_make_no_request(tmp_path: Path) -> None:
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 30)
-    with FakeEndpoint() as server, pytest.raises(Jz3Error, match="cache.sqlite"):
+    with FakeEndpoint() as server, pytest.raises(Jz3Error, match="cache.sqlite") as error:
         ask(settings(server, tmp_path), tmp_path, requests(1))
+    assert "move the file away" in str(error.value) and "free the disk" not in str(error.value)
 
 
 RUN = """

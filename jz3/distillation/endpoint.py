@@ -72,6 +72,18 @@ def _body(config: TeacherConfig, prompt: str) -> dict[str, Any]:
     }
 
 
+def _joined(content: Any) -> str:
+    """Return an answer's text, joined if it came in parts; raise ValueError if it holds none."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    found = [text for text in texts if isinstance(text, str)]
+    if not found:
+        raise ValueError(f"the response's content is no text: {content!r:.100}")
+    return "".join(found)
+
+
 class EndpointTeacher:
     """Asks an endpoint, never twice for the same and never beyond the budget."""
 
@@ -303,14 +315,15 @@ class _Purchase:
         choices = getattr(response, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
             raise ValueError("the response holds no choices")
-        text = choices[0].message.content or ""
-        if response.usage is not None:
-            tokens = response.usage.prompt_tokens, response.usage.completion_tokens
-        else:
+        text = _joined(choices[0].message.content or "")
+        counts = ("prompt_tokens", "completion_tokens")
+        tokens: list[Any] = [getattr(response.usage, name, None) for name in counts]
+        # Some servers send an empty usage, or one with nulls.
+        if not all(isinstance(count, int) for count in tokens):
             if not self._warned:
                 log.warning("teacher: the endpoint reports no usage; every byte is booked as a token")
             self._warned = True
-            tokens = len(prompt.encode("utf-8", "replace")), len(text.encode("utf-8", "replace"))
+            tokens = [len(part.encode("utf-8", "replace")) for part in (prompt, text)]
         return Answer(
             text=text,
             finish=choices[0].finish_reason or "stop",

@@ -154,6 +154,5 @@ class _Database:
         try:
             yield
         except sqlite3.Error as error:
-            raise Jz3Error(
-                f"{self._path}: {error}; free the disk, or move the file away if it is damaged"
-            ) from error
+            full = "free the disk, or " if isinstance(error, sqlite3.OperationalError) else ""
+            raise Jz3Error(f"{self._path}: {error}; {full}move the file away if it is damaged") from error
