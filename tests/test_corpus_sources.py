@@ -205,12 +205,40 @@ def test_parquet(tmp_path):
     assert "columns: text" in next(r for r in rejects if r.reason == "missing_field").detail
 
 
+def _strings(cells: list[bytes]) -> pa.Array:
+    """A column of strings whose bytes nobody checked."""
+    buffers = pa.array(cells, pa.binary()).buffers()
+    return pa.StringArray.from_buffers(len(cells), buffers[1], buffers[2])
+
+
 def test_parquet_with_invalid_utf8_loses_only_those_cells(tmp_path):
-    cells = pa.array([b"fine", b"bad \xff", b"good"], pa.binary())
-    broken = pa.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2])
+    broken = _strings([b"fine", b"bad \xff", b"good"])
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     texts, rejects = split(SourceConfig(name="p", kind="parquet", paths=(str(tmp_path / "a.parquet"),)))
     assert [t.text for t in texts] == ["fine", "good"] and [r.reason for r in rejects] == ["invalid_utf8"]
+
+
+BAD = _strings([b"x", b"bad \xff", b"y"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.StructArray.from_arrays([BAD], ["inner"]),
+        pa.ListArray.from_arrays([0, 1, 2, 3], BAD),
+        pa.array([1, 10**8, 2], pa.int32()).cast(pa.date32()),
+        pa.array([1, 2**62, 2]).cast(pa.timestamp("us")),
+        pa.array([1, 2**62, 2]).cast(pa.duration("s")),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_parquet_value_that_python_cannot_hold_costs_its_row_alone(tmp_path, column):
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "d": column}), tmp_path / "a.parquet")
+    source = SourceConfig(name="p", kind="parquet", paths=(str(tmp_path / "a.parquet"),), keep_fields=("d",))
+    texts, [row] = split(source)
+    assert [t.text for t in texts] == ["one", "three"] and all(t.meta["d"] for t in texts)
+    assert (row.reason, row.where) == ("unreadable_value", f"{tmp_path / 'a.parquet'}:2")
+    assert "column 'd'" in row.detail
 
 
 def test_huggingface_folders(tmp_path):

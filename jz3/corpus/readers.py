@@ -22,6 +22,8 @@ from jz3.records import Reject
 STAGE = "corpus"
 MAX_REJECT_CHARACTERS = 4000
 COMPRESSED = (".gz", ".zst")
+_UNREADABLE = (ValueError, OverflowError, LookupError)
+"""What Arrow raises for a value that Python can't hold: bad UTF-8, a date beyond year 9999, an unknown time zone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +304,11 @@ class ParquetReader:
                 self._batch = batch[wanted:]
                 self._number += min(len(batch), wanted)
                 for number, row in enumerate(_batch_rows(batch[:wanted]), first):
-                    yield from_row(row, f"{self.path}:{number}", self._source)
+                    where = f"{self.path}:{number}"
+                    if isinstance(row, str):
+                        yield reject("unreadable_value", where, row)
+                    else:
+                        yield from_row(row, where, self._source)
             if not total:
                 yield reject("empty_file", str(self.path), "no rows")
         except (pyarrow.ArrowException, OSError) as error:
@@ -361,21 +367,33 @@ def read_parquet_file(path: Path, source: SourceConfig) -> Iterator[SourceText |
         yield from reader.read()
 
 
-def _batch_rows(batch: Any) -> Iterable[dict[str, Any]]:
-    """Rows of an Arrow batch; a cell that is no valid UTF-8 comes as bytes."""
+def _batch_rows(batch: Any) -> Iterable[dict[str, Any] | str]:
+    """Rows of an Arrow batch, each a dictionary or why it can't be read; text that is no UTF-8 comes as bytes."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [
-            {name: _cell(batch.column(name)[i]) for name in batch.schema.names} for i in range(len(batch))
-        ]
+    except _UNREADABLE:
+        return [_row(batch, i) for i in range(len(batch))]
+
+
+def _row(batch: Any, number: int) -> dict[str, Any] | str:
+    row = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = _cell(batch.column(name)[number])
+        except _UNREADABLE as error:
+            return f"column {name!r}: {type(error).__name__}: {first_line(error)}"
+    return row
 
 
 def _cell(scalar: Any) -> Any:
+    import pyarrow
+
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes()
+        if isinstance(scalar, pyarrow.BinaryScalar):
+            return scalar.as_buffer().to_pybytes()
+        raise
 
 
 def open_huggingface(source: SourceConfig) -> tuple[Any, str]:
