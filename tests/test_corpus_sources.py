@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -157,6 +158,18 @@ def test_globs_are_expanded_in_order_and_once(tmp_path):
     (tmp_path / "d.jsonl").symlink_to(tmp_path / "a.jsonl")
     source = jsonl(tmp_path / "b.jsonl", tmp_path / "sub" / ".." / "b.jsonl", tmp_path / "**" / "*.jsonl")
     assert [t.text for t in split(source)[0]] == ["a", "b", "sub/c"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", os.fsdecode(b"caf\xe9/*")])
+def test_a_file_name_that_is_no_utf8_is_refused(tmp_path, pattern):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "good"}\n')
+    with pytest.raises(Jz3Error, match=r"caf\\xe9/a\.jsonl is no UTF-8; rename it") as error:
+        split(jsonl(tmp_path / pattern))
+    str(error.value).encode()
+    folder.rename(tmp_path / "café")
+    assert [t.text for t in split(jsonl(tmp_path / "**" / "*.jsonl"))[0]] == ["good"]
 
 
 def test_rejects_of_odd_field_names_can_be_written(tmp_path):

@@ -52,7 +52,7 @@ def find_files(source: SourceConfig) -> list[Path]:
     """Expand the source's globs to files, in order and once each, also those with several names.
 
     Raises:
-        Jz3Error: a path or glob matches no file.
+        Jz3Error: a path or glob matches no file, or one whose name is no UTF-8.
     """
     found: dict[str, None] = {}
     for pattern in source.paths:
@@ -65,6 +65,10 @@ def find_files(source: SourceConfig) -> list[Path]:
         found.update(dict.fromkeys(files))
     once: dict[str, str] = {}
     for name in sorted(found):
+        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
+        if printable != name:
+            # Rows name their file, and neither JSON nor the terminal can hold such a name.
+            raise Jz3Error(f"source {source.name!r}: the name of {printable} is no UTF-8; rename it")
         once.setdefault(os.path.realpath(name), name)
     return [Path(name) for name in once.values()]
 
