@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
@@ -207,6 +208,12 @@ def run(ctx: "StageContext") -> dict[str, Any]:
     }
 
 
+def refuse_parquet(name: str, path: Path) -> None:
+    """Raise a Jz3Error if a file of `name`, a target or the like, is a Parquet file."""
+    if path.suffix == ".parquet":
+        raise Jz3Error(f"{name}: {path} is a Parquet file; targets are JSON lines, convert it to those")
+
+
 def clean_solution(solution: str, answer: str = "") -> tuple[str, str]:
     """Bring a solution into the project's form.
 
@@ -293,11 +300,13 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
         drawn = _draw(source.families, key, source.count, "train", taken)
         tool = _tool_rows(len(drawn), len(source.families), source.tool_share)
         return [_worked_query(source.name, "instruction", p, t) for p, t in zip(drawn, tool, strict=True)]
+    before = len(rejects)
     found = [row for row in _read(source, source.path, rejects) if row.problem not in taken]
     found.sort(key=lambda row: seed_for(key, row.problem))
     if len(found) < source.count:
         raise Jz3Error(
             f"instruction {source.name!r}: {source.path} has {len(found)} usable rows, {source.count} asked"
+            f"{_first(rejects[before:])}"
         )
     return [
         _query(
@@ -313,6 +322,7 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
 
 
 def _file_task(task: TaskConfig, seed: int, rejects: list[Reject]) -> list[Query]:
+    before = len(rejects)
     rows = list(_read(task, task.path, rejects))
     if task.eval_path:
         held = list(_read(task, task.eval_path, rejects))
@@ -342,7 +352,7 @@ def _file_task(task: TaskConfig, seed: int, rejects: list[Reject]) -> list[Query
             hint = "" if task.eval_path else f" (one in {EVAL_SHARE} problems of the file is for evaluation)"
             raise Jz3Error(
                 f"target {task.name!r}: {asked} problems asked for {name}, but there are only "
-                f"{len(found)} usable ones{hint}; lower the count or add problems"
+                f"{len(found)} usable ones{hint}; lower the count or add problems{_first(rejects[before:])}"
             )
         found.sort(key=lambda row: seed_for(seed, "targets", task.name, row.problem))
     rows = [
@@ -369,6 +379,7 @@ def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Rejec
     )
     seen: set[str] = set()
     for file in find_files(source):
+        refuse_parquet(repr(config.name), file)
         for item in read_jsonl_file(file, source):
             if isinstance(item, Reject):
                 rejects.append(dataclasses.replace(item, stage="targets"))
@@ -376,11 +387,14 @@ def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Rejec
             problem = item.text.strip()
             missing = [f for f in fields if f not in item.meta]
             completion, answer = "", ""
-            if not missing:
+            if not missing and not item.nested:
                 stated = item.meta[config.answer_field].strip() if config.answer_field else ""
                 completion, answer = clean_solution(item.meta[config.solution_field], stated)
             if missing:
                 rejects.append(_reject("missing_field", item.where, f"no field {missing[0]!r}", problem))
+            elif item.nested:
+                detail = f"field {item.nested[0]!r} must be a text, got a list or an object"
+                rejects.append(_reject("wrong_type", item.where, detail, problem))
             elif not completion:
                 rejects.append(_reject("empty_completion", item.where, "the solution is empty", problem))
             elif problem in seen:
@@ -397,6 +411,7 @@ def _control(config: ControlConfig, seed: int, rejects: list[Reject]) -> list[Qu
     found: list[Query] = []
     if not config.count:
         return found
+    before = len(rejects)
     for where, text in _control_texts(config, seed, rejects):
         text = text[: config.max_chars].strip()
         cut = _boundary(text)
@@ -417,7 +432,9 @@ def _control(config: ControlConfig, seed: int, rejects: list[Reject]) -> list[Qu
         )
         if len(found) == config.count:
             return found
-    raise Jz3Error(f"control: {config.count} texts asked, only {len(found)} usable; lower control.count")
+    raise Jz3Error(
+        f"control: {config.count} texts asked, only {len(found)} usable; lower control.count{_first(rejects[before:])}"
+    )
 
 
 def _control_texts(config: ControlConfig, seed: int, rejects: list[Reject]) -> Iterator[tuple[str, str]]:
@@ -436,6 +453,7 @@ def _control_texts(config: ControlConfig, seed: int, rejects: list[Reject]) -> I
     source = SourceConfig(name="control", kind="jsonl", paths=(config.path,), text_field=config.text_field)
     texts: list[tuple[int, str, str]] = []
     for file in find_files(source):
+        refuse_parquet("control", file)
         for row in read_jsonl_file(file, source):
             if isinstance(row, Reject):
                 rejects.append(dataclasses.replace(row, stage="targets"))
@@ -450,6 +468,15 @@ def _boundary(text: str) -> int:
     third = len(text) // 3
     spaces = [m.end() for m in re.finditer(r"\s+", text)]
     return min(spaces, key=lambda place: abs(place - third), default=0)
+
+
+def _first(rejects: list[Reject]) -> str:
+    """Return the end of a message that names the first reject, nothing if there is none."""
+    return (
+        f"; first reject: {rejects[0].where}: {rejects[0].reason} {rejects[0].detail}".rstrip()
+        if rejects
+        else ""
+    )
 
 
 def _reject(reason: str, where: str, detail: str, text: str) -> Reject:

@@ -171,6 +171,25 @@ def test_damaged_target_is_told(tmp_path: Path) -> None:
         read_target("sums", tmp_path / "target.jsonl.gz", ScoreSettings())
 
 
+def test_odd_targets_are_refused_and_odd_lines_counted(tmp_path: Path) -> None:
+    (tmp_path / "target.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        Jz3Error, match=r"'sums': .*target\.parquet is a Parquet file; targets are JSON lines"
+    ):
+        read_target("sums", tmp_path / "target.parquet", ScoreSettings())
+    rows: list[Any] = [
+        b'{"question": ' + b"[" * 100_000,
+        {"question": "q", "answer": ["First add.", "So 27."]},
+        {"question": "q", "answer": {"text": "So 27."}},
+        {"question": "q", "answer": 27},
+    ]
+    path = runs.write_lines(tmp_path / "target.jsonl", rows)
+    [query], rejects = read_target("sums", path, ScoreSettings())
+    assert query.completion == "27"
+    assert [r.reason for r in rejects] == ["malformed_json", "wrong_type", "wrong_type"]
+    assert "field 'answer'" in rejects[1].detail
+
+
 def asked(path: Path, row: dict[str, Any], name: str = "sums", **fields: Any) -> tuple[str, str]:
     """Return problem and completion of the one query of a file with the given fields."""
     [query] = read_target(name, runs.write_lines(path, [row]), ScoreSettings(**fields))[0]

@@ -147,6 +147,8 @@ def test_bad_rows_are_counted_with_file_and_line(tmp_path: Path) -> None:
         {"question": "Only annotation?", "answer": "<<1+1=2>>\n#### 2"},
         {"question": "Blank?", "answer": " \n "},
         good[3],
+        {"question": "In steps?", "answer": ["First add.", "So \\boxed{27}"]},
+        {"question": "In fields?", "answer": {"text": "So \\boxed{27}"}},
     ]
     unanswered = [{"question": f"Show claim {i}.", "answer": "It is clear."} for i in range(40)]
     path = jsonl(tmp_path / "mixed.jsonl", good + bad + unanswered)
@@ -160,7 +162,9 @@ def test_bad_rows_are_counted_with_file_and_line(tmp_path: Path) -> None:
         "empty_text": 1,
         "empty_completion": 2,
         "duplicate": 1,
+        "wrong_type": 2,
     }
+    assert any("field 'answer'" in r.detail for r in rows["rejects"] if r.reason == "wrong_type")
     assert all(r.stage == "targets" and r.where for r in rows["rejects"])
     assert any(r.where == f"{path}:81" and r.reason == "malformed_json" for r in rows["rejects"])
     assert all(q.completion.strip() for q in rows["queries"])
@@ -205,6 +209,15 @@ def test_clear_errors(tmp_path: Path) -> None:
     short = TaskConfig(name="sums", path=jsonl(tmp_path / "s.jsonl", sums(8)), fit=50, unseen=0, eval=0)
     with pytest.raises(Jz3Error, match=r"'sums': 50 problems asked.*only \d usable"):
         run(tmp_path, TargetsConfig(tasks=(short,), control=NO_CONTROL, instruction=()))
+    path = jsonl(tmp_path / "steps.jsonl", [{"question": f"q{i}", "answer": ["a"]} for i in range(9)])
+    steps = TaskConfig(name="steps", path=path, fit=5, unseen=0, eval=0)
+    with pytest.raises(
+        Jz3Error, match=r"only 0 usable.*steps.jsonl:1: wrong_type field 'answer' must be a text"
+    ):
+        run(tmp_path, TargetsConfig(tasks=(steps,), control=NO_CONTROL, instruction=()))
+    table = TaskConfig(name="table", path=jsonl(tmp_path / "t.parquet", sums(1)))
+    with pytest.raises(Jz3Error, match=r"'table': .*t\.parquet is a Parquet file; targets are JSON lines"):
+        run(tmp_path, TargetsConfig(tasks=(table,), control=NO_CONTROL, instruction=()))
     missing = TaskConfig(name="gone", path=str(tmp_path / "gone.jsonl"))
     with pytest.raises(Jz3Error, match="gone.jsonl"):
         run(tmp_path, TargetsConfig(tasks=(missing,), control=NO_CONTROL, instruction=()))

@@ -36,6 +36,8 @@ class SourceText:
     """File and line, or whatever names the record in its source."""
     generated: bool = False
     meta: dict[str, str] = field(default_factory=dict)
+    nested: tuple[str, ...] = ()
+    """Kept fields that are lists or objects, of which `meta` has the JSON."""
 
 
 def reject(reason: str, where: str, detail: str = "", text: str = "") -> Reject:
@@ -207,12 +209,21 @@ def from_row(row: dict[str, Any], where: str, source: SourceConfig) -> SourceTex
             return reject("wrong_type", where, detail, str(value)[:200])
         parts.append(value)
     meta = {"topic": source.topic} if source.topic else {}
+    nested: list[str] = []
     for name in source.keep_fields:
         found, value = _field(row, name)
         if found and value is not None:
             meta[name] = value if isinstance(value, str) else canonical_json(_plain(value))
-    text = "\n\n".join(parts)
-    found_text = SourceText(text=text, source=source.name, where=where, generated=source.generated, meta=meta)
+            if isinstance(value, list | dict):
+                nested.append(name)
+    found_text = SourceText(
+        text="\n\n".join(parts),
+        source=source.name,
+        where=where,
+        generated=source.generated,
+        meta=meta,
+        nested=tuple(nested),
+    )
     return check_text(found_text, source.max_line_bytes)
 
 

@@ -13,7 +13,7 @@ from jz3.files import hash_text
 from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
 from jz3.seeding import seed_for
-from jz3.targets import clean_solution
+from jz3.targets import clean_solution, refuse_parquet
 from jz3.templates import prompt_for
 
 FIELDS = (
@@ -44,8 +44,9 @@ def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Qu
         The queries in an order that depends on them alone, and what was refused.
 
     Raises:
-        Jz3Error: the file holds no usable query; the message says why.
+        Jz3Error: the file is Parquet or holds no usable query; the message says why.
     """
+    refuse_parquet(f"target {name!r}", path)
     problem, solution = _fields(name, path, settings)
     source = SourceConfig(
         name="targets",
@@ -59,6 +60,12 @@ def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Qu
     for item in read_jsonl_file(path, source):
         if isinstance(item, Reject):
             rejects.append(dataclasses.replace(item, stage=STAGE))
+            continue
+        if item.nested:
+            detail = f"field {solution!r} must be a text, got a list or an object"
+            rejects.append(
+                dataclasses.replace(reject("wrong_type", item.where, detail, item.text), stage=STAGE)
+            )
             continue
         if not solution:
             prompt, completion = "", item.text.strip()
@@ -126,7 +133,7 @@ def _seen(name: str, path: Path, settings: ScoreSettings) -> dict[str, None]:
                 line = stream.readline(settings.max_line_bytes)
                 try:
                     row = json.loads(line) if line.strip() else {}
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
     except (OSError, EOFError, zlib.error) as error:
