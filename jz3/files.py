@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -91,6 +92,31 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise Jz3Error(
                     f"{path}:{number} is damaged ({error}); delete the file and run again"
                 ) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """Write tensors to a safetensors file atomically.
+
+    Args:
+        path: the file.
+        tensors: by name, all contiguous.
+        about: kept as JSON in the file's metadata, under `jz3`.
+
+    Raises:
+        OSError: the file can't be written, e.g. as the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # One key only: safetensors writes several in an order that changes from run to run.
+    metadata = None if about is None else {"jz3": canonical_json(about)}
+    with atomic_path(path) as part:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:
+            if code := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(part)) from error
+            raise
 
 
 def hash_text(text: str) -> str:

@@ -81,6 +81,14 @@ STAGES = (
     ),
     Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index"), extends=True),
 )
+_FULL = (
+    os.strerror(errno.ENOSPC),
+    os.strerror(errno.EDQUOT),
+    # torch doesn't say why it could not write a file.
+    ". unexpected pos ",
+    "basic_ios::clear: iostream error",
+)
+"""Signs of a full disk in the text of a library's error."""
 NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -153,8 +161,8 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
     start = time.monotonic()
     try:
         summary = stage.function()(ctx)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _is_full(error):
             raise Jz3Error(
                 f"the disk of {ctx.out} is full; free some space and run again, it goes on from here"
             ) from error
@@ -196,6 +204,15 @@ def _check_inputs(stage: Stage, ctx: StageContext) -> None:
             f"{ctx.out} was made from another {' and '.join(others)} than {ctx.run_dir} holds now; delete what "
             f"followed from it, to make it again: {' '.join(there)}"
         )
+
+
+def _is_full(error: Exception) -> bool:
+    """Tell whether a write failed for want of space, also one of a library that raises its own errors."""
+    if isinstance(error, Jz3Error):
+        return False
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        s in str(error) for s in _FULL
+    )
 
 
 def _claim(recipe: Recipe, run_dir: Path) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError, safe_open
 
 from jz3.config import settled, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig
 from jz3.evaluation.intervals import mean
-from jz3.files import hash_file, read_json, read_jsonl, write_json
+from jz3.files import hash_file, read_json, read_jsonl, write_json, write_tensors
 from jz3.influence import read_scores
 from jz3.pipeline import NAMES, STAGES, run_pipeline, stage_key, stages_up_to
 from jz3.report.page import render
@@ -280,6 +282,58 @@ def test_broken_benchmark_ends_a_run_before_its_first_stage(
 
 def full_disk(ctx: StageContext) -> dict[str, object]:
     raise OSError(errno.ENOSPC, "No space left on device", str(ctx.out / "docs.jsonl"))
+
+
+RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SafetensorError(RUST), True),
+        (SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
+        (RuntimeError("the model has no layers"), False),
+        (Jz3Error("/other/disk: No space left on device"), False),
+    ],
+)
+def test_a_full_disk_is_told_whatever_library_meets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: bool
+) -> None:
+    def fail(ctx: StageContext) -> dict[str, object]:
+        raise error
+
+    monkeypatch.setattr("test_pipeline.full_disk", fail)
+    broken = Stage(name="corpus", target="test_pipeline:full_disk", sections=("corpus",))
+    monkeypatch.setattr("jz3.pipeline.STAGES", (broken,))
+    with pytest.raises(Exception) as caught:
+        run_pipeline(shipped_recipe("tiny"), tmp_path, "corpus")
+    assert (caught.value is not error) == told
+    assert ("is full; free some space and run again" in str(caught.value)) == told
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.zeros(3)}, {"format": "f"})
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["jz3"]) == {"format": "f"}
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise SafetensorError(text)
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    text = RUST
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_tensors(path, {"x": torch.ones(3)})
+    assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(str(path))
+    text = "some other trouble"
+    with pytest.raises(SafetensorError, match="some other trouble"):
+        write_tensors(path, {"x": torch.ones(3)})
+    assert path.read_bytes() == before
 
 
 def test_full_disk_and_second_process_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.features.range_finder import RangeFinder
-from jz3.files import atomic_path, canonical_json, hash_file
+from jz3.files import hash_file, write_tensors
 from jz3.gradients import Batch, Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -83,17 +83,13 @@ class AdaptedFit:
 
     def save(self, path: Path) -> str:
         """Write the fit to one safetensors file and return the file's hash."""
-        from safetensors.torch import save_file
-
         tensors = {"mean": self.mean, "scale": self.scale, "energy": self.energy}
         for name in self.layers:
             tensors[f"left/{name}"] = self.left[name].contiguous()
             tensors[f"right/{name}"] = self.right[name].contiguous()
             tensors[f"coordinates/{name}"] = self.coordinates[name].contiguous()
         about = {"format": FORMAT, "model_hash": self.model_hash, "layers": self.layers}
-        with atomic_path(path) as part:
-            # One key only: safetensors writes several in an order that changes from run to run.
-            save_file(tensors, part, {"jz3": canonical_json(about)})
+        write_tensors(path, tensors, about)
         return hash_file(path)
 
     @classmethod

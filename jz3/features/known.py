@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
-from jz3.files import atomic_path, canonical_json, hash_file
+from jz3.files import hash_file, write_tensors
 from jz3.gradients import Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -57,11 +57,8 @@ class Known:
 
     def save(self, path: Path) -> str:
         """Write the queries' features to `path`, the fit beside it (`<stem>-fit`), and return a hash."""
-        from safetensors.torch import save_file
-
         about = {"format": FORMAT, "names": self.names, "fit": self.fit.save(_fit_path(path))}
-        with atomic_path(path) as part:
-            save_file({"queries": self.queries.contiguous()}, part, {"jz3": canonical_json(about)})
+        write_tensors(path, {"queries": self.queries.contiguous()}, about)
         return hash_file(path)
 
     @classmethod

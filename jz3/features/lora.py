@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, canonical_json
+from jz3.files import write_tensors
 from jz3.gradients import GradientPass, Tokens, layer_shape, linear_layers, make_batches
 from jz3.seeding import rng, seed_for
 
@@ -180,8 +180,6 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
-        from safetensors.torch import save_file
-
         tensors = {f"{part}/{n}": t.contiguous() for part in PARTS for n, t in self.parts[part].items()}
         about = {
             "format": FORMAT,
@@ -190,8 +188,7 @@ class Checkpoint:
             "step": self.step,
             "learning_rate": self.learning_rate,
         }
-        with atomic_path(path) as part_path:
-            save_file(tensors, part_path, {"jz3": canonical_json(about)})
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path, model_hash: str) -> "Checkpoint":

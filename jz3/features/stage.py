@@ -20,7 +20,7 @@ from jz3.features.lora import LoraShape, WarmUp, warm_up
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.features.trainer_checkpoint import adopt_checkpoints
-from jz3.files import atomic_path, hash_file, read_json, write_jsonl
+from jz3.files import hash_file, read_json, write_jsonl, write_tensors
 from jz3.gradients import (
     RefusedText,
     Tokens,
@@ -352,7 +352,6 @@ def _write_exact(
 ) -> dict[str, int]:
     """Write the exact cosines of held-out documents with unseen queries."""
     import torch
-    from safetensors.torch import save_file
 
     config = ctx.recipe.features
     queries = unseen[: config.exact_queries]
@@ -377,8 +376,7 @@ def _write_exact(
             "document": torch.from_numpy(_numbers([t.id for t in documents])),
             "query": torch.from_numpy(_numbers([t.id for t in queries])),
         }
-        with atomic_path(path) as part:
-            save_file(tensors, part)
+        write_tensors(path, tensors)
     return {"documents": len(documents), "queries": len(queries)}
 
 
@@ -394,7 +392,6 @@ def _finite(found: Extracted) -> "Any":
 
 def _write_extracted(path: Path, ids: list[str], found: Extracted, with_values: bool) -> None:
     import torch
-    from safetensors.torch import save_file
 
     tensors = {
         "id": torch.from_numpy(_numbers(ids)),
@@ -404,8 +401,7 @@ def _write_extracted(path: Path, ids: list[str], found: Extracted, with_values: 
     }
     if with_values:
         tensors["values"] = found.values
-    with atomic_path(path) as part:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+    write_tensors(path, {n: t.contiguous() for n, t in tensors.items()})
 
 
 def read_extracted(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:

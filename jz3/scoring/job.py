@@ -25,6 +25,7 @@ from jz3.files import (
     read_json,
     write_json,
     write_jsonl,
+    write_tensors,
 )
 from jz3.gradients import (
     RefusedText,
@@ -208,7 +209,6 @@ def _prepare_checkpoint(
     rejects: list[Reject],
 ) -> Checkpoint:
     import torch
-    from safetensors.torch import save_file
 
     settings = reader.plan.settings
     folder = resolve_model(ModelConfig(name=name))
@@ -256,8 +256,8 @@ def _prepare_checkpoint(
         readout.append(one)
         unit = torch.nn.functional.normalize(found.hidden[good], dim=1)
         hidden.append(unit.mean(0))
-    with atomic_path(path.with_name("tasks.safetensors")) as part:
-        save_file({"readout": torch.stack(readout, 1), "hidden": torch.stack(hidden, 1)}, part)
+    tasks = {"readout": torch.stack(readout, 1), "hidden": torch.stack(hidden, 1)}
+    write_tensors(path.with_name("tasks.safetensors"), tasks)
     measured = {} if kind == "known" else _fidelity(reader, model, layers, projection, tokenizer, tokens)
     table = module_hash({n: layer_shape(m) for n, m in layers.items()})
     return Checkpoint(
