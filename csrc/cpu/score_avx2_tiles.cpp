@@ -1,7 +1,7 @@
 // The tile kernel for AVX2, and what is done with the rows that it leaves open. Four rows x 16 queries, four columns at a
 // time: vpmaddubsw, vpmaddwd with ones, vpaddd. That is one multiplication in 8 bits and one in 16 for 32 products, as
 // many as two of vpmaddwd alone (cpu/score_avx2.cpp) but fewer other instructions, and nothing to widen: on Zen 3 as
-// fast as the same three in registers, where pairs of rows reach half of that. Digits of 16 bits don't fit, so these are
+// fast as the same three in registers, where pairs of rows reach 0.7 of that. Digits of 16 bits don't fit, so these are
 // their highest parts, two neighbours of at most NEIGHBOURS together, whose products with two bytes fit 16 bits.
 #include "cpu/score_kernels.h"
 
