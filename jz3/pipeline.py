@@ -195,8 +195,8 @@ def _check_inputs(stage: Stage, ctx: StageContext) -> None:
     Raises:
         Jz3Error: a predecessor has been deleted and made again since.
     """
-    inputs = ctx.manifest(stage.name)["inputs"]
-    made = {name: ctx.manifest(name).get("id") for name in stage.needs}  # older versions noted none
+    inputs = ctx.manifest(stage.name).get("inputs", {})
+    made = {name: ctx.manifest(name).get("id") for name in inputs}  # older versions noted none
     if others := [name for name, key in made.items() if key and inputs[name] != key]:
         later = [s.name for s in STAGES if stage.name in {x.name for x in stages_up_to(s.name)}]
         there = [str(ctx.run_dir / n) for n in later if (ctx.run_dir / n).exists()]
