@@ -156,7 +156,9 @@ def test_results_of_what_is_no_longer_there_are_refused(tiny_run: Path, tmp_path
     shutil.copytree(tiny_run, run)
     recipe = shipped_recipe("tiny")
     shutil.rmtree(run / "corpus")
-    with pytest.raises(Jz3Error, match="features was made from another corpus .* to make it again: .*selection"):
+    with pytest.raises(
+        Jz3Error, match="features was made from another corpus .* to make it again: .*selection"
+    ):
         run_pipeline(recipe, run, "influence")
     for name in NAMES[NAMES.index("corpus") + 1 :]:
         shutil.rmtree(run / name)
