@@ -1,39 +1,20 @@
-// The kernels for AVX2 and up to 24 queries: two rows x 1, 2 or 4, both planes of a query as one number of 16 bits. Levels of 8 bits
-// times digits of 7 are more than vpmaddubsw can add up, unless the levels' signs go over to the digits first. vpmaddwd
-// has room for them, takes as many instructions, and with both planes at once nothing is left to bound or to multiply
-// later. Of every 32 columns the queries' even ones come first, so that bytes become words by a mask and a shift.
+// The kernels for AVX2 and up to 24 queries: two rows x 1, 2 or 4, both planes of a query as one number of 16 bits.
+// Levels of 8 bits times digits of 7 are more than vpmaddubsw can add up, unless the levels' signs go over to the
+// digits first. vpmaddwd has room for them, takes as many instructions, and with both planes at once nothing is left to
+// bound or to multiply later. Of every 32 columns the queries' even ones come first, so that bytes become words by a
+// mask and a shift.
 #include "cpu/score_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstring>
 
-#define JZ3_AVX2 __attribute__((target("avx2,fma")))
-#define JZ3_INLINE JZ3_AVX2 inline __attribute__((always_inline))
+#include "cpu/score_avx2.h"
 
 namespace jz3 {
 namespace {
 
 constexpr int64_t MOST_DIRECT = 8;  // queries for which 4-bit codes aren't unpacked first
-
-// Of two rows with N queries; a chain of structures, because GCC keeps arrays in memory.
-template <int N>
-struct Sums {
-  __m256i a, b;
-  Sums<N - 1> rest;
-};
-template <>
-struct Sums<0> {};
-
-template <int N>
-JZ3_INLINE void clear(Sums<N>& sums) {
-  sums.a = sums.b = _mm256_setzero_si256();
-  if constexpr (N > 1) clear(sums.rest);
-}
-
-JZ3_INLINE __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Sixteen bytes in either half.
 JZ3_INLINE __m256i table_of(const Levels& levels) {

@@ -6,13 +6,10 @@
 #include "cpu/score_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
-#define JZ3_AVX2 __attribute__((target("avx2,fma")))
-#define JZ3_INLINE JZ3_AVX2 inline __attribute__((always_inline))
+#include "cpu/score_avx2.h"
 
 namespace jz3 {
 namespace {
@@ -21,23 +18,6 @@ static_assert(255 * NEIGHBOURS <= 32767);
 
 constexpr int ROWS = 4;
 constexpr int64_t SPAN = 1 << 15;  // columns whose sums fit 32 bits
-
-// Of N rows with eight or sixteen queries; a chain of structures, because GCC keeps arrays in memory.
-template <int N>
-struct Sums {
-  __m256i a, b;
-  Sums<N - 1> rest;
-};
-template <>
-struct Sums<0> {};
-
-template <int N>
-JZ3_INLINE void clear(Sums<N>& sums) {
-  sums.a = sums.b = _mm256_setzero_si256();
-  if constexpr (N > 1) clear(sums.rest);
-}
-
-JZ3_INLINE __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // As instructions and not as intrinsics, whose sums GCC orders anew until they need more registers than there are.
 JZ3_INLINE void add_products(__m256i& total, __m256i bytes, __m256i digits, __m256i ones) {
