@@ -174,7 +174,7 @@ def choose(folder: Path, documents: int) -> dict[str, Any]:
 
 def config(documents: int) -> Any:
     """Return the index's settings: fewer cells for little data, parts of fewer than 100,000 documents."""
-    from jz3.index import IndexConfig
+    from jz3.index.config import IndexConfig
 
     cells = 512 if documents >= 50_000 else max(16, documents // 100)
     return IndexConfig(factory=f"IVF{cells},SQ8", probes=16, recall_queries=32, memory=0.18)

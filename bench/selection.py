@@ -18,11 +18,10 @@ from typing import Any
 from jz3.comparison import ComparisonConfig
 from jz3.comparison.stage import so_far
 from jz3.comparison.table import plot, text_table, verdicts
-from jz3.config import Recipe, settled
+from jz3.config import InfluenceConfig, Recipe, settled
 from jz3.corpus.config import CorpusConfig, SourceConfig
 from jz3.features import KINDS, FeaturesConfig, LessConfig
 from jz3.files import read_jsonl
-from jz3.influence import InfluenceConfig
 from jz3.models import ModelConfig, resolve_model
 from jz3.pipeline import run_pipeline
 from jz3.selection import SelectionConfig

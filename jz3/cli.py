@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
     from tyro.conf import Positional, arg
 
-    from jz3.index import IndexConfig
+    from jz3.index.config import IndexConfig
 
     INDEX = IndexConfig()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoint: of a scored run with several, the only one whose features are searched; by default all
                 are, by their weights.
         """
-        from jz3.index.collection import open_collection
+        from jz3.index.opening import open_collection
         from jz3.index.query import command
 
         _quiet_libraries()
@@ -143,8 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoint: of a scored run with several, the only one whose features are indexed.
             settings: of a scored run's index.
         """
-        from jz3.index import index_scored
-        from jz3.index.collection import open_collection
+        from jz3.index.opening import open_collection
+        from jz3.index.stage import index_scored
 
         if (run / "plan.json").is_file():
             if recipe is not None:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{run} is no run of `jz3 score`: the settings are in the recipe's section [index]"
             )
-        _run(stored_recipe(run) if recipe is None else _recipe(recipe), run, "index", False)
+        _run(_stored_or(run, recipe), run, "index", False)
 
     def store(
         action: Positional[str], folders: Positional[tuple[Path, ...]], out: Path | None = None
@@ -243,8 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stage_command(stage: str, text: str, positional: Any) -> Callable[..., None]:
     def command(run: Path, recipe: Path | None = None) -> None:
-        loaded = stored_recipe(run) if recipe is None else _recipe(recipe)
-        _run(loaded, run, stage, False)
+        _run(_stored_or(run, recipe), run, stage, False)
 
     command.__annotations__ = {"run": positional[Path], "recipe": Path | None, "return": None}
     command.__doc__ = (
@@ -255,17 +254,10 @@ def _stage_command(stage: str, text: str, positional: Any) -> Callable[..., None
     return command
 
 
-def stored_recipe(run_dir: Path) -> Any:
-    """Return the recipe that a run was made with."""
-    from jz3.config import Recipe, from_table
-    from jz3.files import read_json
+def _stored_or(run: Path, recipe: Path | None) -> Any:
+    from jz3.config import stored_recipe
 
-    path = run_dir / "recipe.json"
-    if not path.is_file():
-        raise Jz3Error(
-            f"{run_dir} is no run (it has no recipe.json); make one with `jz3 run RECIPE --out {run_dir}`"
-        )
-    return from_table(Recipe, read_json(path), str(path))
+    return stored_recipe(run) if recipe is None else _recipe(recipe)
 
 
 def _recipe(path: Path) -> Any:

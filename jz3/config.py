@@ -1,34 +1,131 @@
-"""A recipe: one frozen dataclass per stage, read from TOML, every key checked."""
+"""A recipe: one frozen dataclass per stage, read from TOML, every key checked.
 
-import dataclasses
-import difflib
+A stage that is a package keeps its settings in its own config.py; those of the others are here.
+"""
+
 import sys
-import types
-import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jz3.comparison import ComparisonConfig
+from jz3.comparison.config import ComparisonConfig
 from jz3.corpus.config import CorpusConfig
 from jz3.distillation.config import DistillationConfig
-from jz3.estimate import EstimateConfig
-from jz3.evaluation import EvaluationConfig
+from jz3.engines.base import EngineConfig, Sampling
+from jz3.errors import Jz3Error
+from jz3.evaluation.config import EvaluationConfig
 from jz3.features import FeaturesConfig
+from jz3.files import read_json
 from jz3.filtering.config import FilteringConfig
-from jz3.index import IndexConfig
-from jz3.influence import InfluenceConfig
+from jz3.grading.sandbox import SandboxConfig
+from jz3.index.config import IndexConfig
 from jz3.machine import best_dtype, best_products
 from jz3.models import ModelConfig
-from jz3.selection import SelectionConfig
-from jz3.synthesis import SynthesisConfig
-from jz3.targets import TargetsConfig
-from jz3.training import SynthesiserConfig, TrainingConfig
+from jz3.records import LEVELS
+from jz3.selection.config import SelectionConfig
+from jz3.tables import from_table
+from jz3.targets.config import TargetsConfig
+from jz3.training.config import SynthesiserConfig, TrainingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfluenceConfig:
+    """What is reported beside the gradient scores."""
+
+    baselines: tuple[str, ...] = ("hidden", "bm25", "loss", "random")
+    """Choosers without gradients: `hidden` (RDS+: weighted mean of the last hidden states), `bm25`,
+    `loss` (highest loss first), `random`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthesisConfig:
+    """How the synthesiser is asked.
+
+    Source:
+        The paper's code: temperature 1.0 for natural-language problems, 0.1 and top_p 0.95 for tool
+        problems; 27% of the released rows are tool rows.
+    """
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    count: int = 20_000
+    """Prompts. Texts that distillation has not used come first; a text is used again only when all have
+    been used, for natural-language prompts at a level that it has not had while there is one."""
+    tool_share: float = 0.27
+    """Share of the prompts that ask for a Python solution."""
+    levels: tuple[str, ...] = LEVELS
+    """Levels to draw from for the natural-language prompts."""
+    samples: int = 1
+    """Replies to each prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tool_temperature: float = 0.1
+    tool_top_p: float = 0.95
+    max_new_tokens: int = 2500
+    """Of a reply; of a tool reply, of each round."""
+    execute_tools: bool = True
+    """Run the code of tool replies while they are written, so that their outputs are real."""
+    rounds: int = 4
+    """Generate-execute rounds of a tool reply."""
+    output_limit: int = 400
+    """Characters of an output block."""
+    shard_size: int = 512
+    """Replies between two saved points."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "samples", "max_new_tokens", "rounds", "output_limit", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"synthesis: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.tool_share <= 1:
+            raise ValueError(f"synthesis: tool_share must lie in 0..1, got {self.tool_share}")
+        unknown = [level for level in self.levels if level not in LEVELS]
+        if unknown or not self.levels:
+            raise ValueError(f"synthesis: levels must be some of {', '.join(LEVELS)}, got {self.levels!r}")
+        self.sampling("cot")
+        self.sampling("tool")
+
+    def sampling(self, kind: str) -> Sampling:
+        """Return how replies of a kind are drawn."""
+        if kind == "tool":
+            return Sampling(
+                max_new_tokens=self.max_new_tokens, temperature=self.tool_temperature, top_p=self.tool_top_p
+            )
+        return Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateConfig:
+    """Assumptions of `--dry-run`; nothing that runs depends on them."""
+
+    parameters: float = 0.0
+    """Of the base model; 0: read from the model's folder, where it is local."""
+    synthesiser_parameters: float = 0.0
+    """Of the synthesiser; 0: as the base model."""
+    corpus_texts: int = 0
+    """Texts of the corpus; 0: the sum of the sources' limits."""
+    corpus_tokens: int = 350
+    """Mean tokens of a text (1,000 characters are about 300)."""
+    prompt_tokens: int = 450
+    """Mean tokens of a problem-writing prompt, its text included."""
+    reply_tokens: int = 650
+    """Mean tokens of a problem with its solution."""
+    kept_share: float = 0.8
+    """Share of the synthesised problems that the filters keep."""
+    instruction_tokens: float = 0.0
+    """Tokens of the second phase's instruction data; 0: rows of the targets times reply_tokens."""
+    peak_tflops: float = 989.0
+    """Dense bf16 peak of one GPU (H100 SXM)."""
+    gradient_utilisation: float = 0.5
+    """Share of the peak reached by forward and activation-gradient passes."""
+    training_utilisation: float = 0.4
+    generation_utilisation: float = 0.2
+    """Share of the peak reached by batched generation, prompt and reply tokens together."""
+    usd_per_gpu_hour: float = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,34 +196,11 @@ def shipped_recipe(name: str) -> Recipe:
     return load_recipe(path)
 
 
-def from_table(cls: type[Any], table: dict[str, Any], where: str) -> Any:
-    """Build the dataclass `cls` from a TOML table, checking every key and type."""
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
-    values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_table(typing.cast(type, hint), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: _convert(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        return _convert(value, next(a for a in arguments if a is not type(None)), where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{where}: must be {getattr(hint, '__name__', hint)}, got {value!r}")
+def stored_recipe(run_dir: Path) -> Recipe:
+    """Return the recipe that a run was made with."""
+    path = run_dir / "recipe.json"
+    if not path.is_file():
+        raise Jz3Error(
+            f"{run_dir} is no run (it has no recipe.json); make one with `jz3 run RECIPE --out {run_dir}`"
+        )
+    return from_table(Recipe, read_json(path), str(path))

@@ -5,41 +5,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jz3.config import Recipe
-    from jz3.evaluation import EvaluationConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EstimateConfig:
-    """Assumptions of `--dry-run`; nothing that runs depends on them."""
-
-    parameters: float = 0.0
-    """Of the base model; 0: read from the model's folder, where it is local."""
-    synthesiser_parameters: float = 0.0
-    """Of the synthesiser; 0: as the base model."""
-    corpus_texts: int = 0
-    """Texts of the corpus; 0: the sum of the sources' limits."""
-    corpus_tokens: int = 350
-    """Mean tokens of a text (1,000 characters are about 300)."""
-    prompt_tokens: int = 450
-    """Mean tokens of a problem-writing prompt, its text included."""
-    reply_tokens: int = 650
-    """Mean tokens of a problem with its solution."""
-    kept_share: float = 0.8
-    """Share of the synthesised problems that the filters keep."""
-    instruction_tokens: float = 0.0
-    """Tokens of the second phase's instruction data; 0: rows of the targets times reply_tokens."""
-    peak_tflops: float = 989.0
-    """Dense bf16 peak of one GPU (H100 SXM)."""
-    gradient_utilisation: float = 0.5
-    """Share of the peak reached by forward and activation-gradient passes."""
-    training_utilisation: float = 0.4
-    generation_utilisation: float = 0.2
-    """Share of the peak reached by batched generation, prompt and reply tokens together."""
-    usd_per_gpu_hour: float = 2.5
+from jz3.config import Recipe
+from jz3.evaluation.config import EvaluationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +23,7 @@ class StageEstimate:
     usd: float = 0.0
 
 
-def estimate(recipe: "Recipe", last: str = "report") -> list[StageEstimate]:
+def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     """Compute the cost of every stage up to `last` from counts and the recipe's assumptions.
 
     FLOP per token: gradients 4 N (forward and activation gradients; the weight-gradient product is
@@ -172,7 +140,7 @@ def estimate(recipe: "Recipe", last: str = "report") -> list[StageEstimate]:
     return [row for row in rows if row.stage in wanted]
 
 
-def _benchmark_sizes(config: "EvaluationConfig") -> tuple[list[int], list[str]]:
+def _benchmark_sizes(config: EvaluationConfig) -> tuple[list[int], list[str]]:
     """Return how many problems each benchmark gives, and the names of those that nothing tells of."""
     sizes, unread = [], []
     for benchmark in config.benchmarks:
@@ -188,7 +156,7 @@ def _benchmark_sizes(config: "EvaluationConfig") -> tuple[list[int], list[str]]:
     return sizes, unread
 
 
-def print_estimate(recipe: "Recipe", last: str = "report") -> None:
+def print_estimate(recipe: Recipe, last: str = "report") -> None:
     """Print the estimate up to the stage `last` as a table, with the assumptions it rests on."""
     from rich.console import Console
     from rich.table import Table

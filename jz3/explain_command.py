@@ -60,7 +60,7 @@ def explain(
     if task and problem:
         raise ValueError("give either --task or --problem, not both")
     if is_run:
-        from jz3.cli import stored_recipe
+        from jz3.config import stored_recipe
 
         recipe = stored_recipe(where)
         config, reduction = recipe.model, recipe.features.reduction

@@ -29,15 +29,6 @@ from jz3.topk import TopK
 METHODS = ("influence", "hidden", "bm25", "loss", "random")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InfluenceConfig:
-    """What is reported beside the gradient scores."""
-
-    baselines: tuple[str, ...] = ("hidden", "bm25", "loss", "random")
-    """Choosers without gradients: `hidden` (RDS+: weighted mean of the last hidden states), `bm25`,
-    `loss` (highest loss first), `random`."""
-
-
 def run(ctx: StageContext) -> dict[str, Any]:
     """Write influence/scores.parquet: per document and task a column per method.
 

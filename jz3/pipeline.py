@@ -38,7 +38,7 @@ STAGES = (
         needs=("features",),
         sections=("influence", "selection"),
     ),
-    Stage(name="index", target="jz3.index:run", needs=("features",), sections=("index",)),
+    Stage(name="index", target="jz3.index.stage:run", needs=("features",), sections=("index",)),
     Stage(name="selection", target="jz3.selection:run", needs=("influence",), sections=("selection",)),
     Stage(
         name="comparison",

@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jz3.engines.base import Engine, EngineConfig, Generation, Request, Sampling
+from jz3.config import SynthesisConfig
+from jz3.engines.base import Engine, Generation, Request
 from jz3.engines.on_demand import OnDemand, engine_on_demand, noted_info
 from jz3.engines.tool_loop import ToolTrace, generate_with_tools
 from jz3.errors import Jz3Error
 from jz3.files import hash_text, read_jsonl, write_jsonl
-from jz3.grading.sandbox import SandboxConfig
-from jz3.records import LEVELS, Problem, Prompt, Reject
+from jz3.records import Problem, Prompt, Reject
 from jz3.seeding import rng, seed_for
 from jz3.stage import StageContext
 
@@ -21,62 +21,6 @@ if TYPE_CHECKING:
 
 KEPT_TEXT = 4000
 """Characters of a refused reply that are kept."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SynthesisConfig:
-    """How the synthesiser is asked.
-
-    Source:
-        The paper's code: temperature 1.0 for natural-language problems, 0.1 and top_p 0.95 for tool
-        problems; 27% of the released rows are tool rows.
-    """
-
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    count: int = 20_000
-    """Prompts. Texts that distillation has not used come first; a text is used again only when all have
-    been used, for natural-language prompts at a level that it has not had while there is one."""
-    tool_share: float = 0.27
-    """Share of the prompts that ask for a Python solution."""
-    levels: tuple[str, ...] = LEVELS
-    """Levels to draw from for the natural-language prompts."""
-    samples: int = 1
-    """Replies to each prompt."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    tool_temperature: float = 0.1
-    tool_top_p: float = 0.95
-    max_new_tokens: int = 2500
-    """Of a reply; of a tool reply, of each round."""
-    execute_tools: bool = True
-    """Run the code of tool replies while they are written, so that their outputs are real."""
-    rounds: int = 4
-    """Generate-execute rounds of a tool reply."""
-    output_limit: int = 400
-    """Characters of an output block."""
-    shard_size: int = 512
-    """Replies between two saved points."""
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("count", "samples", "max_new_tokens", "rounds", "output_limit", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"synthesis: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.tool_share <= 1:
-            raise ValueError(f"synthesis: tool_share must lie in 0..1, got {self.tool_share}")
-        unknown = [level for level in self.levels if level not in LEVELS]
-        if unknown or not self.levels:
-            raise ValueError(f"synthesis: levels must be some of {', '.join(LEVELS)}, got {self.levels!r}")
-        self.sampling("cot")
-        self.sampling("tool")
-
-    def sampling(self, kind: str) -> Sampling:
-        """Return how replies of a kind are drawn."""
-        if kind == "tool":
-            return Sampling(
-                max_new_tokens=self.max_new_tokens, temperature=self.tool_temperature, top_p=self.tool_top_p
-            )
-        return Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True, slots=True)

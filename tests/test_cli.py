@@ -144,8 +144,9 @@ def test_dry_run_ends_at_the_last_stage_asked_for(
 def test_recipe_survives_its_own_file(tmp_path: Path) -> None:
     import dataclasses
 
-    from jz3.config import Recipe, from_table
+    from jz3.config import Recipe
     from jz3.files import read_json, write_json
+    from jz3.tables import from_table
 
     recipe = load_recipe(Path(__file__).parents[1] / "jz3" / "recipes" / "quickstart.toml")
     write_json(tmp_path / "recipe.json", dataclasses.asdict(recipe))

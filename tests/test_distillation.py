@@ -19,7 +19,8 @@ from jz3.distillation import DistillationConfig, ReplyError, TeacherConfig, fill
 from jz3.distillation.offline import FAMILIES, GENERAL, STAND_IN, topic_of
 from jz3.distillation.parser import REASONS
 from jz3.distillation.prompts import NAMES, template
-from jz3.distillation.teachers import RecordedTeacher, Request
+from jz3.distillation.recorded import RecordedTeacher
+from jz3.distillation.teachers import Request
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
 from jz3.records import LEVELS, Doc, Problem, Prompt, Reject

@@ -24,11 +24,11 @@ import pytest
 from jz3.cli import main
 from jz3.config import shipped_recipe
 from jz3.explore import render
-from jz3.explore.scores import ScoreTable
 from jz3.features.exact import exact_cosines
 from jz3.files import write_json
 from jz3.gradients import tokenize_text
-from jz3.index.collection import open_collection
+from jz3.index.opening import open_collection
+from jz3.index.scores import ScoreTable
 from jz3.records import Doc
 
 

@@ -14,7 +14,7 @@ from jz3.errors import Jz3Error
 from jz3.features import COUNTS, POSITIVE, FeaturesConfig, LessConfig, stage
 from jz3.features.stage import LARGE_FIT, load_projection, lost_documents, projection_path, read_extracted
 from jz3.files import hash_text, read_json, read_jsonl, write_json, write_jsonl
-from jz3.index.collection import open_collection
+from jz3.index.opening import open_collection
 from jz3.influence import feature_blocks
 from jz3.models import load_tokenizer
 from jz3.pipeline import run_pipeline

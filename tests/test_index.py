@@ -16,10 +16,11 @@ from jz3.cli import main
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
 from jz3.gradients import Tokens
-from jz3.index import IndexConfig, build
+from jz3.index import build
 from jz3.index.build import build_index, recall
-from jz3.index.collection import open_collection
+from jz3.index.config import IndexConfig
 from jz3.index.docs import DocFile
+from jz3.index.opening import open_collection
 from jz3.index.query import Encoder
 from jz3.index.search import SearchIndex
 from jz3.index.vectors import Member, Vectors

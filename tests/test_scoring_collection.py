@@ -18,7 +18,7 @@ from jz3.explain import token_values
 from jz3.explore import render
 from jz3.explore.view import View
 from jz3.gradients import linear_layers, tokenize_query, tokenize_text
-from jz3.index.collection import open_collection
+from jz3.index.opening import open_collection
 from jz3.index.query import Searcher
 from jz3.models import load_model, load_tokenizer
 from jz3.scoring.config import ChooseSettings

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jz3.config import SynthesisConfig
 from jz3.engines import EngineConfig, Generation
 from jz3.engines.text import cut_at_stop
 from jz3.errors import Jz3Error
@@ -18,7 +19,7 @@ from jz3.grading.sandbox import SandboxConfig
 from jz3.models import TINY, ModelConfig
 from jz3.records import LEVELS, Doc, Problem, Prompt, Reject
 from jz3.stage import StageContext
-from jz3.synthesis import SynthesisConfig, run
+from jz3.synthesis import run
 
 SANDBOX = SandboxConfig(packages=(), preload=(), workers=1)
 FILES = ("prompts.jsonl", "problems.jsonl", "rejects.jsonl")

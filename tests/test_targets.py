@@ -15,6 +15,7 @@ from jz3.records import Query, Reject
 from jz3.seeding import seed_for
 from jz3.stage import StageContext
 from jz3.targets import ControlConfig, InstructionConfig, TargetsConfig, TaskConfig, clean_solution
+from jz3.targets.stage import _is_eval
 from jz3.worked import worked_problems
 
 NO_CONTROL = ControlConfig(count=0)
@@ -155,7 +156,7 @@ def test_bad_rows_are_counted_with_file_and_line(tmp_path: Path) -> None:
     task = TaskConfig(name="sums", path=path, fit=30, unseen=5, eval=10)
     summary, rows = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=()))
     counts = summary["rejected"]
-    assert counts.pop("no_answer") == sum(targets._is_eval(r["question"]) for r in unanswered) > 0
+    assert counts.pop("no_answer") == sum(_is_eval(r["question"]) for r in unanswered) > 0
     assert counts == {
         "malformed_json": 1,
         "missing_field": 1,
@@ -232,7 +233,7 @@ def test_clear_errors(tmp_path: Path) -> None:
 
 
 def test_settings_come_from_toml_tables() -> None:
-    from jz3.config import from_table
+    from jz3.tables import from_table
 
     table = {
         "tasks": [{"name": "t", "kind": "worked", "families": ["gcd"], "fit": 2}],

@@ -257,11 +257,12 @@ def test_tool_loop_runs_what_the_served_model_writes(server: str) -> None:
 
 
 def test_synthesis_stage_runs_on_the_server(server: str, folder: Path, tmp_path: Path) -> None:
+    from jz3.config import SynthesisConfig
     from jz3.files import write_jsonl
     from jz3.models import ModelConfig
     from jz3.records import Doc
     from jz3.stage import StageContext
-    from jz3.synthesis import SynthesisConfig, run
+    from jz3.synthesis import run
 
     docs = [Doc(id=f"{i:016x}", text=f"The sum of {i} and 4.", source="s", tokens=8) for i in range(6)]
     write_jsonl(tmp_path / "corpus" / "docs.jsonl", [doc.to_json() for doc in docs])

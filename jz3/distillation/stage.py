@@ -3,14 +3,16 @@
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jz3.distillation.config import DistillationConfig
+from jz3.distillation.config import DistillationConfig, TeacherConfig
 from jz3.distillation.parser import ReplyError, parse_reply
 from jz3.distillation.prompts import NAMES, fill, template
-from jz3.distillation.teachers import Reply, Request, Teacher, open_teacher
+from jz3.distillation.recorded import RecordedTeacher
+from jz3.distillation.teachers import Reply, Request, Teacher
 from jz3.errors import Jz3Error
 from jz3.files import hash_text, read_jsonl, write_jsonl
 from jz3.records import Doc, Problem, Prompt, Reject
@@ -272,3 +274,26 @@ def _counts(requests: Sequence[Request], rows: Sequence[Problem | Reject]) -> di
             sorted(Counter(row.meta[name] for row in problems if name in row.meta).items())
         )
     return table
+
+
+def open_teacher(config: TeacherConfig, folder: Path, seed: int, avoid: Collection[str] = ()) -> Teacher:
+    """Open the configured teacher.
+
+    Args:
+        config: which one.
+        folder: the stage's folder; the endpoint's ledger of this run lies there.
+        seed: the run's seed, for the offline teacher's draws.
+        avoid: families of worked problems that the offline teacher must not write.
+
+    Raises:
+        Jz3Error: a key, package or file that it needs is missing.
+    """
+    if config.kind == "offline":
+        from jz3.distillation.offline import OfflineTeacher
+
+        return OfflineTeacher(seed, avoid)
+    if config.kind == "recorded":
+        return RecordedTeacher(Path(config.recorded).expanduser())
+    from jz3.distillation.endpoint import EndpointTeacher
+
+    return EndpointTeacher(config, folder)

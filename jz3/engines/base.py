@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -112,23 +111,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model and stop what was started."""
         ...
-
-
-def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> Engine:
-    """Open the configured engine on the model in folder `model`.
-
-    Raises:
-        ValueError: a setting that the engine needs is missing.
-        Jz3Error: the engine's package is not installed; the message names the extra.
-    """
-    if config.name == "transformers":
-        from jz3.engines.transformers_engine import TransformersEngine
-
-        return TransformersEngine(config, model, dtype)
-    if config.name == "vllm":
-        from jz3.engines.vllm_engine import VllmEngine
-
-        return VllmEngine(config, model, dtype)
-    from jz3.engines.openai_engine import OpenAIEngine
-
-    return OpenAIEngine(config)

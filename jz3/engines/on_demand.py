@@ -1,4 +1,4 @@
-"""Things that cost seconds and memory to open, opened only if there is work for them."""
+"""Engines are opened here, and what costs seconds and memory to open only if there is work for it."""
 
 import contextlib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from jz3.engines.base import Engine, EngineConfig, open_engine
+from jz3.engines.base import Engine, EngineConfig
 from jz3.files import read_json, write_json
 
 T = TypeVar("T")
@@ -39,6 +39,26 @@ class OnDemand(Generic[T]):
     ) -> None:
         self._values.clear()
         self._stack.__exit__(kind, error, trace)
+
+
+def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> Engine:
+    """Open the configured engine on the model in folder `model`.
+
+    Raises:
+        ValueError: a setting that the engine needs is missing.
+        Jz3Error: the engine's package is not installed; the message names the extra.
+    """
+    if config.name == "transformers":
+        from jz3.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine(config, model, dtype)
+    if config.name == "vllm":
+        from jz3.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, model, dtype)
+    from jz3.engines.openai_engine import OpenAIEngine
+
+    return OpenAIEngine(config)
 
 
 def engine_on_demand(config: EngineConfig, model: Path, dtype: str, note: Path) -> OnDemand[Engine]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jz3.explore.scores import ScoreTable
+from jz3.index.scores import ScoreTable
 from jz3.records import Doc
 
 COLOURS = ("#2f6f8f", "#c8553d", "#6a994e", "#8d6a9f", "#b08968", "#777777")

@@ -36,7 +36,7 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 7860, checkpoint: int 
     except ImportError as error:
         raise Jz3Error("the explore page needs Gradio; pip install 'jz3[explore]'") from error
     from jz3.explore.view import View
-    from jz3.index.collection import open_collection
+    from jz3.index.opening import open_collection
 
     collection = open_collection(run, checkpoint)
     with _listen(host, port) as listener:

@@ -7,11 +7,11 @@ from pathlib import Path
 from jz3.errors import Jz3Error
 from jz3.explain import pieces_of
 from jz3.explore import render
-from jz3.explore.scores import ScoreTable
 from jz3.files import read_json
 from jz3.gradients import Tokens, tokenize_text
 from jz3.index.collection import Collection
 from jz3.index.query import Match, Searcher, index_command
+from jz3.index.scores import ScoreTable
 from jz3.records import Doc
 
 FOUND = 100

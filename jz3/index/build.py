@@ -18,7 +18,7 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.files import atomic_path, read_json, write_json
-from jz3.index import IndexConfig
+from jz3.index.config import IndexConfig
 from jz3.index.search import RECALL, SearchIndex, best_of, import_faiss, signed
 from jz3.index.vectors import BLOCK, Vectors
 from jz3.seeding import rng
@@ -286,3 +286,13 @@ def _recall_queries(
         return given
     documents = torch.from_numpy(_sample(vectors, min(missing, len(vectors)), seed))
     return torch.cat([given, documents])
+
+
+def describe(built: dict[str, Any]) -> str:
+    """Return a line about a built index, from its index.json."""
+    of_targets = built["recall_target_queries"]
+    stored = built["recall_queries"] - of_targets
+    return (
+        f"{built['factory']}, {built['documents']:,} documents, recall@100 {built['recall_at_100']:.3f} against the "
+        f"exact scan ({of_targets} target queries, {stored} documents)"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jz3.errors import Jz3Error
 from jz3.index.docs import DocFile
+from jz3.index.scores import Key, ScoreTable
 from jz3.index.vectors import Member, Vectors
 from jz3.models import resolve_model
 from jz3.records import Doc, Query
@@ -15,11 +16,7 @@ from jz3.stage import StageContext
 from jz3.store import Store, read_info
 
 if TYPE_CHECKING:
-    from jz3.explore.scores import ScoreTable
     from jz3.features.extract import Projection
-
-Key = int | str | tuple[int, int]
-"""What names a text: its 64-bit id, as a number or 16 hexadecimal digits, or its place (shard, line)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +132,7 @@ class Collection(abc.ABC):
         """Return the targets' queries; none if they aren't there any more."""
 
     @abc.abstractmethod
-    def scores(self) -> "ScoreTable | None":
+    def scores(self) -> ScoreTable | None:
         """Open the scores; None if there are none yet."""
 
 
@@ -220,37 +217,7 @@ class LoopCollection(Collection):
             return []
         return [Query.from_json(row) for row in self._ctx.rows("targets", "queries.jsonl")]
 
-    def scores(self) -> "ScoreTable | None":
+    def scores(self) -> ScoreTable | None:
         """See Collection."""
-        from jz3.explore.scores import ScoreTable
-
         path = self.folder / "influence" / "scores.parquet"
         return ScoreTable([path]) if path.is_file() else None
-
-
-def open_collection(run: Path, checkpoint: int | None = None) -> Collection:
-    """Open a run of the whole loop or of `jz3 score`.
-
-    Args:
-        run: its folder.
-        checkpoint: of a run of `jz3 score` with several, whose features are searched; all of them, by
-            weight, where it isn't given.
-
-    Raises:
-        Jz3Error: the folder is no run.
-        ValueError: the run has no such checkpoint.
-    """
-    if (run / "plan.json").is_file():
-        from jz3.scoring.collection import ScoredCollection
-
-        return ScoredCollection(run, checkpoint)
-    if not (run / "recipe.json").is_file():
-        raise Jz3Error(
-            f"{run} is no run (it has neither recipe.json nor plan.json); make one with `jz3 run RECIPE --out "
-            f"{run}` or `jz3 score CORPUS --target NAME=FILE --keep-features --out {run}`"
-        )
-    if checkpoint:
-        raise ValueError(f"--checkpoint {checkpoint}: {run} is a run of the loop, which has one model")
-    from jz3.cli import stored_recipe
-
-    return LoopCollection(StageContext(recipe=stored_recipe(run), run_dir=run, name="index"))

@@ -16,7 +16,7 @@ from jz3.explain import token_values
 from jz3.features.extract import Projection, extract, open_sink
 from jz3.files import read_json
 from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
-from jz3.index import describe
+from jz3.index.build import describe
 from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
 from jz3.machine import products_obstacle

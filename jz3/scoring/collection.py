@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.explore.scores import ScoreTable
 from jz3.files import atomic_path, hash_file, read_json, read_jsonl, write_json
-from jz3.index.collection import Collection, Encoding, Key
+from jz3.index.collection import Collection, Encoding
+from jz3.index.scores import Key, ScoreTable
 from jz3.models import ModelConfig, resolve_model
 from jz3.records import Doc, Query
 from jz3.scoring.config import ChooseSettings

@@ -196,7 +196,7 @@ def _launch(job: Job) -> TrainSummary:
 
 def run_job(path: Path) -> None:
     """Train what a job file describes; every process that a launcher starts calls this."""
-    from jz3.config import from_table
+    from jz3.tables import from_table
 
     job = read_json(path)
     phases = [

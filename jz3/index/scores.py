@@ -1,15 +1,14 @@
-"""The scores of a run for the page: histograms, source mix, the best and the worst texts."""
+"""The scores of a run as index and page read them: histograms, source mix, the best and the worst texts."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jz3.index.collection import Key
-
+Key = int | str | tuple[int, int]
+"""What names a text: its 64-bit id, as a number or 16 hexadecimal digits, or its place (shard, line)."""
 PREFIX = "influence:"
 BINS = 60
 
@@ -42,7 +41,7 @@ class ScoreTable:
 
         return pq.read_table(self._paths, columns=[name])[name].to_numpy()
 
-    def keys(self, rows: np.ndarray) -> "list[Key]":
+    def keys(self, rows: np.ndarray) -> list[Key]:
         """Return what names the texts of some rows."""
         ids = self._ids()
         return [ids[int(row)].as_py() for row in rows]
@@ -63,7 +62,7 @@ class ScoreTable:
         """Return the rows from the best to the worst."""
         return np.argsort(-self.scores(task), kind="stable")
 
-    def page(self, task: str, worst: bool, start: int, count: int) -> "list[tuple[int, Key, float]]":
+    def page(self, task: str, worst: bool, start: int, count: int) -> list[tuple[int, Key, float]]:
         """Return (rank, key, score) of a page of the best texts, or of the worst."""
         order, scores = self.order(task), self.scores(task)
         rows = order[::-1][start : start + count] if worst else order[start : start + count]

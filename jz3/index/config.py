@@ -1,0 +1,21 @@
+"""Settings of the index."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """How the index is built."""
+
+    factory: str = "Flat"
+    """A FAISS factory string, e.g. `Flat`, `IVF1024,SQ8`, `IVF4096,PQ64`, `HNSW32`."""
+    probes: int = 16
+    """Cells visited per query by IVF indexes."""
+    recall_queries: int = 64
+    """Queries (the targets' and, if these are fewer, stored documents) on which recall@100 against the
+    exact scan is measured."""
+    train: int = 65_536
+    """Documents of the training sample, at most."""
+    memory: float = 1.0
+    """GiB: the index is built in parts that, like the training sample, take about that much. Parts of IVF
+    indexes stay on disk and are mapped from there; others are read whole when they are searched."""
