@@ -1,12 +1,15 @@
 """What of a text is scored: start tokens, completions, conversations, texts that are too long."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jz3.corpus.readers import SourceText
 from jz3.gradients import make_batches, start_tokens, tokenize_chat, tokenize_query, tokenize_text
 from jz3.models import load_tokenizer
+from jz3.scoring.config import ScoreSettings
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -126,5 +129,35 @@ def test_long_texts_are_cut_or_split_and_counted(tiny_model: Path) -> None:
         for token in row[begin:end]
     ]
     assert scored == whole.ids[1:]
-    with pytest.raises(ValueError, match="'truncate' or 'split'"):
+    with pytest.raises(ValueError, match="'begin' or 'split'"):
         tokenize_text(tokenizer, "t", text, 16, long="drop")
+
+
+def test_what_lies_far_behind_the_cut_is_not_tokenised(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model)
+    seen = []
+    call = type(tokenizer).__call__
+
+    def spy(self: Any, text: str, **options: Any) -> Any:
+        seen.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", spy)
+    words = "The sum of 12 and 30 is 42, naïve \u2211 say.\n\n"
+    for text in (words * 1000, "ab" * 20_000, words + " " * 40_000 + words, words, "\u6570\u5b66" * 9000):
+        for count in (3, 40):
+            whole = tokenize_text(tokenizer, "0", text, count)
+            seen.clear()
+            begin = tokenize_text(tokenizer, "0", text, count, "begin")
+            assert (begin.ids, begin.start) == (whole.ids, whole.start)
+            if text.startswith(words * 2):
+                assert max(seen) < 2000
+    seen.clear()
+    scored = SourceText(text=words * 1000, source="", where="corpus.jsonl:1")
+    assert len(ScoreSettings(max_tokens=40).tokens_of(tokenizer, scored).ids) == 40 and max(seen) < 2000
+    prompted = tokenize_text(tokenizer, "0", words * 1000, 60, "begin", prompt=words)
+    assert prompted == dataclasses.replace(
+        tokenize_text(tokenizer, "0", words * 1000, 60, prompt=words), cut=prompted.cut
+    )

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+PIECE = 8
+"""Characters that are tokenised per token that is wanted, and by how much more if they are too few."""
+MARGIN = 64
+"""Tokens before the end of a piece that may differ from those of the whole text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -78,8 +83,9 @@ def tokenize_text(
         key: the text's id.
         text: the text.
         max_tokens: the longest sequence that the model is given, start tokens included.
-        long: what becomes of a longer text: `truncate` (cut at its end, counted in `Tokens.cut`) or
-            `split` (run in windows, see `Tokens.window`; every token is scored once).
+        long: what becomes of a longer text: `truncate` (cut at its end, counted in `Tokens.cut`), `begin` (the
+            same tokens, but what lies far behind the cut is neither tokenised nor counted) or `split` (run in
+            windows, see `Tokens.window`; every token is scored once).
         prompt: if the text begins with it, whatever the white space, only what follows is scored.
 
     Returns:
@@ -87,14 +93,13 @@ def tokenize_text(
 
     Raises:
         RefusedText: there is nothing to predict, or the text is no valid Unicode.
-        ValueError: `long` is neither.
+        ValueError: `long` is none of these.
     """
-    if long not in ("truncate", "split"):
-        raise ValueError(f"long must be 'truncate' or 'split', got {long!r}")
+    if long not in ("truncate", "begin", "split"):
+        raise ValueError(f"long must be 'truncate', 'begin' or 'split', got {long!r}")
     _check_unicode(f"text {key}", text)
-    head, tail = (
-        tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in split_prompt(text, prompt)
-    )
+    most = max_tokens if long == "begin" else len(text)
+    head, tail = (_first_ids(tokenizer, part, most) for part in split_prompt(text, prompt))
     ids = [*start_tokens(tokenizer), *head, *tail]
     start = max(len(ids) - len(tail), 1)
     if len(ids) <= start:
@@ -106,6 +111,22 @@ def tokenize_text(
         message = f"text {key}: nothing is left to score within {max_tokens} token(s)"
         raise RefusedText("prompt_too_long", message)
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
+
+
+def _first_ids(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) -> list[int]:
+    """Return at least the first `count` tokens of a text, or all if it has no more.
+
+    The end of a piece of the text is tokenised otherwise than the same place of the whole, and so only what
+    lies well before it counts.
+    """
+    size = PIECE * (count + MARGIN)
+    while size < len(text):
+        ids: Any = tokenizer(text[:size], add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= count + MARGIN:
+            return ids
+        size *= PIECE
+    whole: Any = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return whole
 
 
 def split_prompt(text: str, prompt: str) -> tuple[str, str]:

@@ -129,7 +129,8 @@ class ScoreSettings:
             RefusedText: there is nothing to score.
         """
         prompt = text.meta.get(self.prompt_field, "")
-        return tokenize_text(tokenizer, text.where, text.text, self.max_tokens, prompt=prompt)
+        # A book's tokens would take longer than the pass over its first few hundred.
+        return tokenize_text(tokenizer, text.where, text.text, self.max_tokens, "begin", prompt)
 
     def checkpoints(self) -> list[tuple[str, float]]:
         """Return (model, weight) of every checkpoint, the weights summing to 1."""
