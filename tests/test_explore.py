@@ -81,6 +81,15 @@ def test_histograms_share_their_range_and_count_everything(table: ScoreTable) ->
     assert edges[0] == pytest.approx(-0.2) and edges[-1] == pytest.approx(0.6)
 
 
+def test_folders_named_like_columns_are_no_columns(table: ScoreTable, tmp_path: Path) -> None:
+    paths = [tmp_path / "source=web" / f"{number}.parquet" for number in range(2)]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(table._paths[0], path)
+    joined = ScoreTable(paths)
+    assert joined.sources == ["a", "b", "c"] and len(joined) == 12
+
+
 def test_source_mix(table: ScoreTable) -> None:
     mix = table.mix(2)
     assert mix["whole corpus"] == {"a": 0.5, "b": pytest.approx(1 / 3), "c": pytest.approx(1 / 6)}

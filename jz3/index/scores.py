@@ -27,7 +27,7 @@ class ScoreTable:
         self._paths = [str(path) for path in paths]
         names = pq.read_schema(self._paths[0]).names
         self.tasks = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-        column = pq.read_table(self._paths, columns=["source"], read_dictionary=["source"])["source"]
+        column = self._read("source", read_dictionary=["source"])
         source: Any = column.unify_dictionaries().combine_chunks()
         self.sources: list[str] = source.dictionary.to_pylist()
         self._source = source.indices.to_numpy()
@@ -37,9 +37,14 @@ class ScoreTable:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers [N]."""
+        return self._read(name).to_numpy()
+
+    def _read(self, name: str, **options: Any) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self._paths, columns=[name])[name].to_numpy()
+        # A folder of the path such as `tokens=512` is no column.
+        options["partitioning"] = None
+        return pq.read_table(self._paths, columns=[name], **options)[name]
 
     def keys(self, rows: np.ndarray) -> list[Key]:
         """Return what names the texts of some rows."""
@@ -48,9 +53,7 @@ class ScoreTable:
 
     @lru_cache(maxsize=1)  # noqa: B019 - one table a process, and its columns are what should stay
     def _ids(self) -> Any:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self._paths, columns=["id"])["id"]
+        return self._read("id")
 
     @lru_cache(maxsize=32)  # noqa: B019
     def scores(self, task: str) -> np.ndarray:
