@@ -164,10 +164,7 @@ def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert told in capsys.readouterr().err
     assert main(["explain", "tiny", "--doc", "0" * 16, "--problem", "7 + 9?"]) == 2
     assert "tiny is no folder of `jz3 run`" in capsys.readouterr().err
-    run, scored = tmp_path / "run", tmp_path / "scored"
+    run = tmp_path / "run"
     write_json(run / "recipe.json", dataclasses.asdict(shipped_recipe("tiny")))
     assert main(["explain", str(run), *arguments[2:], "--task", "sums"]) == 2
     assert "give either --task or --problem" in capsys.readouterr().err
-    write_json(scored / "plan.json", {})
-    assert main(["explain", str(scored), *arguments[2:]]) == 2
-    assert f"{scored} is a run of `jz3 score`; jz3 explain takes a model" in capsys.readouterr().err

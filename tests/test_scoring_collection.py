@@ -21,6 +21,7 @@ from jz3.gradients import linear_layers, tokenize_query, tokenize_text
 from jz3.index.opening import open_collection
 from jz3.index.query import Searcher
 from jz3.models import load_model, load_tokenizer
+from jz3.scoring.collection import ScoredCollection
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
@@ -290,6 +291,33 @@ def test_checkpoints_are_searched_together(two_checkpoints: Path, capsys: pytest
     text = tokenize_text(searcher.tokenizer, doc.id, doc.text, searcher.document_tokens)
     values = [encoder.token_values(text, answer.tokens) for encoder in searcher.encoders]
     torch.testing.assert_close(searcher.token_values(text, answer.tokens), values[0] / 4 + values[1] * 3 / 4)
+
+
+def test_texts_are_explained_by_all_checkpoints(
+    two_checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["explain", str(two_checkpoints)]
+    assert main([*command, "--doc", "doc-25", "--task", "sums", "--queries", "2"]) == 0
+    shown = re.findall(r"cosine of gradients ([+-][\d.]+), with 2 queries of sums", capsys.readouterr().out)
+    run = ScoredCollection(two_checkpoints)
+    [doc] = run.texts([run.find("doc-25")])
+    assert doc.id == "doc-25" and doc.text == runs.texts(60)[25]
+    expected = 0.0
+    for member, weight in enumerate(run.weights):
+        encoding = run.encoding(member)
+        model, tokenizer = load_model(encoding.model, "float32"), load_tokenizer(encoding.tokenizer)
+        text = tokenize_text(tokenizer, "0", doc.text, encoding.document_tokens)
+        asked = [
+            tokenize_query(tokenizer, q.id, q.prompt, q.completion, encoding.query_tokens)
+            for q in run.queries()
+            if q.task == "sums"
+        ][:2]
+        expected += weight * float(token_values(model, linear_layers(model), text, asked).sum(1).mean())
+    assert shown == [f"{expected:+.4f}"]
+    assert main([*command, "--doc", "doc-99"]) == 2
+    assert f"{two_checkpoints} has scored no text 'doc-99'" in capsys.readouterr().err
+    assert main([*command, "--doc", "doc-25", "--task", "pears"]) == 2
+    assert "has no task 'pears'; it has apples, sums" in capsys.readouterr().err
 
 
 def test_one_of_several_checkpoints_is_searched(

@@ -201,6 +201,22 @@ class ScoredCollection(Collection):
             docs.append(Doc(text=text.text, meta=text.meta, **known))
         return docs
 
+    def find(self, name: str) -> tuple[int, int]:
+        """Return the place of the first text whose id, as the scores have it, is `name`.
+
+        Raises:
+            Jz3Error: no text that was scored has that id.
+        """
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        for path in self._done():
+            table = pq.read_table(path, columns=["id", "line"])
+            row = pc.index(table["id"], name).as_py()
+            if row >= 0:
+                return int(path.stem), table["line"][row].as_py()
+        raise Jz3Error(f"{self.folder} has scored no text {name!r}")
+
     def _place(self, key: int | str) -> tuple[int, int]:
         number = int(key, 16) if isinstance(key, str) else int(key)
         ids, places = self._table
