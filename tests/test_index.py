@@ -4,7 +4,9 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,40 @@ def test_wrong_settings_are_told(tmp_path: Path) -> None:
     (tmp_path / "store" / "000000.safetensors").write_bytes(b"")
     with pytest.raises(Jz3Error, match="000000.safetensors has 0 bytes"):
         build_index(vectors_of(Store(tmp_path / "store")), tmp_path / "index", IndexConfig())
+
+
+def test_indexes_that_do_not_fit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = fill(tmp_path / "store", 1), tmp_path / "index"
+    usage, sysconf = shutil.disk_usage(tmp_path), os.sysconf
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50 * ROWS))
+    with pytest.raises(Jz3Error, match="'Flat' takes 136 bytes for each of 500 documents"):
+        build_index(vectors_of(store), folder, IndexConfig())
+    # Nothing is left that another factory would be refused for.
+    build_index(vectors_of(store), folder, IndexConfig(factory="IVF4,SQ8"))
+    monkeypatch.undo()
+    build_index(vectors_of(store), tmp_path / "flat", IndexConfig())
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
+    with pytest.raises(Jz3Error, match="is read whole.*IVF4096,SQ8"):
+        opened(tmp_path / "flat")
+    opened(folder)
+
+
+def test_full_disk_is_told_and_a_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = fill(tmp_path / "store", 1), tmp_path / "index"
+    write = faiss.write_index
+
+    def full(index: Any, path: str) -> None:
+        if "part-" not in path:
+            return write(index, path)
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("Error in void faiss::write_index: write error (No space left on device)")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(Jz3Error, match="part-000000.faiss can't be written .*No space left on device"):
+        build_index(vectors_of(store), folder, IndexConfig())
+    assert not list(folder.glob("*.part"))
+    monkeypatch.undo()
+    assert build_index(vectors_of(store), folder, IndexConfig())["documents"] == ROWS
 
 
 def test_target_queries_come_first_in_the_recall(tmp_path: Path) -> None:

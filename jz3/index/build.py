@@ -8,6 +8,7 @@ Parts are whole or absent, so that a killed build goes on and a grown store give
 ids inside are the documents' own.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def build_index(
 
     Raises:
         ValueError: the factory string is wrong or needs more documents than there are.
-        Jz3Error: a shard is damaged, or the folder holds an index of other settings.
+        Jz3Error: a shard is damaged, the index doesn't fit on the disk, or the folder holds one of other
+            settings.
     """
     faiss = import_faiss()
     if vectors.damaged:
@@ -150,6 +152,7 @@ def _train(faiss: Any, vectors: Vectors, folder: Path, config: IndexConfig, abou
             )
         return faiss.read_index(str(path))
     index = _empty(faiss, config.factory, vectors.k)
+    _check_space(folder, config.factory, len(vectors), _row_bytes(faiss, index, vectors.k), vectors.k)
     if not index.is_trained:
         rows = min(config.train, max(1, int(config.memory * 2**30) // (4 * vectors.k)), len(vectors))
         sample = _sample(vectors, rows, about["seed"])
@@ -170,10 +173,22 @@ def _train(faiss: Any, vectors: Vectors, folder: Path, config: IndexConfig, abou
             ) from error
         if ivf is not None:
             ivf.clustering_index = None
-    with atomic_path(path) as part:
-        faiss.write_index(index, str(part))
+    _write(faiss, index, path)
     write_json(note, about)
     return index
+
+
+def _write(faiss: Any, index: Any, path: Path) -> None:
+    with atomic_path(path) as part:
+        try:
+            faiss.write_index(index, str(part))
+        except RuntimeError as error:
+            # What a full disk needs least is half a file.
+            part.unlink(missing_ok=True)
+            raise Jz3Error(
+                f"{path} can't be written ({_reason(error)}); free some space and run the same command again, "
+                "it goes on from here"
+            ) from error
 
 
 def _empty(faiss: Any, factory: str, k: int) -> Any:
@@ -195,7 +210,23 @@ def _reason(error: Exception) -> str:
 
 def _row_bytes(faiss: Any, index: Any, k: int) -> int:
     ivf = faiss.try_extract_index_ivf(index)
-    return ivf.code_size + 8 if ivf is not None else 4 * k + HNSW_LINKS
+    if ivf is not None:
+        return ivf.code_size + 8
+    try:
+        return index.sa_code_size() + 8
+    except RuntimeError:  # a graph, which keeps the numbers
+        return 4 * k + HNSW_LINKS
+
+
+def _check_space(folder: Path, factory: str, rows: int, row_bytes: int, k: int) -> None:
+    """Refuse an index that would fill the disk, before the hours that it takes."""
+    size, free = rows * row_bytes, shutil.disk_usage(folder).free
+    if size > free:
+        raise Jz3Error(
+            f"index.factory {factory!r} takes {row_bytes:,} bytes for each of {rows:,} documents, {size / 1e9:,.1f} "
+            f"GB, and the disk of {folder} has {free / 1e9:,.1f} GB left; take one of codes, such as IVF4096,SQ8 "
+            f"({k + 8:,} bytes), or none: `jz3 query --exact` scans the store itself"
+        )
 
 
 def _sample(vectors: Vectors, rows: int, seed: int) -> np.ndarray:
@@ -261,8 +292,7 @@ def _write_part(
         advance(len(values))
     if on_gpu:
         index = faiss.index_gpu_to_cpu(index)
-    with atomic_path(made.path) as part:
-        faiss.write_index(index, str(part))
+    _write(faiss, index, made.path)
     write_json(
         made.path.with_suffix(".json"),
         {"shards": {str(n): digest for n, digest in made.shards.items()}, "bytes": made.path.stat().st_size},

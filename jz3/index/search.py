@@ -1,5 +1,6 @@
 """Search an index that lies in parts on disk."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ class SearchIndex:
         Args:
             parts: their files.
             probes: cells visited per query by IVF indexes.
+
+        Raises:
+            Jz3Error: a part is damaged or missing, or parts that can't be mapped are larger than the memory.
         """
         faiss = import_faiss()
         self.parts = []
+        size = sum(path.stat().st_size for path in parts if path.is_file())
         for path in parts:
             try:
                 part = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
@@ -37,6 +42,12 @@ class SearchIndex:
                 ivf.nprobe = probes
                 # One query is shared out over the cells that it visits.
                 ivf.parallel_mode = 1
+            elif size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+                raise Jz3Error(
+                    f"the index {path.parent} is read whole, {size / 1e9:,.1f} GB, and this machine has "
+                    f"{memory / 1e9:,.1f} GB of memory; give --exact, or delete it and build one that stays on disk, "
+                    "such as IVF4096,SQ8"
+                )
             self.parts.append(part)
 
     @classmethod
