@@ -25,7 +25,7 @@ from jz3.scoring.collection import ScoredCollection
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan
+from jz3.scoring.plan import load_plan, locked
 from jz3.scoring.workers import missing_shards, work
 
 pytest.importorskip("faiss")
@@ -176,6 +176,27 @@ def test_page_without_features_can_be_built(bare: Path, scored: Path) -> None:
     assert "No problem can be looked up" in shown and "Find the texts that help" not in shown
     shown = json.dumps(build_page(View(open_collection(scored))).get_config_file(), default=str)
     assert "Find the texts that help" in shown
+
+
+def test_documents_that_came_after_the_index_are_told(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored, run)
+    shutil.rmtree(run / "index")
+    (run / "scores" / "000000.parquet").rename(tmp_path / "later.parquet")
+    index = ["index", str(run), "--recall-queries", "4"]
+    with locked(run / "index" / ".lock"):
+        assert main(index) == 2
+        assert f"another process is building {run / 'index'}" in capsys.readouterr().err
+    assert main(index) == 0
+    (tmp_path / "later.parquet").rename(run / "scores" / "000000.parquet")
+    capsys.readouterr()
+    assert main(["query", str(run), "--text", "What is 3 + 4?"]) == 0
+    assert f"WITHOUT 12 newer documents, until `jz3 index {run}` adds them" in capsys.readouterr().err
+    assert "without 12 newer texts" in View(open_collection(run)).header()
+    assert main(index) == 0
+    assert "newer" not in View(open_collection(run)).header()
 
 
 def test_without_an_index(

@@ -74,6 +74,10 @@ class View:
             index = read_json(collection.index / "index.json")
             facts += [f"{searcher.index.documents:,} texts"]
             facts += [f"index {index['factory']}, recall@100 {index['recall_at_100']:.3f}"]
+            if searcher.unindexed:
+                facts += [
+                    f"without {searcher.unindexed:,} newer texts (`{index_command(collection)}` adds them)"
+                ]
         spans = "".join(f"<span>{render.plain(fact)}</span>" for fact in facts)
         return f'<div class="jz3-head"><h1>jz3 explore: {render.plain(collection.name)}</h1>{spans}</div>'
 

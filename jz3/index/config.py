@@ -8,7 +8,8 @@ class IndexConfig:
     """How the index is built."""
 
     factory: str = "Flat"
-    """A FAISS factory string, e.g. `Flat`, `IVF1024,SQ8`, `IVF4096,PQ64`, `HNSW32`."""
+    """A FAISS factory string, e.g. `Flat`, `IVF1024,SQ8`, `IVF4096,PQ64`, `HNSW32`. `Flat` and `HNSW32` take 4 bytes
+    a number on disk and, when they are searched, in memory: 16 GB for a million documents of 4,096 numbers."""
     probes: int = 16
     """Cells visited per query by IVF indexes."""
     recall_queries: int = 64

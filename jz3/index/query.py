@@ -122,6 +122,11 @@ class Searcher:
         self.query_tokens, self.document_tokens = encoding.query_tokens, encoding.document_tokens
         self.tokenizer = load_tokenizer(encoding.tokenizer)
 
+    @property
+    def unindexed(self) -> int:
+        """How many documents of the store came after the index was built, which doesn't find them."""
+        return 0 if self.index is None else max(len(self.vectors) - self.index.documents, 0)
+
     def tokens(self, text: str, solution: str = "") -> Tokens:
         """Tokenise a problem: with a solution only its tokens are scored, without one all of `text`.
 
@@ -215,6 +220,8 @@ def command(
         about = f"exact scan of {len(searcher.vectors):,} documents"
     else:
         about = describe(read_json(collection.index / "index.json"))
+        if searcher.unindexed:
+            about += f"; WITHOUT {searcher.unindexed:,} newer documents, until `{index_command(collection)}` adds them"
     _note(f"{collection.name}: {about}; loaded in {time.perf_counter() - start:.1f} s")
     if file:
         _answer_file(searcher, file, k, say)

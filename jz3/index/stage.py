@@ -4,6 +4,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from jz3.errors import Jz3Error
 from jz3.index.build import describe
 from jz3.index.config import IndexConfig
 from jz3.stage import StageContext, progress_bar
@@ -33,8 +34,20 @@ def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any
     """Build the index of a run of `jz3 score`, or bring it up to date, and measure its recall.
 
     Raises:
-        Jz3Error: the run has no features, or its model or corpus is missing; the message says what to do.
+        Jz3Error: the run has no features, its model or corpus is missing, or another process builds the index;
+            the message says what to do.
     """
+    from jz3.scoring.plan import locked
+
+    if collection.missing_features:
+        raise Jz3Error(collection.missing_features)
+    with locked(collection.index / ".lock", wait=False) as alone:
+        if not alone:
+            raise Jz3Error(f"another process is building {collection.index}")
+        return _index_scored(collection, config)
+
+
+def _index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any]:
     from jz3.gradients import tokenize_query
     from jz3.index.query import Searcher
 

@@ -15,7 +15,7 @@ from jz3.models import ModelConfig, resolve_model
 from jz3.records import Doc, Query
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import PROJECTIONS, check_model, load_job
-from jz3.scoring.plan import load_plan
+from jz3.scoring.plan import load_plan, locked
 from jz3.scoring.reading import Reader
 from jz3.scoring.shard import has_rows, scores_path, store_folder
 from jz3.store import Store
@@ -174,8 +174,9 @@ class ScoredCollection(Collection):
         wanted = {"run": self._job.key, "shards": len(done)}
         note = folder / "docs-table.json"
         if not note.is_file() or read_json(note) != wanted:
-            _write_table(done, folder)
-            write_json(note, wanted)
+            with locked(folder / ".docs.lock"):
+                _write_table(done, folder)
+                write_json(note, wanted)
         ids, places = (np.load(folder / f"docs-{name}.npy", mmap_mode="r") for name in ("ids", "places"))
         return ids, places
 
