@@ -99,6 +99,25 @@ def test_source_mix(table: ScoreTable) -> None:
         assert not re.search(r"(?:src|href)=\"(?!#)", picture)
 
 
+def test_many_sources_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sources = [f"part-{i % 40}.jsonl" for i in range(80)] + ["books"] * 20
+    columns = {"source": sources, "influence:x": np.arange(100, dtype=np.float32)}
+    pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
+    drawn: list[tuple[str, list[float]]] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.barh",
+        lambda axis, names, share, left, label, **style: drawn.append((label, share.tolist())),
+    )
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis, **style: None)
+    render.source_mix(ScoreTable([tmp_path / "scores.parquet"]), 10)
+    assert len(drawn) == render.SOURCES and ("books", [0.2, 1.0]) in drawn
+    assert drawn[-1][0] == "30 others"
+    assert np.allclose(np.sum([share for _, share in drawn], 0), 1)
+
+
 def test_texts_are_escaped() -> None:
     evil = "<script>alert(1)</script> & 'x'"
     doc = Doc(id="0" * 16, text=evil, source="<b>", tokens=3)

@@ -11,6 +11,8 @@ from jz3.index.scores import ScoreTable
 from jz3.records import Doc
 
 COLOURS = ("#2f6f8f", "#c8553d", "#6a994e", "#8d6a9f", "#b08968", "#777777")
+SOURCES = 2 * len(COLOURS)
+"""Sources that the picture of their mix tells apart, at most."""
 HELPS, HURTS = "47, 111, 143", "200, 85, 61"
 
 
@@ -89,14 +91,23 @@ def histograms(table: ScoreTable) -> str:
 
 
 def source_mix(table: ScoreTable, k: int) -> str:
-    """Return the share of every source in the corpus and among the best k texts of every task."""
+    """Return the share of every source in the corpus and among the best k texts of every task.
+
+    Of many sources (by default every file is one) those with the largest shares, and the others together.
+    """
     mix = table.mix(k)
+    names = table.sources
+    shares = np.array([[row[name] for name in names] for row in mix.values()])
+    if len(names) > SOURCES:
+        most = np.argsort(-shares.max(0), kind="stable")
+        kept, rest = np.sort(most[: SOURCES - 1]), most[SOURCES - 1 :]
+        names = [*(names[i] for i in kept), f"{len(rest):,} others"]
+        shares = np.column_stack([shares[:, kept], shares[:, rest].sum(1)])
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         left = np.zeros(len(mix))
-        for i, source in enumerate(table.sources):
-            share = np.array([row[source] for row in mix.values()])
+        for i, (source, share) in enumerate(zip(names, shares.T, strict=True)):
             alpha = 1.0 if i < len(COLOURS) else 0.5
             axis.barh(list(mix), share, left=left, color=COLOURS[i % len(COLOURS)], alpha=alpha, label=source)
             left += share
