@@ -5,9 +5,12 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -339,8 +342,41 @@ def test_other_settings_and_changed_files_are_refused(
         merge(tmp_path / "out", plan, job, ChooseSettings())
     with open(corpus[0], "a") as handle:
         handle.write(json.dumps({"text": "one more text that was not there"}) + "\n")
-    with pytest.raises(Jz3Error, match=r"a.jsonl changed after the plan was made"):
+    with pytest.raises(Jz3Error, match=r"a.jsonl changed after the plan was made \(\d+ bytes then"):
         work(tmp_path / "out")
+
+
+def test_files_of_which_only_the_time_changed_can_be_set_back(
+    tmp_path: Path, targets: dict[str, Path], tiny_model: Path
+) -> None:
+    corpus = runs.write_lines(tmp_path / "my corpus.jsonl", [{"text": t} for t in runs.texts(4)])
+    os.utime(corpus, ns=(0, 1_700_000_000_000_000_042))
+    plan, _ = runs.start(tmp_path / "out", [str(corpus)], targets)
+    os.utime(corpus)
+    with pytest.raises(Jz3Error, match="as many bytes, another time") as told:
+        plan.check_file(0)
+    [command] = re.findall(r"`(touch .*)`", str(told.value))
+    subprocess.run(shlex.split(command), check=True)
+    assert plan.check_file(0) == corpus
+
+
+def test_equal_texts_have_no_fidelity(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    corpus = runs.write_lines(tmp_path / "corpus.jsonl", [{"text": runs.texts(1)[0]}] * 30)
+    _, job = runs.start(tmp_path / "out", [str(corpus)], targets, exact_documents=4)
+    assert job.checkpoints[0].fidelity == {}
+
+
+def test_one_process_chooses_at_a_time(tmp_path: Path, targets: dict[str, Path], tiny_model: Path) -> None:
+    out = tmp_path / "out"
+    plan, job = runs.start(out, runs.make_corpus(tmp_path, 12), targets)
+    work(out)
+    other = threading.Thread(target=merge, args=(out, plan, job, ChooseSettings(k=2)))
+    with locked(out / ".choose.lock"):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and not (out / "selected.jsonl").exists()
+    other.join()
+    assert (out / "manifest.json").is_file()
 
 
 def test_foreign_and_damaged_scores_are_named(

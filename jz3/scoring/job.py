@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jz3.bm25 import Bm25
 from jz3.errors import Jz3Error
 from jz3.features import BY_PRODUCTS
@@ -297,7 +299,11 @@ def _fidelity(
     good = torch.isfinite(exact).all(1) & torch.isfinite(found).all(1)
     if int(good.sum()) < 2:
         return {}
-    measured = agreement((found[good] @ wanted.T).numpy(), exact[good].numpy())
+    scores, cosines = (found[good] @ wanted.T).numpy(), exact[good].numpy()
+    # Texts that are all equal have no order to agree about.
+    if not all(np.ptp(values, axis=0).all() for values in (scores, cosines)):
+        return {}
+    measured = agreement(scores, cosines)
     return {"documents": float(good.sum()), "queries": float(len(queries)), **measured}
 
 

@@ -20,7 +20,7 @@ from jz3.files import atomic_path, write_json, write_jsonl
 from jz3.influence import negative_control
 from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
-from jz3.scoring.plan import Plan
+from jz3.scoring.plan import Plan, locked
 from jz3.scoring.reading import Reader
 from jz3.scoring.sets import choose_among
 from jz3.scoring.shard import read_about, scores_path
@@ -58,6 +58,12 @@ def merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, 
     Raises:
         Jz3Error: shards are missing or damaged, or no text could be scored.
     """
+    # Slurm's last job may still choose when a command that was stopped is given again.
+    with locked(out / ".choose.lock"):
+        return _merge(out, plan, job, choose)
+
+
+def _merge(out: Path, plan: Plan, job: Job, choose: ChooseSettings) -> dict[str, Any]:
     missing = missing_shards(out, plan)
     if missing:
         raise Jz3Error(f"{len(missing)} of {len(plan.shards)} shards are not scored yet; run again to go on")

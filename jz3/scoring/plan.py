@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -124,9 +125,16 @@ class Plan:
         except OSError as error:
             raise Jz3Error(f"{path}, a file of the corpus, can't be read: {error.strerror}") from error
         if (stat.st_size, stat.st_mtime_ns) != (file.size, file.modified):
+            if stat.st_size != file.size:
+                what = f"{file.size} bytes then, {stat.st_size} now); "
+            else:
+                seconds, nanoseconds = divmod(file.modified, 10**9)
+                what = (
+                    "as many bytes, another time); if it was only copied or restored, set its time back with "
+                    f"`touch -d @{seconds}.{nanoseconds:09} {shlex.quote(str(path))}`, else "
+                )
             raise Jz3Error(
-                f"{path} changed after the plan was made ({file.size} bytes then, {stat.st_size} now); "
-                "score the changed corpus into another folder"
+                f"{path} changed after the plan was made ({what}score the changed corpus into another folder"
             )
         return path
 
