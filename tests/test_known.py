@@ -15,8 +15,9 @@ from jz3.features.sketch import Sketch
 from jz3.gradients import linear_layers, make_batches, run_pass
 
 
-def test_all_directions_give_the_exact_cosines() -> None:
-    model, texts = random_model("llama"), random_texts(12)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_all_directions_give_the_exact_cosines(name: str) -> None:
+    model, texts = random_model(name), random_texts(12)
     layers = linear_layers(model)
     tasks = {"one": texts[:3], "two": texts[3:4]}
     exact = exact_cosines(model, layers, texts, texts[:4]).float()

@@ -40,7 +40,6 @@ class AdaptedSink:
         self._products: dict[Any, Any] = {}
         self._values: Any = None
         self._square: Any = None
-        self._bounds: Any = None
         self._none = torch.zeros(0, dtype=torch.int64, device=device)
 
     def share(self, groups: "Iterable[tuple[str, ...]]") -> None:
@@ -114,24 +113,24 @@ class AdaptedSink:
         from jz3.gradients.products import BUCKETS, add_square, project_segments
         from jz3.ops.segment_project import segment_project
 
+        count, width, _ = g.shape
         if self._square is None:
-            count, width, _ = g.shape
             self._square = torch.zeros(count, device=g.device, dtype=torch.float32)
             self._values = torch.zeros(count, self._fit.k, device=g.device, dtype=torch.float32)
-            # Pads have no gradient, so that a row of the batch is its text's segment. On the CPU, where kernels want
-            # them.
-            self._bounds = torch.arange(0, count * width + 1, width)
+        # Pads have no gradient, so that a row of the batch is its text's segment; every expert of a mixture has rows of
+        # a length of its own. On the CPU, where kernels want them.
+        bounds = torch.arange(0, count * width + 1, width)
         projected, begin = kept
         turns = self._turn("left", name), self._turn("right", name)
         chosen, start = self._coordinates.get(name, self._none), self._offset.get(name, 0)
         values = self._values[:, start : start + len(chosen)]
         if not self._fused:
             factors = self._project("left", (name,), g), projected
-            project_segments(factors, begin, self._bounds, turns, chosen, self._square, values)
+            project_segments(factors, begin, bounds, turns, chosen, self._square, values)
             return
         rows, columns = self._width("left", name), self._width("right", name)
         left = self._matrix("left", (name,), g.shape[2], g.dtype)
-        both = segment_project(projected, g.flatten(0, 1), left, self._bounds).float()
+        both = segment_project(projected, g.flatten(0, 1), left, bounds).float()
         known = both[:, :rows, begin : begin + columns]
         add_square(known, both[:, rows:, -BUCKETS:], turns, self._square)
         values[:] = known.flatten(1)[:, chosen]
