@@ -104,8 +104,8 @@ def token_values(
         [Q, T] float32; row q sums to cos(G, G_q).
 
     Raises:
-        ValueError: there is no query, a layer is an expert of a mixture, or a gradient is zero or not
-            finite.
+        ValueError: there is no query, a layer is an expert of a mixture or runs several times for a token, or a
+            gradient is zero or not finite.
     """
     import torch
 
@@ -122,6 +122,11 @@ def token_values(
     sink = _TextSink()
     for _ in run_pass(model, layers, sink, make_batches([text], batch_tokens), reduction):
         pass
+    if several := [name for name, (a, _) in sink.factors.items() if len(a) != len(text.ids)]:
+        raise ValueError(
+            f"texts can't be explained token by token with {type(model).__name__}: {several[0]} and "
+            f"{len(several) - 1} more layers don't run once for every token"
+        )
     _check_norm(f"text {text.id}", sink.square)
     values = torch.zeros(len(queries), len(text.ids), dtype=torch.float32)
     products = _QuerySink(sink.factors)
@@ -164,7 +169,7 @@ def explain(
 
     Raises:
         ValueError: the text or a query is too short, there is no query, the model is a mixture of
-            experts, or a gradient is zero or not finite.
+            experts or runs a layer several times for a token, or a gradient is zero or not finite.
     """
     model.eval()
     tokens = tokenize_text(tokenizer, "0", text, max_tokens, prompt=prompt)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from jz3 import backend
+from jz3.explain import token_values
 from jz3.gradients import (
     GradientPass,
     Tokens,
@@ -255,6 +256,75 @@ def test_uncovered_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
     layers = linear_layers(model)
     assert not any("experts." in name for name in layers)
     assert "not covered" in caplog.text and "experts.gate_up_proj" in caplog.text
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("shared", ["modules", "weights"])
+def test_layers_that_run_several_times_have_one_gradient(shared: str, packed: bool) -> None:
+    model, texts = random_model("llama"), random_texts(5)
+    blocks: Any = model.model.layers
+    if shared == "modules":
+        blocks[1].mlp, blocks[1].self_attn.o_proj = blocks[0].mlp, blocks[0].self_attn.o_proj
+    else:
+        for name in ("mlp.up_proj", "self_attn.o_proj"):
+            blocks[1].get_submodule(name).weight = blocks[0].get_submodule(name).weight
+    layers = linear_layers(model)
+    expected = [autograd_gradients(model, text, "mean")[0] for text in texts]
+    for asked in (layers, {n: m for n, m in layers.items() if "layers.0." in n}):
+        sink = Whole()
+        for batch, _ in run_pass(model, asked, sink, make_batches(texts, 40), packed=packed):
+            for row, position in enumerate(batch.positions):
+                for layer, gradient in sink.gradients.items():
+                    own = gradient[row], expected[position][layer]
+                    torch.testing.assert_close(*own, atol=1e-7, rtol=1e-5)
+        assert {n for n in asked if "layers.0." in n} <= set(sink.gradients)
+    with pytest.raises(ValueError, match=r"layers\.0\..* don't run once for every token"):
+        token_values(model, layers, texts[0], texts[1:])
+
+
+def test_layers_that_see_a_choice_of_the_tokens_are_refused() -> None:
+    model, texts = random_model("llama"), random_texts(3)
+
+    class Chosen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = torch.nn.Linear(32, 32).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(0, 1)
+            mine = rows[:, 0] > rows[:, 0].median()
+            return rows.masked_scatter(mine[:, None], self.expert(rows[mine])).view_as(x)
+
+    model.model.layers[1].mlp = Chosen()
+    for packed in (False, True):
+        with (
+            GradientPass(model, linear_layers(model), Whole(), packed=packed) as gradients,
+            pytest.raises(ValueError, match=r"layers\.1\.mlp\.expert: it is given numbers of the shape"),
+        ):
+            gradients.run(make_batches(texts, 10_000)[0])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_pass_needs_no_gradients_around_it(context: Any) -> None:
+    model, texts = random_model("llama"), random_texts(3)
+    layers, batches = linear_layers(model), make_batches(texts, 10_000)
+    expected, found = Whole(), Whole()
+    [_] = run_pass(model, layers, expected, batches)
+    with context():
+        [_] = run_pass(model, layers, found, make_batches(texts, 10_000))
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
+
+
+def test_adapters_that_do_not_run_are_told() -> None:
+    model = lora_model()
+    layers, [batch] = linear_layers(model), make_batches(random_texts(3), 10_000)
+    with (
+        model.disable_adapter(),
+        GradientPass(model, layers, Whole()) as gradients,
+        pytest.raises(ValueError, match="none of the 8 layers of LlamaForCausalLM .* enabled and not merged"),
+    ):
+        gradients.run(batch)
 
 
 def test_layers_that_take_no_part_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -181,6 +181,9 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="can't run: it takes padded rows"):
         GradientPass(model, layers, Whole(), fast=True, packed=True)
     odd = transformers.LlamaConfig(**{**SMALL, "head_dim": 16})
+    shared: Any = small_model("llama", torch.float32)
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    assert "share weights" in llama.obstacle(shared, {})
     assert "no multiple of 32" in llama.obstacle(transformers.LlamaForCausalLM(odd), {})
     windowed = transformers.MistralConfig(**SMALL, sliding_window=64)
     assert "sliding window" in llama.obstacle(transformers.MistralForCausalLM(windowed), {})

@@ -78,6 +78,8 @@ def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
         own |= {id(m): m for m in (block.get_submodule(p) for p in PARTS)}
     if any(type(m) is not torch.nn.Linear for m in own.values()):
         return "its linear layers are replaced by others"
+    if len({id(m.weight) for m in own.values()}) < len(PARTS) * len(model.model.layers):
+        return "its blocks share weights"
     if any(id(m) not in own for m in layers.values()):
         return "layers outside of the blocks are asked for"
     if model.get_output_embeddings().bias is not None:

@@ -61,7 +61,24 @@ class _Layout:
     width: int = 0
 
     def rows(self, x: "torch.Tensor") -> "torch.Tensor":
-        """Lay out a layer's input or output gradient as [texts, tokens, features]."""
+        """Lay out a layer's input or output gradient as [texts, tokens, features].
+
+        Raises:
+            ValueError: its rows are not those of the texts in their order.
+        """
+        count, tokens = x.shape[:-1].numel(), len(self.document)
+        if self.packed is not None:
+            known = count == tokens
+        elif x.dim() == 2 or x.shape[0] == 1:
+            known = count > 0 and count % tokens == 0
+        else:
+            known = count > 0 and x.shape[0] % self.texts == 0
+        if not known:
+            raise ValueError(
+                f"it is given numbers of the shape {list(x.shape)} for {tokens} tokens of {self.texts} texts, so that "
+                "it can't be told which belong to which text (an expert that is a linear layer of its own sees a "
+                "choice of the tokens)"
+            )
         if self.packed is not None:
             out = x.new_zeros(self.texts, self.width, x.shape[-1])
             out[self.packed] = x.reshape(-1, x.shape[-1])
@@ -124,6 +141,9 @@ class GradientPass:
         self._hooks: list[Any] = []
         # A batch may leave experts out; other layers only if the model uses their weights in a way of its own.
         self._idle = {name for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
+        self._seen: set[str] = set()
+        self._repeated: set[str] = set()
+        self._parts: dict[str, list[list[Any]]] = {}
         self._fast = (
             None
             if fast is False or self._packed
@@ -134,7 +154,9 @@ class GradientPass:
         if share := getattr(sink, "share", None):
             share(self._fast.shared() if self._fast else [])
         if self._fast is None:
-            self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+            self._hooks = [
+                layer.register_forward_hook(self._hook(name)) for name, layer in self._hooked(layers)
+            ]
 
     def _open_fast(self, core: Any, layers: dict[str, Any], wanted: bool, products: str) -> Any:
         from jz3.gradients import llama
@@ -148,6 +170,26 @@ class GradientPass:
         if reason:
             llama.say(core, reason)
         return blocks
+
+    def _hooked(self, layers: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return the layers to hook, by name; layers with one weight in common have the first one's name."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        def key(layer: Any) -> int:
+            # Not `layer.weight`, which an expert makes anew: an id belongs to what stays.
+            return id(layer._parameters.get("weight", layer))
+
+        first: dict[int, str] = {}
+        for name, layer in layers.items():
+            first.setdefault(key(layer), name)
+        found = {id(layer): (first[key(layer)], layer) for layer in layers.values()}
+        # A fit's second pass names only the first of them.
+        for module in self.model.modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and key(module) in first:
+                found.setdefault(id(module), (first[key(module)], module))
+        self._idle &= {name for name, _ in found.values()}
+        return list(found.values())
 
     def _hook(self, name: str) -> Callable[..., None]:
         from jz3.gradients.experts import ExpertLinear
@@ -163,7 +205,19 @@ class GradientPass:
             if not out.requires_grad:
                 return
             self._idle.discard(name)
-            kept = self.sink.forward(name, rows(inputs[0].detach()))
+            try:
+                a = rows(inputs[0].detach())
+            except ValueError as error:
+                raise ValueError(f"{type(self.model).__name__} is not covered: {name}: {error}") from error
+            if name in self._repeated:
+                part = [a, None]
+                self._parts.setdefault(name, []).append(part)
+                out.register_hook(lambda g: part.__setitem__(1, rows(g)))
+                return
+            if name in self._seen:
+                self._repeated.add(name)
+            self._seen.add(name)
+            kept = self.sink.forward(name, a)
             out.register_hook(lambda g: self.sink.backward(name, kept, rows(g)))
 
         return hook
@@ -184,7 +238,18 @@ class GradientPass:
             _say_idle(type(self.model).__name__, sorted(self._idle))
 
     def run(self, batch: Batch) -> PassResult:
-        """Run one batch; the sink has seen every layer when this returns."""
+        """Run one batch; the sink has seen every layer when this returns.
+
+        Raises:
+            ValueError: none of the layers is a part of the computation.
+        """
+        import torch
+
+        # Whoever only measures may well be within `torch.no_grad()`.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> PassResult:
         import torch
 
         from jz3.ops.ce_hidden_grad import ce_hidden_grad
@@ -218,6 +283,7 @@ class GradientPass:
         full = torch.zeros_like(hidden)
         full[rows, columns] = grad.to(hidden.dtype)
         backward(full)
+        self._give_repeated()
         total = torch.zeros(texts, dtype=wide, device=device).index_add_(0, owner[rows], loss * scale)
         # Windows overlap by one token, which counts where it ends a window.
         place = (
@@ -258,17 +324,43 @@ class GradientPass:
         else:
             self._layout = _Layout(owner.repeat_interleave(ids.shape[1]), texts)
             embedded = embed(ids).detach().requires_grad_()
+        known = len(self._repeated)
         # The experts' backward pass needs nothing of the context: it is recorded by then.
         try:
             with by_document(model, self._layout.document) if self._hooks else nullcontext():
-                states = model.base_model(inputs_embeds=embedded, **options).last_hidden_state
+                states = self._states(inputs_embeds=embedded, **options)
+                if len(self._repeated) > known:
+                    # Their first inputs were not kept.
+                    states = self._states(inputs_embeds=embedded, **options)
         finally:
             self._layout = None
+        if self._hooks and not self._seen | self._repeated:
+            raise ValueError(
+                f"none of the {len(self._hooks)} layers of {type(model).__name__} whose gradients are asked for took "
+                "part in its pass; adapters must be enabled and not merged (or merged for good by merge_and_unload)"
+            )
         if not self._packed:
             return states.detach(), states.backward
         padded = states.new_zeros(*ids.shape, states.shape[-1])
         padded[rows, columns] = states.detach()[0]
         return padded, lambda grad: states.backward(grad[rows, columns][None])
+
+    def _states(self, **options: Any) -> Any:
+        """Run the model up to its last hidden states, which the hooks follow."""
+        self._seen.clear()
+        self._parts.clear()
+        return self.model.base_model(**options).last_hidden_state
+
+    def _give_repeated(self) -> None:
+        """Give the sink the layers that ran several times in the pass, all of their rows as those of one run."""
+        import torch
+
+        for name, parts in self._parts.items():
+            used = [part for part in parts if part[1] is not None]
+            if used:
+                a, g = (torch.cat(x, 1) for x in zip(*used, strict=True))
+                self.sink.backward(name, self.sink.forward(name, a), g)
+        self._parts.clear()
 
 
 def _say_idle(model: str, layers: list[str]) -> None:
