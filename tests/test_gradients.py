@@ -246,6 +246,21 @@ def test_adapters(dora: bool) -> None:
             )
 
 
+def test_what_else_adapters_train_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    model: Any = peft.get_peft_model(random_model("llama"), config)
+    model.add_adapter("other", config)
+    layers = linear_layers(model)
+    assert len(layers) == 4
+    [record] = caplog.records
+    assert record.message.startswith("3 weights are none of the adapters' linear layers and not covered: ")
+    assert all(f"{n}.default" in record.message for n in ("lora_embedding_A", "lm_head.modules_to_save"))
+    with GradientPass(model, layers, Whole()):
+        pass
+
+
 def test_uncovered_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model("mixtral")
     linear_layers(model)
@@ -354,10 +369,12 @@ def test_other_logits_than_the_output_layers_are_refused(dtype: torch.dtype) -> 
     model = model.to(dtype)
     with GradientPass(model, linear_layers(model), Whole()):
         pass
-    adapter = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    adapted: Any = peft.get_peft_model(model, adapter)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not covered: its logits differ by"):
+    # A fresh adapter doesn't change the logits yet.
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not covered: its output layer has an adapter"):
         GradientPass(adapted, linear_layers(adapted), Whole())
+    with adapted.disable_adapter(), GradientPass(adapted, linear_layers(adapted), Whole()):
+        pass
 
     class Scaled(transformers.LlamaForCausalLM):
         def forward(self, *arguments: Any, **options: Any) -> Any:

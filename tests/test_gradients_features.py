@@ -15,6 +15,8 @@ from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import Extracted, extract
+from jz3.features.lora import LoraAdapters, LoraShape
+from jz3.features.sketch import Sketch
 from jz3.gradients import Tokens, linear_layers, llama, products
 from jz3.ops.signs import signs
 
@@ -63,6 +65,35 @@ def test_squared_norms_are_right_on_average(monkeypatch: pytest.MonkeyPatch) -> 
     errors = torch.stack(found) - 1
     spread = errors.std(0) / len(found) ** 0.5
     assert bool((errors.mean(0).abs() < 3.5 * spread).all()) and float(spread.max()) < 0.02
+
+
+def test_torch_s_default_number_format_changes_nothing() -> None:
+    model, texts = random_model("llama"), random_texts(6)
+    layers, shape = linear_layers(model), LoraShape(rank=2, targets=("q_proj",))
+    expected = extract(model, layers, texts, fitted(model, texts, k=40, rank=4))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = extract(model, layers, texts, fitted(model, texts, k=40, rank=4))
+        with LoraAdapters(model, shape) as adapters:
+            assert {a.weight.dtype for a in adapters.layers.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.values, expected.values)
+
+
+def test_adapters_in_a_number_format_of_their_own() -> None:
+    """PEFT keeps them in float32 beside a model in bfloat16."""
+    import peft
+
+    model: Any = random_model("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model.bfloat16(), config)
+    layers, texts = linear_layers(adapted), random_texts(4)
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.float32}
+    sketch = Sketch.of("m", layers, 4096, 32, 32, 0)
+    found = extract(adapted, layers, texts, sketch)
+    wide = extract(adapted.float(), layers, texts, sketch)
+    assert float((found.values * wide.values).sum(1).min()) > 0.98 * float(wide.values.square().sum(1).min())
 
 
 def test_the_fused_op_gives_the_same() -> None:

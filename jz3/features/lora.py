@@ -115,7 +115,7 @@ class LoraAdapters:
             check_names("weight", weights, sizes)
         device = next(model.parameters()).device
         for name, size in sizes.items():
-            adapter = torch.nn.Linear(size[1], size[0], bias=False)
+            adapter = torch.nn.Linear(size[1], size[0], bias=False, dtype=torch.float32)
             with torch.no_grad():
                 if weights is not None:
                     adapter.weight.copy_(weights[name])
@@ -302,7 +302,7 @@ def warm_up(
             for name, weight in parameters.items():
                 first, second = (x.to(weight.device) for x in last.moments(name))
                 optimiser.state[weight] = {
-                    "step": torch.tensor(float(last.step)),
+                    "step": torch.tensor(float(last.step), dtype=torch.float32),
                     "exp_avg": first,
                     "exp_avg_sq": second,
                 }

@@ -38,7 +38,7 @@ class RangeFinder:
             for side, size in zip(("left", "right"), layer_shape(layer), strict=True):
                 columns = min(self.rank[side] + OVERSAMPLING, size)
                 generator = torch.Generator().manual_seed(seed_for(seed, "range finder", name, side) >> 1)
-                omega = torch.randn(size, columns, generator=generator)
+                omega = torch.randn(size, columns, generator=generator, dtype=torch.float32)
                 self.omega[name, side] = torch.linalg.qr(omega).Q.to(device)
                 self.sketch[name, side] = torch.zeros(size, columns, device=device, dtype=torch.float32)
 

@@ -97,7 +97,8 @@ class SketchSink:
 
     def forward(self, name: str, a: "torch.Tensor") -> Any:
         """Keep a R; a itself is dropped."""
-        return a @ self._right[name]
+        # Adapters and routers may have a number format of their own.
+        return a @ self._right[name].to(a.dtype)
 
     def backward(self, name: str, kept: Any, g: "torch.Tensor") -> None:
         """Add ||G||^2 and the layer's hashed projection."""
@@ -111,9 +112,8 @@ class SketchSink:
             self._square = torch.zeros(count, device=g.device, dtype=torch.float32)
             self._values = torch.zeros(count, self._sketch.k, device=g.device, dtype=torch.float32)
         bounds = torch.arange(0, count * width + 1, width)
-        block = (
-            segment_project(kept.flatten(0, 1), g.flatten(0, 1), self._left[name], bounds).flatten(1).float()
-        )
+        left = self._left[name].to(g.dtype)
+        block = segment_project(kept.flatten(0, 1), g.flatten(0, 1), left, bounds).flatten(1).float()
         self._square += block.square().sum(1)
         sketch(block, name, self._sketch.k, seed=self._sketch.seed, out=self._values)
 

@@ -34,8 +34,8 @@ def linear_layers(
     """Return the linear layers of the model's blocks by name, the output layer left out.
 
     A mixture's fused experts count as one layer per expert and matrix, `...gate_up_proj.3`. Other
-    matrices that are neither linear layers nor embeddings are named in a warning: their gradients are
-    not part of the features.
+    matrices that are neither linear layers nor embeddings (of a PEFT model: what else of its adapters is
+    trained) are named in a warning: their gradients are not part of the features.
 
     Args:
         model: a Hugging Face causal language model, or a PEFT model around one.
@@ -79,11 +79,16 @@ def linear_layers(
             covered.update(id(p) for p in mine)
             if core is model or not lora_only:
                 layers.update(expert_layers(name, module))
-    missed = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in covered]
-    if missed and (core is model or not lora_only):
-        log.warning(
-            "%d weights are no linear layers and not covered: %s ...", len(missed), ", ".join(missed[:4])
-        )
+    if core is not model and lora_only:
+        # Of the adapters themselves: on embeddings, or whole layers that are trained beside them.
+        covered = {id(p) for m in layers.values() for p in m.parameters(recurse=False)}
+        weights = [(n, p) for n, p in model.named_parameters() if not set(adapters).isdisjoint(n.split("."))]
+        kind = "none of the adapters' linear layers"
+    else:
+        weights, kind = list(model.named_parameters()), "no linear layers"
+    missed = [n for n, p in weights if p.dim() >= 2 and id(p) not in covered]
+    if missed:
+        log.warning("%d weights are %s and not covered: %s ...", len(missed), kind, ", ".join(missed[:4]))
     if keep is not None:
         layers = {n: m for n, m in layers.items() if keep(n)}
     if not layers:
@@ -97,7 +102,7 @@ def check_output_layer(model: Any) -> None:
     """Refuse a model whose logits are not its last hidden states times the matrix of its output layer.
 
     Caps, scales, biases and adapters there are named where they are known, and otherwise found by comparing the
-    logits of three tokens. A model is looked at once, and again when its output layer is another module.
+    logits of three tokens. A model is looked at once, and again when its output layer is another module or a wrapper.
 
     Args:
         model: a causal language model without a PEFT wrapper.
@@ -110,6 +115,14 @@ def check_output_layer(model: Any) -> None:
     name, head = type(model).__name__, model.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         raise ValueError(f"{name} is not covered: it has no output layer with a matrix")
+    own: Any = head
+    if not getattr(own, "disable_adapters", True) and set(own.active_adapters) & set(
+        getattr(own, "lora_A", ())
+    ):
+        # Fresh ones leave the logits as they are.
+        raise ValueError(
+            f"{name} is not covered: its output layer has an adapter; leave it out of the target modules"
+        )
     if model.__dict__.get("_jz3_output_layer") is head:
         return
     config = model.config.get_text_config()
@@ -136,14 +149,16 @@ def check_output_layer(model: Any) -> None:
             keep.remove()
         if not states or states[0] is None:
             raise ValueError(f"{name} is not covered: its base model gives no last hidden states")
-        own = torch.nn.functional.linear(states[0].to(head.weight), head.weight)
-        difference = float((logits - own).float().norm() / own.float().norm())
+        product = torch.nn.functional.linear(states[0].to(head.weight), head.weight)
+        difference = float((logits - product).float().norm() / product.float().norm())
     if difference > ROUNDED.get(head.weight.dtype.itemsize, 1e-4):
         raise ValueError(
             f"{name} is not covered: its logits differ by {difference:.2g} from its last hidden states times the "
             "output layer's matrix, as with an adapter (leave the output layer out of it), a cap or a scale there"
         )
-    model.__dict__["_jz3_output_layer"] = head
+    if not any(head.children()):
+        # What wraps a layer may come to compute something else.
+        model.__dict__["_jz3_output_layer"] = head
 
 
 def is_router(module: "torch.nn.Module") -> bool:
