@@ -1,6 +1,6 @@
 """The core in three calls, for pipelines of one's own: featurize, influence_scores, select."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ class Features:
         """Return the features [Q, K] float32 of queries.
 
         Raises:
+            TypeError: a query is no pair of texts.
             ValueError: a query is too short, or its gradient is zero or not finite.
         """
         self.model.eval()  # training may have gone on since: dropout would make features of chance
@@ -130,7 +131,7 @@ class Scores:
 def featurize(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    docs: Sequence[str],
+    docs: Iterable[str],
     kind: Adapted | Sketch | Less | None = None,
     *,
     max_tokens: int = 512,
@@ -159,12 +160,20 @@ def featurize(
         The features, in the texts' order.
 
     Raises:
+        TypeError: a text is no str, or a query no pair of them.
         ValueError: there is no text, one is too short, or its gradient is not finite.
         Jz3Error: a checkpoint that Less names doesn't fit, or `int8` or `int16` can't be had.
     """
     kind = kind or Adapted()
-    if len(docs) == 0:
+    if isinstance(docs, str):
+        raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
+    docs = list(docs)
+    if not docs:
         raise ValueError("docs is empty")
+    if wrong := [i for i, text in enumerate(docs) if not isinstance(text, str)]:
+        raise TypeError(
+            f"text {wrong[0]} must be a str, got {docs[wrong[0]]!r:.60} ({len(wrong)} such texts); leave it out"
+        )
     model.eval()
     products = set_products(model, products)
     layers = linear_layers(model)
@@ -285,4 +294,7 @@ def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_token
 def _query_tokens(
     tokenizer: "PreTrainedTokenizerBase", queries: Sequence[Pair], max_tokens: int
 ) -> list[Tokens]:
+    for i, pair in enumerate(queries):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise TypeError(f"query {i} must be a pair (prompt, completion), got {pair!r:.60}")
     return [tokenize_query(tokenizer, str(i), *pair, max_tokens) for i, pair in enumerate(queries)]

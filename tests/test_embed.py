@@ -91,6 +91,36 @@ def test_less_warms_up_once_per_model_and_texts(tiny_model: Path, tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_callers_random_numbers_stay(tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    shape = LoraShape(rank=2, dropout=0.5)
+    less = jz3.Less(tmp_path, k=16, shape=shape, warm_up=WarmUp(share=0.5, epochs=1))
+    before = torch.get_rng_state()
+    for kind in (jz3.Adapted(k=16, rank=4), jz3.Sketch(k=16, left=4, right=4), less):
+        jz3.featurize(model, tokenizer, iter(DOCS[:3]), kind)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_compiled_model_has_the_features_of_the_model(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    compiled: Any = torch.compile(model, backend="eager")
+    one, two = (jz3.featurize(m, tokenizer, DOCS[:3], jz3.Sketch(64, 8, 8)) for m in (model, compiled))
+    assert np.array_equal(one.values, two.values)
+
+
+def test_what_is_no_text_is_told(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    wrong: Any = [*DOCS, None]
+    with pytest.raises(TypeError, match=r"text 12 must be a str, got None \(1 such"):
+        jz3.featurize(model, tokenizer, wrong)
+    with pytest.raises(TypeError, match="several texts, got one: 'The sum"):
+        jz3.featurize(model, tokenizer, DOCS[0])
+    for queries in (QUERY, [(*QUERY, "")], ["ab"]):
+        pairs: Any = queries
+        with pytest.raises(TypeError, match="query 0 must be a pair"):
+            jz3.featurize(model, tokenizer, DOCS, jz3.Adapted(pairs))
+
+
 def test_errors(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
     with pytest.raises(ValueError, match="docs is empty"):

@@ -115,7 +115,10 @@ class LoraAdapters:
             check_names("weight", weights, sizes)
         device = next(model.parameters()).device
         for name, size in sizes.items():
-            adapter = torch.nn.Linear(size[1], size[0], bias=False, dtype=torch.float32)
+            # Without its own start, which would be drawn from the caller's random numbers.
+            adapter = torch.nn.utils.skip_init(
+                torch.nn.Linear, size[1], size[0], bias=False, dtype=torch.float32
+            )
             with torch.no_grad():
                 if weights is not None:
                     adapter.weight.copy_(weights[name])

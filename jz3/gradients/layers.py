@@ -20,9 +20,15 @@ ROUNDED = {2: 1e-2}
 
 
 def plain_model(model: Any) -> Any:
-    """Return the causal language model itself, out of its PEFT wrapper if it has one."""
+    """Return the causal language model itself, out of its wrappers (torch.compile's, PEFT's) if it has any."""
+    model = uncompiled(model)
     # transformers' own `add_adapter` sets peft_config too, without a wrapper.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def uncompiled(model: Any) -> Any:
+    """Return what torch.compile has wrapped, so that layers have the same names, or the model."""
+    return getattr(model, "_orig_mod", model)
 
 
 def linear_layers(
@@ -54,6 +60,7 @@ def linear_layers(
 
     from jz3.gradients.experts import expert_layers, obstacle
 
+    model = uncompiled(model)
     core = plain_model(model)
     output = core.get_output_embeddings()
     adapters: Any = getattr(model, "active_adapters", ()) if core is not model else ()
