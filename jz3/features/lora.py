@@ -116,7 +116,7 @@ class LoraAdapters:
         device = next(model.parameters()).device
         for name, size in sizes.items():
             # Without its own start, which would be drawn from the caller's random numbers.
-            adapter = torch.nn.utils.skip_init(
+            adapter: Any = torch.nn.utils.skip_init(
                 torch.nn.Linear, size[1], size[0], bias=False, dtype=torch.float32
             )
             with torch.no_grad():
