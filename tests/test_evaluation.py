@@ -227,6 +227,11 @@ def test_choice_is_found_by_letter_or_text(output: str, prediction: str, letter:
     assert chosen_letter(output, prediction, CHOICES, equal) == letter
 
 
+def test_choices_that_differ_in_their_unit_alone_are_told_apart() -> None:
+    units = {"A": "5 hours", "B": "5 days"}
+    assert chosen_letter("so \\boxed{5 days}", "5 days", units, lambda pairs: [True] * len(pairs)) == "B"
+
+
 def test_choices_survive_the_round_trip() -> None:
     assert choices_of(with_choices("Which?", ["one", "(B) two"])) == {"A": "one", "B": "(B) two"}
     assert choices_of("What is (A) here?") == {}

@@ -53,7 +53,8 @@ def chosen_letter(
         return said[-1]
     if not bare:
         return ""
-    letters = list(choices)
+    # Choices may differ in the unit alone, which equality ignores.
+    letters = [letter for letter, choice in choices.items() if choice == bare] or list(choices)
     verdicts = equal([(choices[letter], prediction) for letter in letters])
     equals = [letter for letter, same in zip(letters, verdicts, strict=True) if same]
     return equals[0] if len(equals) == 1 else ""

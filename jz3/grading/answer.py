@@ -33,6 +33,16 @@ _UNIT = re.compile(
     r"(?<=\d)(?:\s|\\[,;: ]|~)*(?:%|\u00b0|\^\s*\{?\\circ\}?|\\degree|\\Omega|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\S*"
     r"|(?<=[\s~])[A-Za-z\u00b5\u03a9]{1,12}(?:[/^]\S+)?)(?:\s*[A-Z])?$"
 )
+_QUANTITY = re.compile(
+    r"([-+\u2212]?\.?\d(?:[\d.,/]*\d)?),? (?:[A-Za-z]{3,}|[A-Za-z]{2,}/[A-Za-z]+)"
+    r"(?: (?:[A-Za-z]{2,}(?:/[A-Za-z]+)?|a))*"
+)
+_NO_UNITS = frozenset(
+    "and or to plus minus times over mod choose remainder percent half halves quarter quarters third thirds fourths "
+    "fifths tenths dozen hundred hundreds thousand thousands million billion trillion squared cubed factorial sqrt "
+    "root sin cos tan log alpha beta gamma theta lambda".split()
+)
+"""Words behind a number that change its value."""
 _PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
@@ -303,18 +313,26 @@ class Grader:
 
 
 def tidy_answer(text: str) -> str:
-    """Take the delimiters, the closing full stop and stray white space off an answer."""
+    """Take the delimiters, the closing full stop, a number's unit and stray white space off an answer."""
     text = " ".join(text.replace("\0", " ").split())
     for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
             text = text[len(start) : -len(end)]
     if text.endswith(".") and not text.endswith("\\."):
         text = text[:-1]
-    return (
+    if len(text) > MAX_CHARS:
+        return text
+    return _without_unit(
         text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
-        if len(text) <= MAX_CHARS
-        else text
     )
+
+
+def _without_unit(text: str) -> str:
+    """Take the words off a number, `25 dollars per day`: Math-Verify knows some units and no other nouns."""
+    found = _QUANTITY.fullmatch(text)
+    if not found or plain_number(found[1]) is None or _NO_UNITS.intersection(text.lower().split()):
+        return text
+    return found[1]
 
 
 def compare_plainly(gold: str, prediction: str) -> bool | None:
