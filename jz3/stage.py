@@ -206,9 +206,13 @@ def peak_memory() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system: cycles through autograd graphs first, then the heap."""
+    """Give freed memory back to the system: cycles through autograd graphs first, then heap and GPU."""
     gc.collect()
     trim_heap()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        # What torch keeps for itself is lacking to vLLM's or a launcher's processes on the same GPU.
+        torch.cuda.empty_cache()
 
 
 def trim_heap() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jz3.engines import EngineConfig, Generation, Request, Sampling, open_engine
+from jz3.engines.on_demand import engine_on_demand
 from jz3.engines.openai_engine import OpenAIEngine, is_local
 from jz3.engines.text import cut_at_stop
 from jz3.engines.tool_loop import generate_with_tools
@@ -177,6 +178,30 @@ def test_unknown_engine_and_missing_package_are_named(tiny_model: Path) -> None:
     except ImportError:
         with pytest.raises(Jz3Error, match=r"jz3\[synth\]"):
             open_engine(EngineConfig(name="vllm"), tiny_model)
+
+
+def test_the_gpus_memory_is_given_back_before_an_engine_is_opened(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM refuses to start where this process holds on to what earlier models took."""
+    done: list[str] = []
+
+    class Opened:
+        def info(self) -> dict[str, Any]:
+            return {}
+
+        def close(self) -> None: ...
+
+    def opened(*_: Any) -> Opened:
+        done.append("opened")
+        return Opened()
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr("jz3.engines.on_demand.open_engine", opened)
+    with engine_on_demand(EngineConfig(), tiny_model, "float32", tmp_path / "note.json") as engine:
+        engine.get()
+    assert done == ["emptied", "opened"]
 
 
 def test_info_names_versions_and_model(engine: Any, tiny_model: Path) -> None:

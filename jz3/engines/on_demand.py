@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from jz3.engines.base import Engine, EngineConfig
 from jz3.files import read_json, write_json
+from jz3.stage import release_memory
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ def engine_on_demand(config: EngineConfig, model: Path, dtype: str, note: Path) 
     """Return an engine that is opened when it is needed and leaves its `info()` in the file `note`."""
 
     def opener() -> contextlib.AbstractContextManager[Engine]:
+        release_memory()
         engine = open_engine(config, model, dtype)
         write_json(note, engine.info())
         return contextlib.closing(engine)

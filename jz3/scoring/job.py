@@ -143,8 +143,6 @@ def prepare(
     Raises:
         Jz3Error: a target or the corpus's sample is unusable, or a model isn't the one of the fit.
     """
-    import torch
-
     with locked(out / PREPARING), cpu_threads(plan.settings.threads):
         if (out / "job.json").is_file():
             job = load_job(out)
@@ -163,9 +161,6 @@ def prepare(
             say(f"fit {number + 1} of {len(plan.settings.checkpoints())}: {model}")
             checkpoints.append(_prepare_checkpoint(out, reader, number, model, weight, queries, rejects))
             release_memory()
-            if torch.cuda.is_available():
-                # The first worker shares the GPU with this process.
-                torch.cuda.empty_cache()
         if "bm25" in plan.settings.baselines:
             count = max(10 * plan.settings.fit_documents, BM25_DOCUMENTS)
             texts = [text.text for text in reader.sample(count, "bm25")]
