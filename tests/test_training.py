@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from jz3.errors import Jz3Error
-from jz3.files import read_json
+from jz3.files import read_json, write_json, write_jsonl
 from jz3.models import load_model, load_tokenizer
 from jz3.training import (
     Phase,
@@ -24,7 +25,7 @@ from jz3.training import (
     train,
 )
 from jz3.training.export import export
-from jz3.training.run import accumulation, choose_attention, lora_config
+from jz3.training.run import accumulation, choose_attention, lora_config, run_job
 
 SETTINGS = TrainSettings(learning_rate=3e-3, max_length=128, batch_packs=2, save_every=0)
 LORA = dataclasses.replace(SETTINGS, method="lora", learning_rate=1e-2)
@@ -424,6 +425,51 @@ def test_a_launcher_that_fails_or_is_missing_is_named(tiny_model, tmp_path):
     settings = dataclasses.replace(SETTINGS, launch=("false",))
     with pytest.raises(Jz3Error, match="ended with code 1"):
         train(tiny_model, PHASES, settings, tmp_path / "b")
+
+
+def test_processes_wait_for_the_packs_longer_than_nccl_does(tiny_model, tmp_path, monkeypatch):
+    """The groups of accelerate would end after ten minutes, while millions of rows are packed."""
+    given = {}
+
+    class Refused(Exception):
+        pass
+
+    def state(**options):
+        given.update(options)
+        raise Refused
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    with pytest.raises(Refused):
+        train(tiny_model, PHASES, SETTINGS, tmp_path / "a")
+    assert given["timeout"].total_seconds() >= 3600
+
+
+def test_packs_that_cannot_be_shared_out_are_refused_before_any_packing(tiny_model, tmp_path):
+    settings = dataclasses.replace(SETTINGS, batch_packs=3, packs_at_once=2)
+    with pytest.raises(ValueError, match=r"batch_packs \(3\) must be a multiple"):
+        train(tiny_model, PHASES, settings, tmp_path / "a")
+    assert not (tmp_path / "a.work").exists()
+
+
+def test_only_the_first_process_reads_the_rows(tmp_path, monkeypatch):
+    job = {"model": "m", "phases": ["first"], "settings": {}, "out": "o", "seed": 0, "dtype": "float32"}
+    write_json(tmp_path / "job.json", job)
+    write_jsonl(tmp_path / "0.jsonl", [{"prompt": "a", "completion": "b"}])
+    seen = []
+    monkeypatch.setattr("jz3.training.run.train", lambda model, phases, *_, **__: seen.append(phases[0].rows))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        run_job(tmp_path / "job.json")
+    assert seen == [[("a", "b")], []]
+
+
+def test_too_little_memory_of_a_gpu_is_told_with_its_remedies(tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("jz3.training.trainer.PackTrainer.train", full)
+    with pytest.raises(Jz3Error, match=r"2\.00 GiB\.\).*gradient_checkpointing"):
+        train(tiny_model, [Phase(name="a", rows=rows(6))], SETTINGS, tmp_path / "a")
 
 
 def test_attention_is_chosen_and_named(tiny_model):

@@ -6,11 +6,13 @@ import fcntl
 import gc
 import logging
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from jz3.files import (
 )
 from jz3.models import load_model, load_tokenizer
 from jz3.seeding import seed_for
-from jz3.stage import progress_bar
+from jz3.stage import progress_bar, release_memory
 from jz3.training.config import TrainSettings
 from jz3.training.export import export, settle_generation
 from jz3.training.packing import Packs, Phase, pack
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "training.json"
 """Inside the trained model's folder: what it was trained on, and its summary."""
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for the first, which packs millions of rows and writes the model; NCCL's is ten minutes."""
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -150,7 +154,8 @@ def train(
 
     Raises:
         Jz3Error: no usable row, another model in `out`, another process at work, a model whose layers
-            mix the texts of a pack, a loss that is no number, or a launcher that failed.
+            mix the texts of a pack, a loss that is no number, too little memory of a GPU, or a launcher
+            that failed.
         ValueError: batch_packs can't be divided over the processes.
     """
     if len({phase.name for phase in phases}) < len(phases):
@@ -182,6 +187,7 @@ def _launch(job: Job) -> TrainSummary:
     }
     write_json(folder / "job.json", table)
     launcher = job.settings.launch
+    release_memory()
     try:
         done = subprocess.run([*launcher, "-m", "jz3.training", str(folder / "job.json")], check=False)
     except FileNotFoundError as error:
@@ -199,11 +205,14 @@ def run_job(path: Path) -> None:
     from jz3.tables import from_table
 
     job = read_json(path)
+    # The first process alone packs; eight copies of millions of rows would fill the machine's memory.
+    first = os.environ.get("RANK", "0") == "0"
     phases = [
         Phase(
             name=name,
             rows=[
-                (row["prompt"], row["completion"]) for row in read_jsonl(path.with_name(f"{number}.jsonl"))
+                (row["prompt"], row["completion"])
+                for row in (read_jsonl(path.with_name(f"{number}.jsonl")) if first else ())
             ],
         )
         for number, name in enumerate(job["phases"])
@@ -222,8 +231,9 @@ def _train_here(job: Job, progress: Progress) -> TrainSummary:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     main = state.is_main_process
+    accumulation(job.settings, state.num_processes)  # refuses before hours of packing
     with quiet(), _locked(job.work) if main else contextlib.nullcontext():
         with state.main_process_first():
             if main:
@@ -304,6 +314,7 @@ def accumulation(settings: TrainSettings, processes: int) -> int:
 
 
 def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSummary:
+    import torch
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
@@ -335,8 +346,15 @@ def _fit(job: Job, packs: Packs, processes: int, progress: Progress) -> TrainSum
         # Under autocast the adapters' products run in bfloat16 like the rest; PEFT would cast the
         # activations to the adapters' float32 first.
         trained: Any = trainer.model
-        with disable_input_dtype_casting(trained, active=frozen_in_bfloat16):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            with disable_input_dtype_casting(trained, active=frozen_in_bfloat16):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise Jz3Error(
+                f"the GPU's memory does not hold this training ({str(error).splitlines()[0]}); set "
+                "gradient_checkpointing, lower packs_at_once or max_length, take method lora, or shard the weights "
+                "over several GPUs by launch, as the recipe paper-7b does"
+            ) from error
         if trainer.is_fsdp_enabled:
             plugin: Any = trainer.accelerator.state.fsdp_plugin
             plugin.set_state_dict_type("FULL_STATE_DICT")
