@@ -336,6 +336,36 @@ def test_openai_prompt_beyond_the_context_is_an_outcome() -> None:
     assert (given[1].text, given[1].finish, given[1].prompt_tokens) == ("", "too_long", 60)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "You passed {} input tokens and requested {} output tokens. However, the model's context length is only 900 "
+        "tokens, resulting in a maximum input length of {} tokens.",
+        "This model's maximum context length is 900 tokens. However, your prompt contains at least {} input tokens.",
+    ],
+)
+def test_openai_finds_the_room_where_a_server_does_not_count_the_whole_prompt(said: str) -> None:
+    """vLLM cuts a prompt behind the first token too many, and counts no further."""
+    calls = 0
+
+    def answer(body: dict[str, Any], _: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        tokens, new = len(body["prompt"]), body["max_tokens"]
+        if tokens + new <= 900:
+            reply = completion(str(new), "length")
+            return 200, reply | {"usage": reply["usage"] | {"prompt_tokens": tokens}}
+        counted = min(tokens, 900 - new + 1)
+        return 400, {"error": {"message": said.format(counted, new, 900 - new), "type": "BadRequestError"}}
+
+    asked = [Request(id="fits", prompt="x" * 600), Request(id="over", prompt="x" * 950)]
+    with completions_server(answer) as url:
+        fits, over = openai_engine(url).generate(asked, Sampling(max_new_tokens=800))
+    assert (fits.text, fits.finish) == ("300", "length")
+    assert (over.text, over.finish) == ("", "too_long")
+    assert calls == 5
+
+
 def test_openai_other_refusals_and_absence_are_errors() -> None:
     def answer(body: dict[str, Any], _: dict[str, str]) -> tuple[int, dict[str, Any]]:
         return 404, {"error": {"message": "The model `m` does not exist."}}

@@ -82,13 +82,14 @@ class OpenAIEngine:
     async def _ask(self, client: "AsyncOpenAI", request: Request, sampling: Sampling) -> Generation:
         from openai import APIError, APIStatusError
 
-        limit = sampling.max_new_tokens
+        limit, context = sampling.max_new_tokens, 0
         while True:
+            asked = 1 if context else limit
             try:
                 reply = await client.completions.create(
                     model=self._config.model,
                     prompt=request.prompt,
-                    max_tokens=limit,
+                    max_tokens=asked,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     seed=request.seed % SEED_LIMIT,
@@ -100,17 +101,23 @@ class OpenAIEngine:
                     said = f"{error.status_code} {_said(error)}"
                     raise Jz3Error(f"{self._config.base_url} refused a request: {said}") from error
                 room, tokens = over
-                if not 0 < room < limit:
+                if not 0 < room < asked:
                     return Generation(
                         id=request.id, text="", finish="too_long", prompt_tokens=tokens, new_tokens=0
                     )
+                # vLLM counts a prompt as far as the first token too many; of one that fits it tells the length.
+                context = room + tokens if room == limit - 1 else 0
                 limit = room
             except APIError as error:
                 raise Jz3Error(
                     f"{self._config.base_url} gave no answer after {self._config.retries} retries: {error}"
                 ) from error
             else:
-                break
+                if not context:
+                    break
+                if reply.usage:
+                    limit = min(limit, context - reply.usage.prompt_tokens)
+                context = 0
         if not reply.choices:
             raise Jz3Error(f"{self._config.base_url} answered without a choice")
         choice, usage = reply.choices[0], reply.usage
@@ -158,7 +165,7 @@ def context_overflow(error: "APIStatusError") -> tuple[int, int] | None:
     said = _said(error)
     if error.status_code not in (400, 413, 422) or not re.search(r"context (length|size|window)", said):
         return None
-    limit = re.search(r"context length is (\d+)", said)
+    limit = re.search(r"context length is (?:only )?(\d+)", said)
     prompt = re.search(r"(\d+) (?:input tokens|in (?:your|the) (?:prompt|messages))", said)
     tokens = int(prompt[1]) if prompt else 0
     return (int(limit[1]) - tokens if limit and prompt else 0), tokens
