@@ -249,6 +249,14 @@ def test_settings_are_checked(wrong: dict) -> None:
         SandboxConfig(**wrong)
 
 
+def test_a_machine_of_many_cores_does_not_run_out_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may mostly open 1,024 files; the grader's sandbox and the snippets' are open together."""
+    monkeypatch.setattr(sandbox_module, "_cores", lambda: 384)
+    monkeypatch.setattr(Sandbox, "_choose", lambda self: None)
+    with Sandbox() as sandbox:
+        assert sandbox._pool is not None and sandbox._pool._max_workers * 3 * 2 < 1024 / 2
+
+
 def test_execution_is_a_plain_record() -> None:
     done = Execution(stdout="", stderr="", ok=True, reason="ok", exit_code=0, level="rlimits", seconds=0.0)
     assert done.reason in sandbox_module.REASONS

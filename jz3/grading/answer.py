@@ -243,7 +243,7 @@ class Grader:
 
     Args:
         seconds: processor time for one comparison.
-        workers: how many run at once; 0: one for each core.
+        workers: how many run at once; 0: one for each core, up to 64.
         level: the sandbox's level.
     """
 

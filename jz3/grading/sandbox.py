@@ -65,6 +65,9 @@ except OSError:
 print(json.dumps(kept))
 """
 
+MOST_WORKERS = 64
+"""Each takes three open files and a hundred megabytes; a process may mostly open 1,024 files."""
+
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
 
@@ -86,7 +89,7 @@ class SandboxConfig:
     output_bytes: int = 65536
     """What one snippet may print; one that prints more is stopped."""
     workers: int = 0
-    """How many snippets run at once; 0: one for each core."""
+    """How many snippets run at once; 0: one for each core, up to 64."""
     packages: tuple[str, ...] = ("sympy", "mpmath", "gmpy2", "numpy", "scipy")
     """What snippets may import beside the standard library, if installed."""
     preload: tuple[str, ...] = (
@@ -166,7 +169,7 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Sandbox":
-        workers = self.config.workers or _cores()
+        workers = self.config.workers or min(_cores(), MOST_WORKERS)
         # a sandbox process dies with the thread that started it, so these threads live as long as it
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
         try:
