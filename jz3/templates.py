@@ -1,5 +1,6 @@
 """The prompt shapes shared by targets, training and evaluation, as in the paper's released data."""
 
+QUESTION = "## Question"
 HEADINGS = {"cot": "## Solution", "tool": "## Code Solution"}
 
 
@@ -13,4 +14,4 @@ def prompt_for(problem: str, kind: str) -> str:
     Returns:
         `## Question`, the problem, and the heading under which the solution goes.
     """
-    return f"## Question\n{problem.strip()}\n\n{HEADINGS[kind]}\n"
+    return f"{QUESTION}\n{problem.strip()}\n\n{HEADINGS[kind]}\n"

@@ -329,6 +329,7 @@ def test_stage_scores_a_model_that_was_given_the_answers(
     context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jz3.engines import Generation
+    from jz3.engines.text import cut_at_stop
 
     class Oracle:
         def __init__(self, right: bool) -> None:
@@ -338,6 +339,9 @@ def test_stage_scores_a_model_that_was_given_the_answers(
             given = []
             for request in requests:
                 text = "So \\boxed{7}." if self.right else "So \\boxed{8}."
+                text = cut_at_stop(
+                    f"{text}\n\n## Question\nAnother?\n\n## Solution\n\\boxed{{9}}", sampling.stop
+                )[0]
                 if request.prompt.endswith("## Code Solution\n"):
                     text = f"```python\nprint({'3 + 4' if self.right else '3 + 5'})\n```"
                 elif request.prompt.endswith("```\n"):

@@ -20,13 +20,15 @@ from jz3.files import write_jsonl
 from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Query, Reject, Result
 from jz3.stage import StageContext
-from jz3.templates import prompt_for
+from jz3.templates import QUESTION, prompt_for
 
 if TYPE_CHECKING:
     from jz3.grading.answer import Grader
     from jz3.grading.sandbox import Sandbox
 
 KINDS = {"nl": "cot", "tool": "tool"}
+STOP = f"\n{QUESTION}"
+"""A base model goes on to problems of its own, whose answers would be graded instead."""
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -96,7 +98,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "grader": {"name": "math-verify", "version": versions("math-verify").get("math-verify", "")},
         "prompt": {setting: prompt_for("{problem}", KINDS[setting]) for setting in config.settings},
         "shots": 0,
-        "decoding": {"temperature": 0.0, "max_new_tokens": config.max_new_tokens, "rounds": config.rounds},
+        "decoding": {
+            "temperature": 0.0,
+            "max_new_tokens": config.max_new_tokens,
+            "stop": [STOP],
+            "rounds": config.rounds,
+        },
         "engine": engines,
         "versions": versions("torch", "transformers", "math-verify", "sympy"),
     }
@@ -133,7 +140,7 @@ def _solve(
 ) -> list[dict[str, Any]]:
     """Return a row per problem: its Result or its Reject, the tokens written, the sandbox's levels."""
     config = ctx.recipe.evaluation
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=(STOP,))
 
     def work(part: list[Query]) -> list[dict[str, Any]]:
         requests = [Request(id=query.id, prompt=prompt_for(query.problem, KINDS[setting])) for query in part]
