@@ -54,7 +54,8 @@ class SynthesisConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     count: int = 20_000
     """Prompts. Texts that distillation has not used come first; a text is used again only when all have
-    been used, for natural-language prompts at a level that it has not had while there is one."""
+    been used, for natural-language prompts at a level that it has not had, from the teacher either, while there
+    is one."""
     tool_share: float = 0.27
     """Share of the prompts that ask for a Python solution."""
     levels: tuple[str, ...] = LEVELS

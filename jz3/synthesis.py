@@ -92,16 +92,25 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     from jz3.distillation.prompts import fill
 
     config = ctx.recipe.synthesis
-    used = {row["doc_id"] for row in ctx.rows("distillation", "prompts.jsonl")}
     texts = {row["id"]: row["text"] for row in read_jsonl(ctx.path("corpus", "docs.jsonl"))}
     if not texts:
         raise Jz3Error("corpus/docs.jsonl holds no text to write problems from")
-    order = sorted(texts, key=lambda key: (key in used, seed_for(ctx.seed, ctx.name, "order", key), key))
-    had = [0] * len(order)  # a bit per level
+    # What the teacher was asked, the synthesiser has learnt the reply to, and would repeat it.
+    bits = {level: 1 << i for i, level in enumerate((*config.levels, "tool"))}
+    before: dict[str, int] = {}
+    for row in ctx.rows("distillation", "prompts.jsonl"):
+        before[row["doc_id"]] = before.get(row["doc_id"], 0) | bits.get(row["level"], 0)
+    order = sorted(texts, key=lambda key: (key in before, seed_for(ctx.seed, ctx.name, "order", key), key))
+    had = [before.get(key, 0) for key in order]  # a bit per level
+    owed = 0
     for number in range(config.count):
         turn, place = divmod(number, len(order))
         key = order[place]
-        tool = int((number + 1) * config.tool_share) > int(number * config.tool_share)
+        # Moved on by one text in every turn, or the same texts would be asked for Python each time.
+        step = place + turn
+        owed += int((step + 1) * config.tool_share) - int(step * config.tool_share)
+        tool = owed > 1 or (owed == 1 and not before.get(key, 0) & bits["tool"])
+        owed -= tool
         draw = rng(ctx.seed, ctx.name, "level", key, turn)
         every = range(len(config.levels))
         free = [i for i in every if not had[place] >> i & 1] or every

@@ -112,6 +112,26 @@ def test_a_text_is_used_again_at_levels_that_it_has_not_had(tmp_path: Path, writ
     assert run(ctx)["prompts"] == 18, "all levels are used up"
 
 
+def test_each_turn_asks_other_texts_for_python(tmp_path: Path, writer: type[Writer]) -> None:
+    ctx = context(tmp_path, docs=6, used=0, count=12, tool_share=0.5)
+    run(ctx)
+    tools = [row["doc_id"] for row in read(ctx, "prompts.jsonl") if row["kind"] == "tool"]
+    assert len(tools) == len(set(tools)) == 6
+
+
+def test_a_prompt_that_the_teacher_was_given_is_not_given_again(tmp_path: Path, writer: type[Writer]) -> None:
+    """The synthesiser has been trained to answer it as the teacher did."""
+    ctx = context(tmp_path, docs=16, used=0, count=16, tool_share=0.25, levels=LEVELS[:2])
+    docs = [row["id"] for row in read_jsonl(tmp_path / "corpus" / "docs.jsonl")]
+    given = set(zip(docs, ("tool", *LEVELS[:2], "tool") * 4, strict=True))
+    prompts = [Prompt(id=d, doc_id=d, kind="cot", level=level, text="x").to_json() for d, level in given]
+    write_jsonl(tmp_path / "distillation" / "prompts.jsonl", prompts)
+    run(ctx)
+    asked = {(row["doc_id"], row["level"]) for row in read(ctx, "prompts.jsonl")}
+    assert len(asked) == 16 and not asked & given
+    assert sum(level == "tool" for _, level in asked) in (3, 4)
+
+
 def test_replies_become_problems_or_counted_rejects(tmp_path: Path, writer: type[Writer]) -> None:
     ctx = context(tmp_path)
     summary = run(ctx)
