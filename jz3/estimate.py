@@ -83,6 +83,7 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     benchmarks, unread = _benchmark_sizes(recipe.evaluation)
     limit, settings = recipe.evaluation.limit, len(recipe.evaluation.settings)
     solved = sum(min(size, limit) if limit > 0 else size for size in (*held_out, *benchmarks))
+    scored = sum((*held_out, *benchmarks))
     unknown = f", without {', '.join(unread)} (no such file)" if unread else ""
     rows = [
         StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
@@ -130,8 +131,8 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
         gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
         gpu(
             "evaluation",
-            f"{solved:,} problems x 2 models x {settings} setting(s){unknown}",
-            solved * 2.0 * settings * a.reply_tokens,
+            f"{solved:,} problems x 2 models x {settings} setting(s), {scored:,} references x 2{unknown}",
+            (solved * settings + scored) * 2.0 * a.reply_tokens,
             2 * n,
             a.generation_utilisation,
         ),

@@ -131,11 +131,14 @@ def test_estimate_counts_what_is_written_and_solved(tmp_path: Path) -> None:
     )
     reply = recipe.estimate.reply_tokens
     found = stages(benchmarks=benchmarks)
-    assert found["evaluation"].tokens == (sum(held_out) + 5 + 4 + 6) * 4 * reply
-    assert found["evaluation"].items.endswith("2 setting(s), without absent (no such file)")
+    scored = sum(held_out) + 5 + 4 + 6
+    assert found["evaluation"].tokens == scored * (4 + 2) * reply, "solved in two settings, and scored"
+    said = f"2 setting(s), {scored} references x 2, without absent (no such file)"
+    assert found["evaluation"].items.endswith(said)
     assert f"{recipe.synthesis.count * 3:,} problems" in found["synthesis"].items
     found = stages(benchmarks=benchmarks, limit=2, settings=("nl",))
-    assert found["evaluation"].tokens == (sum(min(n, 2) for n in held_out) + 3 * 2) * 2 * reply
+    solved = sum(min(n, 2) for n in held_out) + 3 * 2
+    assert found["evaluation"].tokens == (solved + scored) * 2 * reply
 
 
 def test_dry_run_ends_at_the_last_stage_asked_for(
