@@ -103,12 +103,13 @@ def test_estimate_names_every_stage_and_counts_the_papers_calls() -> None:
     assert by_stage["features"].gpu_hours > 1
 
 
-def test_the_papers_full_trainings_are_sharded() -> None:
-    """16 bytes a parameter are 116 GB, more than an H100 holds."""
+def test_the_papers_recipe_uses_all_gpus() -> None:
+    """A training's 16 bytes a parameter are 116 GB, more than an H100 holds; synthesis takes 136 GPU hours."""
     recipe = shipped_recipe("paper-7b")
     for settings in (recipe.synthesiser, recipe.training):
         assert settings.method == "full"
         assert {"--num_processes=8", "--use_fsdp"} <= set(settings.launch) and settings.batch_packs % 8 == 0
+    assert recipe.synthesis.engine.tensor_parallel == 8
 
 
 def test_estimate_counts_what_is_written_and_solved(tmp_path: Path) -> None:
