@@ -66,7 +66,8 @@ print(json.dumps(kept))
 """
 
 MOST_WORKERS = 64
-"""Each takes three open files and a hundred megabytes; a process may mostly open 1,024 files."""
+"""Each takes three open files and a hundred megabytes; a process may mostly open 1,024 files, and filtering has
+three sandboxes open."""
 
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
