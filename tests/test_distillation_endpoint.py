@@ -32,9 +32,11 @@ PROMPTS = 12
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A key in the environment; no proxy between the client and loopback."""
+    """A key in the environment, and a proxy that reaches nothing on this machine."""
     monkeypatch.setenv("JZ3_TEST_KEY", SECRET)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jz3.distillation.config import TeacherConfig
 from jz3.distillation.ledger import Answer, AnswerCache, Ledger, request_key
 from jz3.distillation.teachers import Reply, Request, Spending
+from jz3.engines.openai_engine import is_local
 from jz3.errors import Jz3Error
 from jz3.models import cache_folder
 from jz3.seeding import rng
@@ -199,6 +200,10 @@ class _Purchase:
             base_url=endpoint_url(self._config),
             max_retries=0,
             timeout=self._config.timeout_seconds,
+            # A proxy set for the outside world can't reach an endpoint on this machine.
+            http_client=self._openai.DefaultAsyncHttpxClient(
+                trust_env=not is_local(endpoint_url(self._config))
+            ),
         ) as client:
             workers = [
                 self._worker(client, queue, done) for _ in range(min(self._config.concurrency, len(wanted)))
