@@ -11,6 +11,7 @@ from jz3.grading.answer import (
     Grader,
     answer_like_printed,
     code_blocks,
+    compare_plainly,
     extract_answer,
     extract_boxed,
     fenced_blocks,
@@ -18,6 +19,7 @@ from jz3.grading.answer import (
     output_blocks,
     outputs_match,
     plain_number,
+    tidy_answer,
 )
 
 
@@ -58,6 +60,7 @@ def test_extraction_is_linear_in_the_text() -> None:
     assert extract_boxed("\\boxed{" * 140_000) == ""
     assert extract_boxed("\\boxed{" * 50_000 + "1" + "}" * 50_000) == "1"
     assert find_answer("{" * 1_000_000 + "answer is " * 1000).source in ("none", "sentence")
+    assert find_answer("answer: \\[ " * 500 + "answer:" + "\n" * 40_000).source == "sentence"
     assert time.perf_counter() - start < 10
 
 
@@ -72,6 +75,11 @@ def test_extraction_is_linear_in_the_text() -> None:
         ("**Answer:** 9", "9", "sentence"),
         ("we get 3, then -1,200.50 dollars", "-1,200.50", "last_number"),
         ("it is 3/4 of 25%", "25%", "last_number"),
+        ("The answer is:\n\n5", "5", "sentence"),
+        ("The answer is:\n\\[\n x = 5\n\\]\nDone", "x = 5", "sentence"),
+        ("The answer is $\\$18$ a day.", "\\$18", "sentence"),
+        ("The answer is $5 for each, $10 in all", "$5 for each, $10 in all", "sentence"),
+        ("The answers are 3 and 4.", "3 and 4", "sentence"),
         ("no number", "", "none"),
         ("", "", "none"),
     ],
@@ -190,6 +198,37 @@ def test_plain_numbers() -> None:
 )
 def test_equality(grader: Grader, gold: str, prediction: str, equal: bool) -> None:
     assert grader.equal(gold, prediction) is equal
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "equal"),
+    [
+        ("4.5e33", "4.5\\times 10^{33}", True),
+        ("4.5e33", "4.5 \\cdot 10^{32}", False),
+        ("1e-5", "10^{-5}", True),
+        ("1.6e-19", "1.6 \\times 10^{-19} \\text{ C}", True),
+        ("1.6\\times 10^{-19}", "9.1\\times 10^{-31}", False),
+        ("0.0000001", "0.0000002", False),
+        ("1/12", "0.083333", True),
+        ("1/12", "0.0833", False),
+        ("1.5", "1 1/2", True),
+        ("10000", "10\\,000", True),
+        ("0", "10\\,000", False),
+        ("18", "18 dollars", True),
+        ("18 eggs per day", "18", True),
+        ("18", "\\text{18 eggs}", True),
+        ("12.5", "\\mathbf{12.5}", True),
+        ("60", "60 km/h", True),
+        ("18", "19 dollars", False),
+        ("18", "18 million", None),
+        ("3", "3 dozen eggs", None),
+        ("2", "2 xy", None),
+        ("18 cents", "18 dollars", None),
+        ("25", "25 percent", None),
+    ],
+)
+def test_numbers_are_compared_by_value(gold: str, prediction: str, equal: bool | None) -> None:
+    assert compare_plainly(tidy_answer(gold), tidy_answer(prediction)) is equal
 
 
 def test_hostile_answers_cost_time_but_not_the_caller(grader: Grader) -> None:

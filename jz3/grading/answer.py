@@ -23,26 +23,43 @@ _FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
-_SENTENCE = re.compile(r"\banswer\s*(?:is|are|:|=)\s*:?(?=[ \t*]*(\S[^\n]*))", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"\banswers?\s{0,9}(?:is|are|:|=)\s{0,9}:?"
+    r"(?=[\s*]{0,9}(\$\$[\s\S]{1,999}?\$\$|\\\[[\s\S]{1,999}?\\\]|[^\s*:][^\n]{0,999}))",
+    re.IGNORECASE,
+)
+_FORMULA = re.compile(
+    r"\$\$([\s\S]+?)\$\$|\$((?:\\.|[^$\\])+)(?<!\s)\$(?!\d)|\\\(([\s\S]+?)\\\)|\\\[([\s\S]+?)\\\]"
+)
 _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
 _PRINTED = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?")
 _TOKEN = re.compile(r"[^\s.,;:!?]+")
+_SPACED = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")
+"""White space between thousands, as in `10\\,000`."""
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SCIENTIFIC = re.compile(r"([-+]?[\d.]+)\s*(?:\\times|\\cdot)\s*10\^\{?([-+]?\d+)\}?(?:\s*\\.*)?")
+_POWER = re.compile(
+    r"(?:([-+]?[\d.]+)\s*(?:\\times|\\cdot|[*x\u00d7\u00b7])\s*)?10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))"
+)
+_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\s*\{\s*(\d{1,20})\s*\}\s*\{\s*(\d{1,20})\s*\}")
+_MIXED = re.compile(r"([-+]?)(\d{1,20}) +(\d{1,20}/\d{1,20})")
+_STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boldsymbol|bm|underline)\s*\{([^{}]*)\}")
+_MEASURED = re.compile(
+    r"(.*[\d}]),?(?:\s|\\[,;: ]|~)*(?:\s((?:(?=[a-z]*[aeiou])[a-z]{3,}|[cdkm]m|ft|kg|mph|m/s)(?:[ /-]+[a-z]+)*)"
+    r"|\\(?:text|mathrm|mbox)\s*\{([^{}\d]*)\})(?:\^\{?[23]\}?)?",
+    re.IGNORECASE,
+)
+_NO_UNITS = re.compile(
+    r"\b(?:hundreds?|thousands?|[mbtr]+illions?|dozens?|percent|pi|factorial|squared|cubed|half|halves|thirds?|"
+    r"quarters?|fourths?|fifths?|tenths?|times|plus|minus|over|and|or|to|mod|choose|remainder|base|root|sqrt|sin|cos|tan|log|ln|exp|alpha|beta|gamma|"
+    r"theta|lambda)\b",
+    re.IGNORECASE,
+)
+"""Words behind a number that make another value of it."""
 _UNIT = re.compile(
     r"(?<=\d)(?:\s|\\[,;: ]|~)*(?:%|\u00b0|\^\s*\{?\\circ\}?|\\degree|\\Omega|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\S*"
     r"|(?<=[\s~])[A-Za-z\u00b5\u03a9]{1,12}(?:[/^]\S+)?)(?:\s*[A-Z])?$"
 )
-_QUANTITY = re.compile(
-    r"([-+\u2212]?\.?\d(?:[\d.,/]*\d)?),? (?:[A-Za-z]{3,}|[A-Za-z]{2,}/[A-Za-z]+)"
-    r"(?: (?:[A-Za-z]{2,}(?:/[A-Za-z]+)?|a))*"
-)
-_NO_UNITS = frozenset(
-    "and or to plus minus times over mod choose remainder percent half halves quarter quarters third thirds fourths "
-    "fifths tenths dozen hundred hundreds thousand thousands million billion trillion squared cubed factorial sqrt "
-    "root sin cos tan log alpha beta gamma theta lambda".split()
-)
-"""Words behind a number that change its value."""
 _PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
@@ -104,9 +121,8 @@ def extract_answer(text: str) -> str:
 def _tidy(text: str) -> str:
     """Cut an answer out of the rest of its sentence."""
     text = text.strip().strip("*").strip()
-    for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if text.startswith(start) and (stop := text.find(end, len(start))) > 0:
-            return text[len(start) : stop].strip()
+    if formula := _FORMULA.match(text):
+        return next(filter(None, formula.groups())).strip()
     text = re.split(r"[.;!?](?:\s|$)", text, maxsplit=1)[0]
     return text.strip().strip("*").rstrip(".,").strip()
 
@@ -188,12 +204,20 @@ def _same_number(answer: str, printed: str) -> bool:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """Return the value of a plain number or fraction (`1,234.5`, `-3/4`, `1e3`), else None."""
+    r"""Return the value of a plain number or fraction (`1,234.5`, `\frac{3}{4}`, `1 1/2`, `2 \times 10^{3}`), else None."""
     text = text.replace("\u2212", "-").strip()
-    if len(text) > 100 or not _PLAIN.fullmatch(text) or not any(c.isdigit() for c in text):
+    if len(text) > 100 or not any(c.isdigit() for c in text):
         return None
-    number, _, divisor = text.replace("{,}", "").replace(",", "").partition("/")
     try:
+        if power := _POWER.fullmatch(text):
+            return Fraction(power[1] or 1) * Fraction(10) ** int(power[2] or power[3])
+        if quotient := _FRACTION.fullmatch(text):
+            return Fraction(int(quotient[1] + quotient[2]), int(quotient[3]))
+        if mixed := _MIXED.fullmatch(text):
+            return (-1 if mixed[1] == "-" else 1) * (int(mixed[2]) + Fraction(mixed[3]))
+        if not _PLAIN.fullmatch(text):
+            return None
+        number, _, divisor = text.replace("{,}", "").replace(",", "").partition("/")
         return Fraction(number) / Fraction(divisor or 1)
     except (ValueError, ZeroDivisionError):
         return None
@@ -313,7 +337,7 @@ class Grader:
 
 
 def tidy_answer(text: str) -> str:
-    """Take the delimiters, the closing full stop, a number's unit and stray white space off an answer."""
+    """Take the delimiters, the closing full stop and stray white space off an answer."""
     text = " ".join(text.replace("\0", " ").split())
     for start, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
@@ -322,17 +346,8 @@ def tidy_answer(text: str) -> str:
         text = text[:-1]
     if len(text) > MAX_CHARS:
         return text
-    return _without_unit(
-        text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
-    )
-
-
-def _without_unit(text: str) -> str:
-    """Take the words off a number, `25 dollars per day`: Math-Verify knows some units and no other nouns."""
-    found = _QUANTITY.fullmatch(text)
-    if not found or plain_number(found[1]) is None or _NO_UNITS.intersection(text.lower().split()):
-        return text
-    return found[1]
+    text = text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
+    return _SPACED.sub("", text)
 
 
 def compare_plainly(gold: str, prediction: str) -> bool | None:
@@ -344,8 +359,23 @@ def compare_plainly(gold: str, prediction: str) -> bool | None:
     if len(gold) > MAX_CHARS or len(prediction) > MAX_CHARS:
         return False
     a, b = plain_number(gold), plain_number(prediction)
+    if a is None and b is not None:
+        a = _measured_number(gold)
+    elif b is None and a is not None:
+        b = _measured_number(prediction)
     if a is None or b is None:
         return None
-    if a == b:
-        return True
-    return False if a.denominator == b.denominator == 1 else None
+    # Math-Verify rounds to six decimals, by which all small numbers are the same.
+    difference, size = abs(a - b), max(abs(a), abs(b))
+    decimals = difference <= Fraction(1, 2 * 10**6) and difference <= size / 10**4
+    return a == b or (a.denominator * b.denominator > 1 and (difference <= size / 10**6 or decimals))
+
+
+def _measured_number(text: str) -> Fraction | None:
+    """Return the value of a number in another type face or before a unit in words, else None."""
+    if styled := _STYLED.fullmatch(text):
+        text = styled[1].strip()
+    measured = _MEASURED.fullmatch(text) if len(text) <= 200 else None
+    if measured and not _NO_UNITS.search(measured[2] or measured[3] or ""):
+        text = measured[1]
+    return plain_number(text)
