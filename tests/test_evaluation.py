@@ -346,6 +346,8 @@ def test_stage_scores_a_model_that_was_given_the_answers(
                     text = f"```python\nprint({'3 + 4' if self.right else '3 + 5'})\n```"
                 elif request.prompt.endswith("```\n"):
                     text = "That is it."
+                # Without an end, it goes on with a question of its own.
+                text = cut_at_stop(f"{text}\n\n## Question\n2 + 7?\n\n\\boxed{{9}}", sampling.stop)[0]
                 given.append(
                     Generation(id=request.id, text=text, finish="stop", prompt_tokens=3, new_tokens=2)
                 )

@@ -204,7 +204,7 @@ def _same_number(answer: str, printed: str) -> bool:
 
 
 def plain_number(text: str) -> Fraction | None:
-    r"""Return the value of a plain number or fraction (`1,234.5`, `\frac{3}{4}`, `1 1/2`, `2 \times 10^{3}`), else None."""
+    r"""Return the value of a number or fraction (`1,234.5`, `\frac{3}{4}`, `1 1/2`, `2 \times 10^{3}`), else None."""
     text = text.replace("\u2212", "-").strip()
     if len(text) > 100 or not any(c.isdigit() for c in text):
         return None
