@@ -61,13 +61,11 @@ def test_boilerplate_covers_little_of_a_question() -> None:
     assert hits and hits[0].share < FilteringConfig().min_question_share
 
 
-def test_tiny_questions_are_counted_not_matched() -> None:
-    tiny = index("Find 2 + 3.")
-    assert (
-        tiny.find("Find 2 + 3.") == []
-        and dict(tiny.ignored) == {"suite": 1}
-        and tiny.questions() == {"suite": 1}
-    )
+def test_a_tiny_question_must_be_the_whole_text() -> None:
+    tiny = index("Find $2 + 3$.", "$")
+    assert [(h.suite, h.question, h.share) for h in tiny.find("find 2 + 3")] == [("suite", 0, 1.0)]
+    assert tiny.find("To find 2 + 3 we add.") == tiny.find("Find 2 + 4.") == tiny.find("!") == []
+    assert dict(tiny.ignored) == {"suite": 2} and tiny.questions() == {"suite": 2}
 
 
 def test_evaluation_files(tmp_path: Path) -> None:

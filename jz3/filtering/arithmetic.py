@@ -116,7 +116,7 @@ def _free_after(text: str, end: int, side: str) -> bool:
     if word:
         separate = side.rstrip() != side
         return separate and len(word[0]) > 1 and word[0].lower() not in _UNSAFE_WORDS
-    if re.match(r"[,:]\d|\\text\{\s*(?:remainder|rem|mod)\b", after):
+    if re.match(r"[,:]\d|\.\s*\\(?:overline|dot|bar)\b|\\text\{\s*(?:remainder|rem|mod)\b", after):
         return False
     closing = ("\\)", "\\]", "\\\\", "\\text", "\\mathrm", "\\mbox", "\\implies", "\\Rightarrow", "\\qquad")
     return not after or after[0] not in "%^_!{\\|<\u00b0\u221a\u00b2\u00b3" or after.startswith(closing)

@@ -56,7 +56,7 @@ class FilteringConfig:
     """Refuse a row that covers at least this share of an evaluation question's words, so that common
     formulas alone don't count."""
     min_question_words: int = 6
-    """Evaluation questions with fewer words are ignored, and counted."""
+    """An evaluation question with fewer words must be the whole problem; such questions are counted."""
     evaluation_files: tuple[EvaluationFile, ...] = ()
     """Evaluation sets beside the run's own and those of `evaluation.benchmarks`, which are always kept out."""
     executions: int = 2

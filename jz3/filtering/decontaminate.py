@@ -61,15 +61,16 @@ class DecontaminationIndex:
 
     Args:
         n: length of a phrase in words.
-        min_words: questions with fewer words are left out, and counted.
+        min_words: a question with fewer words is found only as a whole text, and counted.
     """
 
     n: int = 13
     min_words: int = 6
     lengths: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Words of each indexed question."""
+    """Words of each question that is found by its phrases."""
     ignored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _phrases: dict[int, list[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _short: dict[tuple[str, ...], tuple[str, int]] = field(default_factory=dict)
     _sizes: set[int] = field(default_factory=set)
     _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -80,6 +81,8 @@ class DecontaminationIndex:
         words = words_of(question)
         if len(words) < self.min_words:
             self.ignored[suite] += 1
+            if words:
+                self._short.setdefault(tuple(words), (suite, number))
             return
         size = min(self.n, len(words))
         self.lengths[suite, number] = len(words)
@@ -94,6 +97,8 @@ class DecontaminationIndex:
     def find(self, text: str) -> list[Hit]:
         """Return the questions that share phrases with `text`, the most covered first."""
         words = words_of(text)
+        if len(words) < self.min_words and (short := self._short.get(tuple(words))):
+            return [Hit(suite=short[0], question=short[1], phrases=1, share=1.0, span=" ".join(words))]
         found: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)
         for size in self._sizes:
             for start in range(len(words) - size + 1):

@@ -18,7 +18,7 @@ _VERBS = (
     "find calculate determine compute evaluate solve simplify express estimate factor expand give write state list "
     "count convert round differentiate integrate name identify choose sketch construct maximize maximise minimize "
     "minimise complete fill multiply divide add subtract reduce order arrange derive deduce perform apply verify "
-    "formulate confirm prove show"
+    "formulate confirm prove show enter rewrite obtain"
 )
 _TASK_VERBS = _VERBS.title() + " Explain Describe Discuss Predict Interpret Use Using Establish Compare Plot"
 
