@@ -224,6 +224,15 @@ def test_kill_9_and_rerun_give_the_same_files(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
 
+def test_a_match_that_no_record_meets_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", [sentence(1), sentence(2)])
+    given: dict[str, Any] = {"match_field": "text", "match": "IS 2."}
+    run(context(tmp_path / "x", [source("a", path, **given)]))
+    assert [d.text for d in docs(tmp_path / "x")] == [sentence(2)]
+    with pytest.raises(Jz3Error, match="no record was taken, of 2 whose 'text' might hold 'of no text'"):
+        run(context(tmp_path / "y", [source("a", path, **given | {"match": "of no text"})]))
+
+
 def test_an_empty_corpus_is_an_error_and_an_empty_source_a_warning(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", ["Hi."])
     with pytest.raises(Jz3Error, match='corpus is empty: {"too_short": 1}'):

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,6 +87,15 @@ def test_hostile_json_does_not_break_the_reader(tmp_path):
     texts, rejects = split(jsonl(path))
     assert texts[-1].text == "fine"
     assert [r.reason for r in rejects][:1] == ["malformed_json"]
+
+
+def test_a_field_at_the_limit_of_nesting_costs_its_line_alone(tmp_path):
+    path, limit = tmp_path / "a.jsonl", sys.getrecursionlimit()
+    nested = ("[" * depth + "]" * depth for depth in range(limit - 150, limit))
+    path.write_text("".join(f'{{"text": "deep", "n": {n}}}\n' for n in nested) + '{"text": "fine"}\n')
+    texts, rejects = split(jsonl(path, keep_fields=("n",)))
+    assert texts[-1].text == "fine" and len(texts) + len(rejects) == 151
+    assert {r.reason for r in rejects} <= {"malformed_json"}
 
 
 def test_a_one_megabyte_line_is_read_and_a_byte_order_mark_ignored(tmp_path):
@@ -387,6 +397,23 @@ def test_a_sample_depends_on_the_text_alone(tmp_path):
     assert {t.text for t in split(jsonl(path, sample=0.25), seed=1)[0]} != some
 
 
+def test_records_are_taken_by_what_a_field_holds(tmp_path):
+    rows = [
+        {"text": "one", "of": "StackExchange-math"},
+        {"text": "two", "of": "MetaMath"},
+        {"text": "three", "of": None},
+        {"text": "four"},
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    settings: dict[str, Any] = {"match_field": "of", "match": "stackexchange"}
+    texts, [lacking] = split(jsonl(tmp_path / "a.jsonl", **settings))
+    assert [(t.text, t.meta) for t in texts] == [("one", {"of": "StackExchange-math"})]
+    assert (lacking.reason, lacking.where) == ("missing_field", f"{tmp_path / 'a.jsonl'}:4")
+    pq.write_table(pa.Table.from_pylist(rows[:3]), tmp_path / "a.parquet")
+    parquet = SourceConfig(name="p", kind="parquet", paths=(str(tmp_path / "a.parquet"),), **settings)
+    assert [t.text for t in split(parquet)[0]] == ["one"]
+
+
 def test_memory_stays_flat_for_a_long_file(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wt", compresslevel=1) as handle:
@@ -410,6 +437,8 @@ def test_memory_stays_flat_for_a_long_file(tmp_path):
         ({"kind": "huggingface"}, "needs dataset"),
         ({"kind": "worked"}, "needs families"),
         ({"kind": "docstrings", "name": "../up"}, "a name is made of"),
+        ({"kind": "jsonl", "paths": ("a",), "match": "x"}, "match_field and match go together"),
+        ({"kind": "docstrings", "match_field": "a", "match": "x"}, "has no fields"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -38,6 +38,11 @@ class SourceConfig:
     fields joined by `+`, e.g. `question+answer`, become paragraphs."""
     keep_fields: tuple[str, ...] = ()
     """jsonl, parquet, huggingface: fields to keep in each text's `meta`."""
+    match_field: str = ""
+    """jsonl, parquet, huggingface: take only records whose text in this field holds `match`; it is kept in
+    `meta` too. Empty: all records."""
+    match: str = ""
+    """What `match_field` must hold, letter case aside."""
     max_line_bytes: int = 16 << 20
     """jsonl, parquet, huggingface: a longer line or text is rejected, so that memory stays bounded."""
     dataset: str = ""
@@ -67,8 +72,20 @@ class SourceConfig:
             raise ValueError(f"{where}: kind 'huggingface' needs dataset, a folder or a name on the hub")
         if self.kind == "worked" and (not self.families or self.count < 1):
             raise ValueError(f"{where}: kind 'worked' needs families and a positive count")
+        if bool(self.match_field) != bool(self.match):
+            raise ValueError(
+                f"{where}: match_field and match go together, got {self.match_field!r} and {self.match!r}"
+            )
+        if self.match and self.kind in ("docstrings", "worked"):
+            raise ValueError(
+                f"{where}: kind {self.kind!r} has no fields, so none to match {self.match!r} with"
+            )
         if not all(part.strip() for part in self.text_field.split("+")):
             raise ValueError(f"{where}: text_field must name fields joined by '+', got {self.text_field!r}")
+
+    def kept_fields(self) -> tuple[str, ...]:
+        """Return the fields that each text's `meta` gets, the one to match among them."""
+        return tuple(dict.fromkeys((*self.keep_fields, *filter(None, (self.match_field,)))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

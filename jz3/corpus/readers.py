@@ -210,10 +210,16 @@ def from_row(row: dict[str, Any], where: str, source: SourceConfig) -> SourceTex
         parts.append(value)
     meta = {"topic": source.topic} if source.topic else {}
     nested: list[str] = []
-    for name in source.keep_fields:
+    if source.match_field and not _field(row, source.match_field)[0]:
+        known = ", ".join(map(str, row))
+        return reject("missing_field", where, f"no field {source.match_field!r}; fields: {known:.200}")
+    for name in source.kept_fields():
         found, value = _field(row, name)
         if found and value is not None:
-            meta[name] = value if isinstance(value, str) else canonical_json(_plain(value))
+            try:
+                meta[name] = value if isinstance(value, str) else canonical_json(_plain(value))
+            except RecursionError:  # it could just be read
+                return reject("malformed_json", where, f"field {name!r} is nested too deeply", parts[0])
             if isinstance(value, list | dict):
                 nested.append(name)
     found_text = SourceText(
@@ -345,7 +351,7 @@ class ParquetReader:
             file.close()
             detail = f"no column {lacking[0]!r}; columns: {', '.join(known):.200}"
             return reject("missing_field", str(self.path), detail)
-        columns = [c for c in (*wanted, *source.keep_fields) if c.partition(".")[0] in known or c in known]
+        columns = [c for c in (*wanted, *source.kept_fields()) if c.partition(".")[0] in known or c in known]
         self._columns = list(dict.fromkeys(columns))
         sizes = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
         self._starts = list(itertools.accumulate(sizes, initial=0))

@@ -80,7 +80,7 @@ def read_texts(source: SourceConfig, seed: int = 0) -> Records:
 
     Yields:
         A SourceText for every usable record, a Reject for every other one; nothing is dropped but
-        what `sample` leaves out.
+        what `match` and `sample` leave out.
 
     Raises:
         Jz3Error: the source can't be used, or not one of its records can.
@@ -99,7 +99,9 @@ def read_texts(source: SourceConfig, seed: int = 0) -> Records:
 
 
 def sampled(source: SourceConfig, seed: int, record: SourceText) -> bool:
-    """Whether `sample` takes this text; the draw depends on its text alone."""
+    """Whether `match` and `sample` take this text; the draw depends on its text alone."""
+    if source.match and source.match.casefold() not in record.meta.get(source.match_field, "").casefold():
+        return False
     return source.sample == 1 or seed_for(seed, "corpus", source.name, record.text) < source.sample * 2**64
 
 

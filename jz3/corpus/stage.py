@@ -137,7 +137,7 @@ def _source_rows(
     advance: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
     """Give the rows {"doc": ...} and {"reject": ...} of a source, from its blocks where they are finished."""
-    texts, first = 0, None
+    texts, taken, first = 0, 0, None
     settings = [asdict(source), config.max_tokens, config.min_tokens, config.pieces_per_document]
     key = canonical_json([settings, asdict(ctx.recipe.model), ctx.seed])
     for number, unit in enumerate(units):
@@ -150,6 +150,7 @@ def _source_rows(
             for record in block[1:]:
                 tally.records += 1
                 texts += record["usable"]
+                taken += record["usable"] and bool(record["rows"])
                 for row in record["rows"]:
                     if "reject" in row and first is None:
                         first = Reject.from_json(row["reject"])
@@ -157,6 +158,11 @@ def _source_rows(
         if not source.limit:
             advance(1)
     check_usable(source, texts, first)
+    if source.match and not taken:
+        raise Jz3Error(
+            f"source {source.name!r}: no record was taken, of {texts} whose {source.match_field!r} might hold "
+            f"{source.match!r}; correct match"
+        )
 
 
 def _blocks(
