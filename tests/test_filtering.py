@@ -370,6 +370,7 @@ def test_the_stage(tmp_path: Path) -> None:
     }
     assert summary["by_origin"]["teacher:offline"] == {"in": 1, "kept": 1, "rejected": {}}
     assert sum(summary["sandbox"]["level"].values()) == summary["sandbox"]["executed"] == 3
+    assert summary["cross_check"] == {"by": "vote", "compared": 1, "not_compared": 1}
     verdicts = list(read_jsonl(ctx.out / "verdicts.jsonl"))
     assert [v["id"] for v in verdicts] == ["t0", *(r.id for r in ROWS)]
     assert {v["id"]: v["reason"] for v in verdicts}["s5"] == "duplicate"

@@ -207,6 +207,8 @@ def _write(
     report = _contamination([*judged, *instruction], index, config)
     write_json(out / "decontamination.json", report)
     executed = [j for j in judged if "execution" in j.checks]
+    words = [j.checks for j in judged if j.row.kind == "cot" and not j.reason]
+    compared = sum(checks.get(config.cross_check, "none") != "none" for checks in words)
     return {
         "in": len(judged),
         "kept": sum(not j.reason for j in judged),
@@ -223,6 +225,12 @@ def _write(
             "executed": len(executed),
             "output_match": sum(j.checks["output_match"] == "yes" for j in executed),
             "constant_only": sum(j.checks["computes"] == "no" for j in executed),
+        },
+        # Of the natural-language solutions kept, how many had another answer to agree with.
+        "cross_check": {
+            "by": config.cross_check,
+            "compared": compared,
+            "not_compared": len(words) - compared,
         },
         "contaminated_by_set": {name: suite["rows"] for name, suite in report["sets"].items()},
     }
