@@ -206,6 +206,15 @@ def test_control_from_a_file_and_instruction_from_a_file(tmp_path: Path) -> None
             assert q.prompt + q.completion == (sentence * 5)[:100].strip()
 
 
+def test_instruction_rows_that_are_taken_are_counted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "s.jsonl", sums(40))
+    task = TaskConfig(name="sums", path=path, fit=5, unseen=0, eval=3)
+    source = InstructionConfig(name="i", path=path, count=32)
+    summary, rows = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(source,)))
+    assert summary["instruction"] == {"cot": 32} and summary["rejected"] == {"taken": 8}
+    assert {r.text for r in rows["rejects"]} == {q.problem for q in (*rows["queries"], *rows["eval"])}
+
+
 def test_clear_errors(tmp_path: Path) -> None:
     short = TaskConfig(name="sums", path=jsonl(tmp_path / "s.jsonl", sums(8)), fit=50, unseen=0, eval=0)
     with pytest.raises(Jz3Error, match=r"'sums': 50 problems asked.*only \d usable"):

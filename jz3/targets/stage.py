@@ -162,7 +162,13 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
         tool = _tool_rows(len(drawn), len(source.families), source.tool_share)
         return [_worked_query(source.name, "instruction", p, t) for p, t in zip(drawn, tool, strict=True)]
     before = len(rejects)
-    found = [row for row in _read(source, source.path, rejects) if row.problem not in taken]
+    found = []
+    for row in _read(source, source.path, rejects):
+        if row.problem in taken:
+            detail = "also a target's, an evaluation's or an earlier source's problem"
+            rejects.append(_reject("taken", f"{source.path}: {row.id}", detail, row.problem))
+        else:
+            found.append(row)
     found.sort(key=lambda row: seed_for(key, row.problem))
     if len(found) < source.count:
         raise Jz3Error(
