@@ -129,6 +129,19 @@ LAYOUTS = [
     ),
     ({"input": "I", "code": "...", "target": -9867630.0}, ("I", "", "-9867630")),
     ({"input": "I", "target": 0.5}, ("I", "", "0.5")),
+    (
+        {"Body": "Tom has 8 pens", "Question": "How many are left?", "Equation": "...", "Answer": "5.0"},
+        ("Tom has 8 pens. How many are left?", "", "5"),
+    ),
+    ({"content": "C", "answer": "$\\frac{1}{2}$", "steps": ["..."]}, ("C", "", "$\\frac{1}{2}$")),
+    (
+        {"question": "Q?", "choices": None, "table": "a | 1", "table_title": "T", "answer": "1,000"},
+        ('Read the following table regarding "T" and answer a question:\na | 1\nQ?', "", "1,000"),
+    ),
+    (
+        {"question": "Q?", "choices": ["up", "down"], "table": "a | 1", "table_title": None, "answer": "up"},
+        ("Read the following table and answer a question:\na | 1\nQ? Choose one of: up, down.", "", "up"),
+    ),
 ]
 
 

@@ -24,7 +24,8 @@ def load_benchmark(name: str, path: Path | str, limit: int = 0) -> list[Query]:
     The layout of a row is told by its fields: GSM8K (`question`, `answer`), MATH (`problem`,
     `solution`, `answer`), OCW (`problem`, `solution`), ASDiv (`body`, `question`, `answer`), AQuA
     (`question`, `options`, `correct`), SAT (`question`, `options`, `Answer`), MMLU (`question`,
-    `choices`, `answer`), gsm-hard (`input`, `target`).
+    `choices`, `answer`), gsm-hard and MAWPS (`input`, `target`), SVAMP (`Body`, `Question`, `Answer`),
+    CARP (`content`, `answer`), TabMWP (`table`, `question`, `answer`).
 
     Args:
         name: the task's name; ids are `<name>-<line>`.
@@ -157,18 +158,43 @@ def _mmlu(row: dict[str, Any]) -> Parts:
 
 
 def _gsm_hard(row: dict[str, Any]) -> Parts:
-    target = float(row["target"])
-    return row["input"], "", str(int(target)) if target.is_integer() else repr(target)
+    return row["input"], "", _number(row["target"])
+
+
+def _svamp(row: dict[str, Any]) -> Parts:
+    body = row["Body"].strip()
+    return f"{body}{'' if body.endswith('.') else '.'} {row['Question'].strip()}", "", _number(row["Answer"])
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _carp(row: dict[str, Any]) -> Parts:
+    return row["content"], "", row["answer"]
+
+
+def _tabmwp(row: dict[str, Any]) -> Parts:
+    about = f' regarding "{row["table_title"]}"' if row.get("table_title") else ""
+    problem = f"Read the following table{about} and answer a question:\n{row['table']}\n{row['question']}"
+    if row.get("choices"):
+        # Graded by the choice's text, which is what the answer holds.
+        problem += f" Choose one of: {', '.join(map(str, _expect(row['choices'], list, 'choices')))}."
+    return problem, "", row["answer"]
 
 
 LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Parts]], ...] = (
     (("body", "question", "answer"), _asdiv),
     (("question", "options", "correct", "rationale"), _aqua),
     (("question", "options", "Answer"), _sat),
+    (("table", "question", "answer"), _tabmwp),
     (("question", "choices", "answer"), _mmlu),
     (("problem", "solution", "answer"), _math),
     (("problem", "solution"), _ocw),
     (("input", "target"), _gsm_hard),
+    (("Body", "Question", "Answer"), _svamp),
+    (("content", "answer"), _carp),
     (("question", "answer"), _gsm8k),
 )
 """Field names and reader; the first whose fields are all there reads the row."""
