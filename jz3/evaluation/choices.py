@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 
 HEADING = "Answer Choices:"
 LINE = re.compile(r"^\(([A-Z])\) (.*)$", re.MULTILINE)
-SAID = re.compile(r"answer\s+is\s*:?\s*(?:option|choice)?\s*\**\(?([A-Z])(?![A-Za-z'])")
+SAID = re.compile(
+    r"(?:answer|option|choice)\s+is\s*:?\s*(?:option|choice)?\s*\**\(?([A-Z])(?![A-Za-z'])"
+    r"|(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)"
+)
+ALONE = re.compile(r"\W*([A-Z])\W*")
 WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
@@ -35,8 +39,8 @@ def chosen_letter(
 ) -> str:
     """Return the letter that a solution chooses, or "" if it chooses none or several.
 
-    The letter in the extracted answer counts first, then the last "the answer is (X)", then a choice
-    whose text the extracted answer equals.
+    The letter in the extracted answer counts first, then the last "the answer is (X)" or "option (X) is
+    correct", then a letter that is all there is, then a choice whose text the extracted answer equals.
 
     Args:
         output: the whole solution.
@@ -48,9 +52,12 @@ def chosen_letter(
     marked = re.match(r"\(?([A-Z])(?:$|\)|[.:]\s)", bare)
     if marked and marked[1] in choices:
         return marked[1]
-    said = [letter for letter in SAID.findall(output) if letter in choices]
+    said = [a or b for a, b in SAID.findall(output) if (a or b) in choices]
     if said:
         return said[-1]
+    alone = ALONE.fullmatch(output)
+    if alone and alone[1] in choices:
+        return alone[1]
     if not bare:
         return ""
     # Choices may differ in the unit alone, which equality ignores.
