@@ -225,6 +225,8 @@ def test_fields_of_the_control_are_those_of_the_tasks_or_found(tmp_path: Path) -
     assert asked(path, {"input": "i 1", "why": "w 1"}, "control", **fields) == ("i 1", "w 1")
     assert asked(path, {"question": "q 1", "answer": "a 1"}, "control", **fields) == ("q 1", "a 1")
     assert asked(path, {"text": "t 1"}, "control", solution_field="why") == ("t 1", "t 1")
+    assert asked(path, {"why": "w 1"}, "control", **fields) == ("w 1", "w 1")
+    assert asked(path, {"why": "w 1"}, "control", solution_field="why") == ("w 1", "w 1")
     with pytest.raises(Jz3Error, match="'control': .* has the fields body; wanted are"):
         asked(path, {"body": "b 1"}, "control", **fields)
     assert asked(path, {"body": "b 1"}, "control", problem_field="body") == ("b 1", "b 1")

@@ -109,6 +109,8 @@ def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
     seen = _seen(name, path, settings)
     if name == "control" and not all(_has(seen, field) for field in (problem, solution) if field):
         # The fields are named for the tasks, and the control's file may have others.
+        if solution and _has(seen, solution) and not any(known in seen for known, _ in FIELDS):
+            return solution, ""
         problem = solution = ""
     if problem and not solution:
         partners = [s for p, s in FIELDS if p == problem] + [s for _, s in FIELDS]
@@ -116,6 +118,8 @@ def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
     elif solution and not problem:
         partners = [*(p for p, s in FIELDS if s == solution), *PROBLEMS]
         problem = next((p for p in partners if p != solution and p in seen), "")
+        if not problem and name == "control":
+            return solution, ""
         if not problem:
             raise Jz3Error(
                 f"target {name!r}: --solution-field {solution!r} is given, and {path} has no field "
