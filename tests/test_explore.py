@@ -4,6 +4,7 @@
 `apt install chromium chromium-driver`) and selenium. JZ3_SCREENSHOTS=FOLDER keeps pictures of the page.
 """
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -23,7 +24,7 @@ import pytest
 
 from jz3.cli import main
 from jz3.config import shipped_recipe
-from jz3.explore import render
+from jz3.explore import render, server
 from jz3.features.exact import exact_cosines
 from jz3.files import write_json
 from jz3.gradients import tokenize_text
@@ -224,6 +225,38 @@ class Page:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/", {"sec-fetch-site": "cross-site"}, 200),  # a link to the page
+        ("POST", "/gradio_api/queue/join", {}, 200),
+        ("POST", "/gradio_api/queue/join", {"origin": "http://localhost:8", "host": "localhost:8"}, 200),
+        ("POST", "/gradio_api/queue/join", {"origin": "https://proxy", "sec-fetch-site": "same-origin"}, 200),
+        ("POST", "/gradio_api/queue/join", {"origin": "http://evil.example", "host": "localhost:8"}, 403),
+        ("POST", "/gradio_api/queue/join", {"origin": "null", "host": "localhost:8"}, 403),
+        ("POST", "/gradio_api/call/show", {"sec-fetch-site": "cross-site"}, 403),
+        ("POST", "/gradio_api/upload", {}, 403),
+    ],
+)
+def test_orders_of_other_sites_and_uploads_are_refused(
+    method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    pytest.importorskip("starlette")
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": pairs}
+    asyncio.run(server._Guard(app)(scope, None, send))
+    assert sent[0]["status"] == status
+    assert b"content-security-policy" in dict(sent[0]["headers"])
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jz3.errors import Jz3Error
 
@@ -15,6 +16,9 @@ POLICY = (
     "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
 )
 """What the browser may load: nothing from other machines, whatever the toolkit or a text asks for."""
+
+ORDERS = ("queue", "run", "call", "api", "cancel", "reset")
+"""What the page posts to, below /gradio_api; Gradio would also take uploads, from anyone and of any size."""
 
 
 def serve(run: Path, host: str = "127.0.0.1", port: int = 7860, checkpoint: int | None = None) -> None:
@@ -63,7 +67,7 @@ def build_app(view: Any, host: str) -> Any:
     from jz3.explore.page import build_page
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Headers)
+    app.add_middleware(_Guard)
     if _is_loopback(host):
         # Another site's name that resolves to this machine must not reach the page.
         app.add_middleware(
@@ -89,8 +93,8 @@ def build_app(view: Any, host: str) -> Any:
     )
 
 
-class _Headers:
-    """Adds the policy to every response."""
+class _Guard:
+    """Adds the policy to every response, and refuses what the page never sends: uploads, orders from other sites."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -106,7 +110,23 @@ class _Headers:
                 ]
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        app = self._app
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD") and not _is_own(scope):
+            from starlette.responses import PlainTextResponse
+
+            app = PlainTextResponse("this page sends no such request", 403)
+        await app(scope, receive, send_with_policy)
+
+
+def _is_own(scope: Any) -> bool:
+    """Tell whether an order may come from the page: by its path, and by the site that a browser names."""
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    if scope["path"].rpartition("/gradio_api/")[2].partition("/")[0] not in ORDERS:
+        return False
+    if site := headers.get(b"sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get(b"origin")
+    return not origin or urlsplit(origin).netloc == headers.get(b"host")
 
 
 def _is_loopback(host: str) -> bool:
