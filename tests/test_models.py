@@ -1,12 +1,15 @@
-"""Preparing a model once."""
+"""Preparing a model once, and no second copy of its weights."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from jz3.models import _prepared
+from jz3.estimate import _local_parameters
+from jz3.models import ModelConfig, _prepared, resolve_model
 
 
 def test_a_model_wanted_twice_at_once_is_prepared_once(
@@ -26,3 +29,23 @@ def test_a_model_wanted_twice_at_once_is_prepared_once(
         folders = list(pool.map(lambda _: _prepared("model", build), range(2)))
     assert len(built) == 1 and len(set(folders)) == 1
     assert sorted(p.name for p in folders[0].iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_mistrals_second_copy_of_the_weights_is_neither_loaded_nor_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = ["config.json", "consolidated.safetensors", "model-00001-of-00001.safetensors", "tokenizer.model"]
+
+    def download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], **__: object) -> str:
+        wanted = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        (tmp_path / "loaded.txt").write_text("\n".join(wanted))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = resolve_model(ModelConfig(name="mistralai/Mistral-7B-v0.3"))
+    assert (folder / "loaded.txt").read_text().split() == [names[0], *names[2:]]
+    for name in names[1:3]:
+        save_file({"w": torch.zeros(3, 5)}, folder / name)
+    assert _local_parameters(folder) == 15
