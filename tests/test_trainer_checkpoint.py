@@ -128,7 +128,11 @@ def test_states_by_name_as_fsdp_writes_them(trained: Any, tmp_path: Path) -> Non
 def test_what_does_not_fit_is_refused(trained: Any, tmp_path: Path) -> None:
     model, folders, _, _ = trained
     source = folders[1]
-    for number, (key, value) in enumerate((("use_dora", True), ("bias", "all"), ("rank_pattern", {"q": 1}))):
+    settings = (
+        *(("use_dora", True), ("bias", "all"), ("rank_pattern", {"q": 1})),
+        *(("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora")),
+    )
+    for number, (key, value) in enumerate(settings):
         with pytest.raises(Jz3Error, match=f"adapters with {key}"):
             read_trainer_checkpoint(altered(source, tmp_path / str(number), **{key: value}), model, "m")
     with pytest.raises(Jz3Error, match=r"has the shape .* expected"):

@@ -33,6 +33,8 @@ PLAIN = {
     "alora_invocation_tokens": None,
 }
 """What adapter_config.json has to say for jz3's adapters to be the same function; absent is as good."""
+CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Starts of adapters that take what they begin with out of the base model's weights."""
 WRAPPERS = ("module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
 
@@ -66,6 +68,12 @@ def read_trainer_checkpoint(
     for key, plain in PLAIN.items():
         if config.get(key) and config[key] != plain:
             raise Jz3Error(f"{folder}: adapters with {key} = {config[key]!r} are not covered, only {plain!r}")
+    start = str(config.get("init_lora_weights", ""))
+    if start.lower().startswith(CHANGE_BASE):
+        raise Jz3Error(
+            f"{folder}: adapters with init_lora_weights = {start!r} are not covered: they belong to a base model that "
+            "their start has changed and the checkpoint doesn't hold; train with PEFT's default"
+        )
     weights = _weights(folder / "adapter_model.safetensors")
     rank = int(config["r"])
     shape = LoraShape(
