@@ -1,6 +1,8 @@
-"""Files that are whole or absent: atomic writes, JSON lines, hashes."""
+"""Files that are whole or absent: atomic writes, locks, JSON lines, hashes."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -12,6 +14,8 @@ from typing import Any
 import xxhash
 
 from jz3.errors import Jz3Error
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -35,6 +39,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     elif path.is_dir():
         shutil.rmtree(path)
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock `path`; it ends with the process, however that ends. Yields whether it was had.
+
+    Raises:
+        Jz3Error: the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise Jz3Error(
+                f"the file system of {path.parent} has no file locks ({error.strerror}), by which processes "
+                "keep out of each other's way; use another folder"
+            ) from error
+        yield True
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Model folders: the embedded SmolLM2, a tiny random model for tests, any Hugging Face model."""
 
-import fcntl
 import hashlib
 import os
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path
+from jz3.files import atomic_path, locked
 from jz3.machine import best_dtype
 
 if TYPE_CHECKING:
@@ -134,10 +133,8 @@ def best_device() -> str:
 def _prepared(name: str, build: Any) -> Path:
     folder = cache_folder() / name
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that prepare it at once would write into, and delete, the same `.part`.
-        with open(folder.with_name(f"{name}.lock"), "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with locked(folder.with_name(f"{name}.lock")):
             if not (folder / "config.json").is_file():
                 with atomic_path(folder) as part:
                     build(part)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import jz3
 from jz3.config import Recipe, settled
 from jz3.errors import Jz3Error
-from jz3.files import canonical_json, hash_text, read_json, write_json
+from jz3.files import canonical_json, hash_text, locked, read_json, write_json
 from jz3.stage import Stage, StageContext, peak_memory, release_memory, reset_peak_memory
 
 log = logging.getLogger(__name__)
@@ -278,9 +277,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise Jz3Error(f"{run_dir} is no folder") from error
-    with open(run_dir / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Jz3Error(f"another process is running in {run_dir}") from error
+    with locked(run_dir / ".lock", wait=False) as alone:
+        if not alone:
+            raise Jz3Error(f"another process is running in {run_dir}")
         yield

@@ -17,6 +17,7 @@ from jz3.errors import Jz3Error
 from jz3.explain import token_values
 from jz3.explore import render
 from jz3.explore.view import View
+from jz3.files import locked
 from jz3.gradients import linear_layers, tokenize_query, tokenize_text
 from jz3.index.opening import open_collection
 from jz3.index.query import Searcher
@@ -25,7 +26,7 @@ from jz3.scoring.collection import ScoredCollection
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan, locked
+from jz3.scoring.plan import load_plan
 from jz3.scoring.workers import missing_shards, work
 
 pytest.importorskip("faiss")

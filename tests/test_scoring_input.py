@@ -23,12 +23,13 @@ import scoring_runs as runs
 import torch
 
 from jz3.errors import Jz3Error
+from jz3.files import locked
 from jz3.models import load_model, load_tokenizer
 from jz3.scoring.command import score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.job import load_job
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan, locked, make_plan, open_plan
+from jz3.scoring.plan import load_plan, make_plan, open_plan
 from jz3.scoring.reading import Reader
 from jz3.scoring.shard import Scorer
 from jz3.scoring.targets import read_target

@@ -18,10 +18,11 @@ import pytest
 import scoring_runs as runs
 
 from jz3.errors import Jz3Error
+from jz3.files import locked
 from jz3.scoring import workers
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import Plan, load_plan, locked
+from jz3.scoring.plan import Plan, load_plan
 from jz3.scoring.workers import Progress, duration, missing_shards, parts, run_local, work
 
 

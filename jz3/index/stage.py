@@ -37,7 +37,7 @@ def index_scored(collection: "Collection", config: IndexConfig) -> dict[str, Any
         Jz3Error: the run has no features, its model or corpus is missing, or another process builds the index;
             the message says what to do.
     """
-    from jz3.scoring.plan import locked
+    from jz3.files import locked
 
     if collection.missing_features:
         raise Jz3Error(collection.missing_features)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, hash_file, read_json, read_jsonl, write_json
+from jz3.files import atomic_path, hash_file, locked, read_json, read_jsonl, write_json
 from jz3.index.collection import Collection, Encoding
 from jz3.index.scores import Key, ScoreTable
 from jz3.models import ModelConfig, resolve_model
 from jz3.records import Doc, Query
 from jz3.scoring.config import ChooseSettings
 from jz3.scoring.job import PROJECTIONS, check_model, load_job
-from jz3.scoring.plan import load_plan, locked
+from jz3.scoring.plan import load_plan
 from jz3.scoring.reading import Reader
 from jz3.scoring.shard import has_rows, scores_path, store_folder
 from jz3.store import Store

@@ -70,11 +70,11 @@ def score_corpus(
     Raises:
         Jz3Error: see the functions it calls; the message says what to do.
     """
-    from jz3.files import read_json
+    from jz3.files import locked, read_json
     from jz3.scoring import cluster, workers
     from jz3.scoring.job import load_job
     from jz3.scoring.merge import check_choice, merge, summary
-    from jz3.scoring.plan import load_plan, locked
+    from jz3.scoring.plan import load_plan
     from jz3.scoring.request import Request
 
     # What would fail at the end is asked for at the beginning.

@@ -24,6 +24,7 @@ from jz3.files import (
     canonical_json,
     hash_file,
     hash_text,
+    locked,
     read_json,
     write_json,
     write_jsonl,
@@ -41,7 +42,7 @@ from jz3.influence import agreement
 from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
 from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
-from jz3.scoring.plan import PREPARING, Plan, locked
+from jz3.scoring.plan import PREPARING, Plan
 from jz3.scoring.reading import Reader
 from jz3.scoring.targets import read_target, summary
 from jz3.stage import release_memory

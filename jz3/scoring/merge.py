@@ -16,11 +16,11 @@ from jz3.corpus.config import MinHashConfig
 from jz3.corpus.dedup import Deduplicator
 from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, write_json, write_jsonl
+from jz3.files import atomic_path, locked, write_json, write_jsonl
 from jz3.influence import negative_control
 from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
-from jz3.scoring.plan import Plan, locked
+from jz3.scoring.plan import Plan
 from jz3.scoring.reading import Reader
 from jz3.scoring.sets import choose_among
 from jz3.scoring.shard import read_about, scores_path

@@ -6,8 +6,6 @@ worker computes depends on the plan and the shard alone.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import shlex
@@ -21,7 +19,7 @@ from typing import Any
 from jz3.corpus.config import SourceConfig
 from jz3.corpus.readers import COMPRESSED, find_files, open_lines, skip_line
 from jz3.errors import Jz3Error
-from jz3.files import canonical_json, hash_file, hash_text, read_json, write_json
+from jz3.files import canonical_json, hash_file, hash_text, locked, read_json, write_json
 from jz3.machine import best_dtype, best_products
 from jz3.scoring.config import ScoreSettings
 
@@ -35,7 +33,6 @@ WRITTEN = (
 """Files and folders that a run writes in its own; of several checkpoints also store-N and index-N."""
 PREPARING = ".prepare.lock"
 """Held while the fits are made."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,27 +331,3 @@ def _differences(
         if plan.targets.get(name) != now:
             different.append(f"target {name!r}: {plan.targets.get(name)} -> {now}")
     return different
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock `path`; it ends with the process, however that ends. Yields whether it was had.
-
-    Raises:
-        Jz3Error: the file system has no locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise Jz3Error(
-                f"the file system of {path.parent} has no file locks ({error.strerror}), by which workers share "
-                "the work; use another folder"
-            ) from error
-        yield True

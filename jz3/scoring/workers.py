@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from jz3.errors import Jz3Error
-from jz3.files import read_json
-from jz3.scoring.plan import Plan, load_plan, locked
+from jz3.files import locked, read_json
+from jz3.scoring.plan import Plan, load_plan
 from jz3.scoring.shard import lacks_features, scores_path
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import gc
 import logging
 import math
@@ -24,6 +23,7 @@ from jz3.files import (
     canonical_json,
     hash_file,
     hash_text,
+    locked,
     read_json,
     read_jsonl,
     write_json,
@@ -254,15 +254,14 @@ def _train_here(job: Job, progress: Progress) -> TrainSummary:
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
     work.mkdir(parents=True, exist_ok=True)
-    with open(work.with_name(work.name + ".lock"), "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Jz3Error(f"another process trains in {work}; wait for it or stop it") from error
+    lock = work.with_name(work.name + ".lock")
+    with locked(lock, wait=False) as alone:
+        if not alone:
+            raise Jz3Error(f"another process trains in {work}; wait for it or stop it")
         try:
             yield
         finally:
-            Path(handle.name).unlink()
+            lock.unlink()
 
 
 @contextlib.contextmanager
