@@ -473,6 +473,21 @@ def test_tool_loop_tells_the_error_and_goes_on_without_the_failed_block(sandbox:
     assert [b.reason for b in trace.executed] == ["error", "ok"]
 
 
+def test_tool_loop_runs_blocks_without_an_output_of_their_own_too(sandbox: Any) -> None:
+    script = Script(
+        {
+            "P:": "First:\n```python\nx = 6\n```\nThen:\n```python\nprint(x)\n```\n```output\n",
+            "```output\n6\n```\n": "```python\ny = x\n```\n```python\nprint(x + y)\n```",
+            "```output\n12\n```\n": "Done.",
+        }
+    )
+    (trace,) = generate_with_tools(script, sandbox, [Request(id="a", prompt="P:")], Sampling())
+    assert [(b.code, b.output) for b in trace.executed] == [
+        ("x = 6\nprint(x)\n", "6"),
+        ("y = x\nprint(x + y)\n", "12"),
+    ]
+
+
 def test_tool_loop_limits_rounds_and_output(sandbox: Any) -> None:
     script = Script({"P:": "```python\nprint('x' * 1000)\n```", "```\n": "more\n```python\nprint(1)\n```"})
     (trace,) = generate_with_tools(

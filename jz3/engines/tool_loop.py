@@ -60,6 +60,8 @@ class _State:
     program: str = ""
     """The blocks that ran without an error so far, and what they printed."""
     printed: str = ""
+    ran: int = 0
+    """Where the text begins whose blocks have not run."""
 
     def next_request(self) -> Request:
         if not self.rounds:
@@ -87,9 +89,9 @@ def generate_with_tools(
     """Continue prompts in rounds, running the Python block at which the model stops.
 
     A round ends when the model starts an output block (or ends its text) behind a finished Python
-    block. The block is run after the earlier ones of the same continuation that succeeded, as cells of
-    a notebook are, and what it adds to the printed text goes into an output block; of an error, its
-    last line.
+    block. The block, with those before it in the round, is run after the earlier ones of the same
+    continuation that succeeded, as cells of a notebook are, and what it adds to the printed text goes
+    into an output block; of an error, its last line.
 
     Args:
         engine: continues the prompts.
@@ -137,13 +139,19 @@ def generate_with_tools(
 
 
 def _pending_code(state: _State) -> str | None:
-    """Return the Python block that ends a continuation and waits for its output, if there is one."""
+    """Return the Python block that ends a continuation and waits for its output, if there is one.
+
+    Blocks of the same round before it, behind which the model asked for no output, come first.
+    """
+    from jz3.grading.answer import code_blocks
+
     if state.finish != "stop":
         return None
     found = PENDING.search(state.text)
     if found is None or FENCE in found[1] or not found[1].strip():
         return None
-    return found[1].rstrip() + "\n"
+    blocks = [*code_blocks(state.text[state.ran : found.start(1)]), found[1]]
+    return "".join(block.rstrip() + "\n" for block in blocks)
 
 
 def _record(state: _State, code: str, execution: "Execution", output_limit: int) -> None:
@@ -156,6 +164,7 @@ def _record(state: _State, code: str, execution: "Execution", output_limit: int)
         output = "\n".join(filter(None, [added.strip("\n"), error_line(execution)]))
     output = output[:output_limit].rstrip("\n")
     state.text = f"{state.text.rstrip()}\n{OUTPUT_START}\n{output}\n{FENCE}\n"
+    state.ran = len(state.text)
     state.executed.append(
         ExecutedBlock(
             code=code, output=output, ok=execution.ok, reason=execution.reason, level=str(execution.level)
