@@ -167,6 +167,8 @@ def test_plain_numbers() -> None:
         ("$\\frac{1}{2}$", "0.5", True),
         ("1/2", "\\frac12", True),
         ("1,234", "1234", True),
+        ("1\\,234\\,000", "1234000", True),
+        ("10\\ 000", "10,000", True),
         ("\\$5", "5", True),
         ("12 apples", "12", True),
         ("25", "$25 dollars", True),
