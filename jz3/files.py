@@ -16,6 +16,14 @@ import xxhash
 from jz3.errors import Jz3Error
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FULL = (
+    os.strerror(errno.ENOSPC),
+    os.strerror(errno.EDQUOT),
+    # torch doesn't say why it could not write a file.
+    ". unexpected pos ",
+    "basic_ios::clear: iostream error",
+)
+"""Signs of a full disk in the text of a library's error."""
 
 
 @contextlib.contextmanager
@@ -161,3 +169,12 @@ def hash_file(path: Path) -> str:
         while count := handle.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether a write failed for want of space, also one of a library that raises its own errors."""
+    if isinstance(error, Jz3Error):
+        return False
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        s in str(error) for s in _FULL
+    )

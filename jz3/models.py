@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, locked
+from jz3.files import atomic_path, is_full, locked
 from jz3.machine import best_dtype
 
 if TYPE_CHECKING:
@@ -136,8 +136,16 @@ def _prepared(name: str, build: Any) -> Path:
         # Two processes that prepare it at once would write into, and delete, the same `.part`.
         with locked(folder.with_name(f"{name}.lock")):
             if not (folder / "config.json").is_file():
-                with atomic_path(folder) as part:
-                    build(part)
+                try:
+                    with atomic_path(folder) as part:
+                        build(part)
+                except Exception as error:
+                    if is_full(error):
+                        raise Jz3Error(
+                            f"the disk of {folder.parent} is full; free some space, or set JZ3_CACHE to a folder "
+                            "on another disk"
+                        ) from error
+                    raise
     return folder
 
 

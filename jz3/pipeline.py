@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import jz3
 from jz3.config import Recipe, settled
 from jz3.errors import Jz3Error
-from jz3.files import canonical_json, hash_text, locked, read_json, write_json
+from jz3.files import canonical_json, hash_text, is_full, locked, read_json, write_json
 from jz3.stage import Stage, StageContext, peak_memory, release_memory, reset_peak_memory
 
 log = logging.getLogger(__name__)
@@ -80,14 +79,6 @@ STAGES = (
     ),
     Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index"), extends=True),
 )
-_FULL = (
-    os.strerror(errno.ENOSPC),
-    os.strerror(errno.EDQUOT),
-    # torch doesn't say why it could not write a file.
-    ". unexpected pos ",
-    "basic_ios::clear: iostream error",
-)
-"""Signs of a full disk in the text of a library's error."""
 NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -161,7 +152,7 @@ def _run_stage(stage: Stage, ctx: StageContext) -> dict[str, Any]:
     try:
         summary = stage.function()(ctx)
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             raise Jz3Error(
                 f"the disk of {ctx.out} is full; free some space and run again, it goes on from here"
             ) from error
@@ -203,15 +194,6 @@ def _check_inputs(stage: Stage, ctx: StageContext) -> None:
             f"{ctx.out} was made from another {' and '.join(others)} than {ctx.run_dir} holds now; delete what "
             f"followed from it, to make it again: {' '.join(there)}"
         )
-
-
-def _is_full(error: Exception) -> bool:
-    """Tell whether a write failed for want of space, also one of a library that raises its own errors."""
-    if isinstance(error, Jz3Error):
-        return False
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        s in str(error) for s in _FULL
-    )
 
 
 def _claim(recipe: Recipe, run_dir: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from jz3.errors import Jz3Error
 from jz3.estimate import _local_parameters
 from jz3.models import ModelConfig, _prepared, resolve_model
 
@@ -29,6 +31,19 @@ def test_a_model_wanted_twice_at_once_is_prepared_once(
         folders = list(pool.map(lambda _: _prepared("model", build), range(2)))
     assert len(built) == 1 and len(set(folders)) == 1
     assert sorted(p.name for p in folders[0].iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_a_full_disk_is_told_with_the_folder_that_can_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JZ3_CACHE", str(tmp_path))
+
+    def build(part: Path) -> None:
+        part.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(Jz3Error, match="is full.*JZ3_CACHE"):
+        _prepared("model", build)
 
 
 def test_mistrals_second_copy_of_the_weights_is_neither_loaded_nor_counted(
