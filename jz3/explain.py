@@ -25,7 +25,7 @@ from jz3.gradients import (
     tokenize_query,
     tokenize_text,
 )
-from jz3.gradients.tokens import split_prompt
+from jz3.gradients.tokens import first_tokens, split_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ def explain(
             experts or runs a layer several times for a token, or a gradient is zero or not finite.
     """
     model.eval()
-    tokens = tokenize_text(tokenizer, "0", text, max_tokens, prompt=prompt)
+    tokens = tokenize_text(tokenizer, "0", text, max_tokens, "begin", prompt)
     asked = [
         tokenize_query(tokenizer, str(i), question, completion, max_tokens)
         if question
@@ -189,8 +189,9 @@ def pieces_of(tokenizer: "PreTrainedTokenizerBase", text: str, prompt: str, coun
     """Return the characters of the first `count` tokens of `tokenize_text`; start tokens stand for none."""
     pieces = [""] * len(start_tokens(tokenizer))
     for part in split_prompt(text, prompt):
-        ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        pieces += token_strings(tokenizer, part, ids[: count - len(pieces)])
+        left = count - len(pieces)
+        ids, piece = first_tokens(tokenizer, part, left)
+        pieces += token_strings(tokenizer, piece, ids[:left])
     return pieces
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jz3.corpus.readers import SourceText
+from jz3.explain import pieces_of
 from jz3.gradients import make_batches, start_tokens, tokenize_chat, tokenize_query, tokenize_text
 from jz3.models import load_tokenizer
 from jz3.scoring.config import ScoreSettings
@@ -154,6 +155,9 @@ def test_what_lies_far_behind_the_cut_is_not_tokenised(
             assert (begin.ids, begin.start) == (whole.ids, whole.start)
             if text.startswith(words * 2):
                 assert max(seen) < 2000
+    seen.clear()
+    pieces = pieces_of(tokenizer, words * 1000, words, 40)
+    assert len(pieces) == 40 and (words * 2).startswith("".join(pieces)) and max(seen) < 2000
     seen.clear()
     scored = SourceText(text=words * 1000, source="", where="corpus.jsonl:1")
     assert len(ScoreSettings(max_tokens=40).tokens_of(tokenizer, scored).ids) == 40 and max(seen) < 2000

@@ -119,7 +119,7 @@ class View:
     def _explained(self, doc: Doc, query: Tokens) -> str:
         searcher = self.searcher
         tokenizer, prompt = searcher.tokenizer, doc.meta.get(self.collection.prompt_field, "")
-        text = tokenize_text(tokenizer, doc.id, doc.text, searcher.document_tokens, prompt=prompt)
+        text = tokenize_text(tokenizer, doc.id, doc.text, searcher.document_tokens, "begin", prompt)
         with self._lock:
             values = searcher.token_values(text, query)
         pieces = pieces_of(tokenizer, doc.text, prompt, len(text.ids))

@@ -99,7 +99,7 @@ def tokenize_text(
         raise ValueError(f"long must be 'truncate', 'begin' or 'split', got {long!r}")
     _check_unicode(f"text {key}", text)
     most = max_tokens if long == "begin" else len(text)
-    head, tail = (_first_ids(tokenizer, part, most) for part in split_prompt(text, prompt))
+    head, tail = (first_tokens(tokenizer, part, most)[0] for part in split_prompt(text, prompt))
     ids = [*start_tokens(tokenizer), *head, *tail]
     start = max(len(ids) - len(tail), 1)
     if len(ids) <= start:
@@ -113,8 +113,8 @@ def tokenize_text(
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
 
 
-def _first_ids(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) -> list[int]:
-    """Return at least the first `count` tokens of a text, or all if it has no more.
+def first_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) -> tuple[list[int], str]:
+    """Return at least the first `count` tokens of a text, or all if it has no more, and the piece they are of.
 
     The end of a piece of the text is tokenised otherwise than the same place of the whole, and so only what
     lies well before it counts.
@@ -123,10 +123,10 @@ def _first_ids(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) -> l
     while size < len(text):
         ids: Any = tokenizer(text[:size], add_special_tokens=False, verbose=False).input_ids
         if len(ids) >= count + MARGIN:
-            return ids
+            return ids, text[:size]
         size *= PIECE
     whole: Any = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return whole
+    return whole, text
 
 
 def split_prompt(text: str, prompt: str) -> tuple[str, str]:
