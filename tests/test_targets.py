@@ -179,6 +179,8 @@ def test_bad_rows_are_counted_with_file_and_line(tmp_path: Path) -> None:
         ("It is two.", "2", "It is two.\nThe answer is \\boxed{2}.", "2"),
         ("It is two.", "", "It is two.", ""),
         (" <<1=1>> ", "", "", ""),
+        ("Both.\n#### 12, 5", "", "Both.\nThe answer is \\boxed{12, 5}.", "12, 5"),
+        ("Here.\n#### (100,200)", "", "Here.\nThe answer is \\boxed{(100,200)}.", "(100,200)"),
         ("A#### in words", "", "A\nThe answer is \\boxed{in words}.", "in words"),
     ],
 )

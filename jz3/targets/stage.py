@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EVAL_SHARE = 4
 """One in four problems of a file (by hash) is for evaluation, if there is no file of its own for it."""
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+_THOUSANDS = re.compile(r"[^\d(\[{]*\d{1,3}(?:,\d{3})+(?:\.\d+)?[^\d,]*")
 _GSM8K_ANSWER = re.compile(r"\s*####[ \t]*(?P<answer>[^\n]+?)\s*\Z")
 
 
@@ -94,7 +95,9 @@ def clean_solution(solution: str, answer: str = "") -> tuple[str, str]:
     match = _GSM8K_ANSWER.search(text)
     if match:
         text = text[: match.start()].rstrip()
-        answer = answer or match["answer"].replace(",", "")
+        stated = match["answer"]
+        # Other commas stand between several answers.
+        answer = answer or (stated.replace(",", "") if _THOUSANDS.fullmatch(stated) else stated)
     if not text:
         return "", answer
     boxed = extract_boxed(text)
