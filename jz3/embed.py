@@ -12,7 +12,7 @@ from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
 from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
 from jz3.files import canonical_json, hash_text
-from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_products, start_tokens, tokenize_query, tokenize_text
 from jz3.seeding import rng
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def featurize(
             f"text {wrong[0]} must be a str, got {docs[wrong[0]]!r:.60} ({len(wrong)} such texts); leave it out"
         )
     model.eval()
+    start_tokens.cache_clear()  # the tokenizer may have been set up anew
     products = set_products(model, products)
     layers = linear_layers(model)
     texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]

@@ -172,6 +172,7 @@ def explain(
             experts or runs a layer several times for a token, or a gradient is zero or not finite.
     """
     model.eval()
+    start_tokens.cache_clear()  # the tokenizer may have been set up anew
     tokens = tokenize_text(tokenizer, "0", text, max_tokens, "begin", prompt)
     asked = [
         tokenize_query(tokenizer, str(i), question, completion, max_tokens)

@@ -108,6 +108,21 @@ def test_a_compiled_model_has_the_features_of_the_model(tiny_model: Path) -> Non
     assert np.array_equal(one.values, two.values)
 
 
+def test_a_tokenizer_that_is_set_up_anew_is_seen(tiny_model: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model: Any = load_model(tiny_model, "float32")
+    tokenizer: Any = load_tokenizer(tiny_model)
+    plain = jz3.featurize(model, tokenizer, DOCS[:2], jz3.Sketch(64, 8, 8))
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end[0]} $A", special_tokens=[end]
+    )
+    marked = jz3.featurize(model, tokenizer, DOCS[:2], jz3.Sketch(64, 8, 8))
+    # The first word is scored too where a start token goes before it.
+    assert not np.allclose(plain.loss, marked.loss, rtol=1e-3)
+
+
 def test_what_is_no_text_is_told(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
     wrong: Any = [*DOCS, None]
