@@ -60,9 +60,7 @@ _UNIT = re.compile(
     r"(?<=\d)(?:\s|\\[,;: ]|~)*(?:%|\u00b0|\^\s*\{?\\circ\}?|\\degree|\\Omega|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\S*"
     r"|(?<=[\s~])[A-Za-z\u00b5\u03a9]{1,12}(?:[/^]\S+)?)(?:\s*[A-Z])?$"
 )
-_PLAIN = re.compile(
-    r"[-+]?(?:\d{1,3}(?:(?:,|\{,\}|\\[, ])\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?"
-)
+_PLAIN = re.compile(r"[-+]?(?:\d{1,3}(?:(?:,|\{,\})\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +217,7 @@ def plain_number(text: str) -> Fraction | None:
             return (-1 if mixed[1] == "-" else 1) * (int(mixed[2]) + Fraction(mixed[3]))
         if not _PLAIN.fullmatch(text):
             return None
-        number, _, divisor = re.sub(r"\{,\}|\\[, ]|,", "", text).partition("/")
+        number, _, divisor = text.replace("{,}", "").replace(",", "").partition("/")
         return Fraction(number) / Fraction(divisor or 1)
     except (ValueError, ZeroDivisionError):
         return None
