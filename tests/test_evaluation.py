@@ -416,3 +416,56 @@ def test_endpoint_cannot_evaluate_two_models() -> None:
 
     with pytest.raises(ValueError, match="transformers or vllm"):
         EvaluationConfig(engine=EngineConfig(name="openai"))
+
+
+def test_the_base_model_may_get_examples(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jz3.engines import Generation
+
+    asked: list[list[str]] = []
+
+    class Recorder:
+        def __init__(self) -> None:
+            asked.append([])
+
+        def generate(self, requests: Any, sampling: Any) -> list[Generation]:
+            asked[-1] += [request.prompt for request in requests]
+            return [
+                Generation(id=r.id, text="7", finish="stop", prompt_tokens=3, new_tokens=2) for r in requests
+            ]
+
+        def info(self) -> dict[str, Any]:
+            return {"name": "recorder"}
+
+        def close(self) -> None: ...
+
+    def known(key: str, task: str, kind: str, role: str = "fit") -> dict[str, Any]:
+        row = query(key, task=task)
+        return dataclasses.replace(
+            row, problem=key, prompt=prompt_for(key, kind), completion=f"By {key}.", role=role
+        ).to_json()
+
+    rows = [
+        known("a", "t0", "cot"),
+        known("b", "t0", "cot"),
+        known("c", "t1", "cot"),
+        known("d", "t0", "tool"),
+    ]
+    rows += [known("e", "t0", "cot", "unseen"), known("f", "control", "cot", "control")]
+    write_jsonl(context.run_dir / "targets" / "queries.jsonl", rows)
+    config = dataclasses.replace(context.recipe.evaluation, base_shots=2)
+    context = dataclasses.replace(
+        context, recipe=types.SimpleNamespace(**vars(context.recipe) | {"evaluation": config})
+    )
+    monkeypatch.setattr("jz3.engines.on_demand.open_engine", lambda *_: Recorder())
+    summary = run(context)
+    base, trained = asked
+    assert (summary["shots"], summary["base_shots"]) == (0, {"nl": 2, "tool": 1})
+    assert sorted(p.rpartition("## Question\n")[2] for p in base) == sorted(p[12:] for p in trained)
+    shown = {key: f"## Question\n{key}\n\n## Solution\nBy {key}.\n\n\n" for key in "abc"}
+    heads = {p[: p.rindex("## Question")] for p in base if p.endswith("## Solution\n")}
+    assert {shown["a"] + shown["b"], shown["b"] + shown["a"]} & heads
+    assert all(head.startswith(shown["c"]) or shown["c"] not in head for head in heads - {""})
+    assert any(head.startswith(shown["c"]) for head in heads) and "By e." not in "".join(base)
+    assert all(
+        p.startswith("## Question\nd\n\n## Code Solution\nBy d.\n\n\n## Q") for p in base if "Code" in p
+    )

@@ -22,7 +22,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """How models are evaluated: zero-shot, greedy."""
+    """How models are evaluated: greedy, and zero-shot but for `base_shots`."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     """`transformers` or `vllm`; it has to load the models itself."""
@@ -31,6 +31,10 @@ class EvaluationConfig:
     limit: int = 0
     """Only so many problems of each task are solved, spread evenly; 0 is all. The negative
     log-likelihood is always taken over all."""
+    base_shots: int = 0
+    """Solved examples, of the targets' own queries, in front of each problem that the base model gets, which hasn't
+    been taught the prompt: else a part of what the training gains is the prompt. The trained model gets none. The
+    paper gives its base models 5."""
     max_new_tokens: int = 1024
     """Of a solution; in the tool setting, of each round."""
     rounds: int = 4
@@ -55,6 +59,8 @@ class EvaluationConfig:
         for name in ("max_new_tokens", "rounds", "output_limit", "nll_batch_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation {name} must be at least 1, got {getattr(self, name)}")
+        if self.base_shots < 0:
+            raise ValueError(f"evaluation base_shots must not be negative, got {self.base_shots}")
         names = [benchmark.name for benchmark in self.benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"every benchmark needs a name of its own, got {', '.join(names)}")

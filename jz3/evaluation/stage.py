@@ -14,6 +14,7 @@ from jz3.errors import Jz3Error
 from jz3.evaluation.benchmarks import load_benchmark, spread
 from jz3.evaluation.choices import choices_of, chosen_letter
 from jz3.evaluation.config import EvaluationConfig
+from jz3.evaluation.examples import examples_for
 from jz3.evaluation.intervals import accuracy, mean
 from jz3.evaluation.nll import mean_nll
 from jz3.files import write_jsonl
@@ -34,8 +35,8 @@ STOP = f"\n{QUESTION}"
 def run(ctx: StageContext) -> dict[str, Any]:
     """Evaluate the base and the trained model.
 
-    Accuracies are zero-shot and greedy, in natural language and with executed Python; the negative
-    log-likelihood is that of the reference solutions, per token, averaged over the problems.
+    Accuracies are greedy and zero-shot (but for `base_shots`), in natural language and with executed Python;
+    the negative log-likelihood is that of the reference solutions, per token, averaged over the problems.
 
     Returns:
         For `base` and `trained`: `nl` and `tool` (accuracy with its Wilson 95% interval, overall and per
@@ -49,6 +50,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     solved: list[Query] = []
     for task in _tasks(queries):
         solved.extend(spread([query for query in queries if query.task == task], config.limit))
+    shown = {setting: _examples(ctx, setting, _tasks(queries)) for setting in config.settings}
     models = {"base": resolve_model(ctx.recipe.model), "trained": ctx.path("training", "model")}
     summary: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -61,7 +63,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
             part: dict[str, Any] = {}
             with engine_on_demand(config.engine, folder, ctx.recipe.model.dtype, note) as engine:
                 for setting in config.settings:
-                    done = _solve(ctx, name, setting, solved, engine, sandbox, grader)
+                    examples = shown[setting] if name == "base" else {}
+                    done = _solve(ctx, name, setting, solved, examples, engine, sandbox, grader)
                     part[setting] = _setting_summary(done)
                     rows.extend(row["result"] for row in done if row["result"])
                     rejects.extend(row["reject"] for row in done if row["reject"])
@@ -98,6 +101,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "grader": {"name": "math-verify", "version": versions("math-verify").get("math-verify", "")},
         "prompt": {setting: prompt_for("{problem}", KINDS[setting]) for setting in config.settings},
         "shots": 0,
+        "base_shots": {setting: max(map(len, examples.values())) for setting, examples in shown.items()},
         "decoding": {
             "temperature": 0.0,
             "max_new_tokens": config.max_new_tokens,
@@ -129,11 +133,19 @@ def _queries(ctx: StageContext, config: EvaluationConfig) -> list[Query]:
     return queries
 
 
+def _examples(ctx: StageContext, setting: str, tasks: list[str]) -> dict[str, list[str]]:
+    """Return by task the examples that go in front of a problem that the base model gets."""
+    count = ctx.recipe.evaluation.base_shots
+    known = [Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl")] if count else []
+    return {task: examples_for(known, task, KINDS[setting], count, ctx.seed) for task in tasks}
+
+
 def _solve(
     ctx: StageContext,
     model: str,
     setting: str,
     queries: list[Query],
+    examples: dict[str, list[str]],
     engine: OnDemand[Engine],
     sandbox: "OnDemand[Sandbox]",
     grader: "OnDemand[Grader]",
@@ -143,7 +155,12 @@ def _solve(
     sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=(STOP,))
 
     def work(part: list[Query]) -> list[dict[str, Any]]:
-        requests = [Request(id=query.id, prompt=prompt_for(query.problem, KINDS[setting])) for query in part]
+        requests = [
+            Request(
+                id=q.id, prompt="".join([*examples.get(q.task, ()), prompt_for(q.problem, KINDS[setting])])
+            )
+            for q in part
+        ]
         if setting == "tool":
             limits = {"rounds": config.rounds, "output_limit": config.output_limit}
             replies: list[Any] = [
