@@ -16,12 +16,6 @@ NO_TILES, EMULATED_TILES, AVX2 = 0, 2, 1  # of csrc/cpu/ops.h
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return the workers of `-n auto`: more than cores, as many tests wait for other processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + min(cores // 2, 4)
-
-
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The folder of the random two-layer model."""
