@@ -331,6 +331,17 @@ def test_a_pass_needs_no_gradients_around_it(context: Any) -> None:
     assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
 
 
+def test_texts_longer_than_what_positions_there_are_for_are_told() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = make_batches([Tokens("long", list(range(20)), 1)], 100)
+    with pytest.raises(
+        ValueError, match=r"GPT2LMHeadModel has learned 16 positions, .* 20 tokens .* cut them at 16"
+    ):
+        list(run_pass(model, linear_layers(model), Whole(), batches))
+
+
 def test_adapters_that_do_not_run_are_told() -> None:
     model = lora_model()
     layers, [batch] = linear_layers(model), make_batches(random_texts(3), 10_000)

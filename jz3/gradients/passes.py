@@ -349,7 +349,17 @@ class GradientPass:
         """Run the model up to its last hidden states, which the hooks follow."""
         self._seen.clear()
         self._parts.clear()
-        return self.model.base_model(**options).last_hidden_state
+        tokens = options["inputs_embeds"].shape[1]
+        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or tokens
+        try:
+            return self.model.base_model(**options).last_hidden_state
+        except IndexError as error:
+            if tokens <= known:
+                raise
+            raise ValueError(
+                f"{type(self.model).__name__} has learned {known} positions, and texts of up to {tokens} tokens are "
+                f"asked for; cut them at {known}"
+            ) from error
 
     def _give_repeated(self) -> None:
         """Give the sink the layers that ran several times in the pass, all of their rows as those of one run."""
