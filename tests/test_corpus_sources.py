@@ -1,6 +1,8 @@
 """Sources: every kind is read, every kind of damage is counted with file and line."""
 
+import errno
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jz3.corpus import SourceConfig, read_texts
+from jz3.corpus import SourceConfig, read_texts, readers
 from jz3.corpus.docstrings import Docstring, docstrings, source_files, topic_of
 from jz3.corpus.readers import ParquetReader, SourceText
 from jz3.corpus.sources import open_source
@@ -199,6 +201,40 @@ def test_rows_of_a_parquet_file(tmp_path, skip, rows, wanted):
     found = list(ParquetReader(path, jsonl(path)).read(skip, rows))
     assert [r.text for r in found if isinstance(r, SourceText)] == [f"text {i}" for i in wanted]
     assert len(found) == len(wanted)
+
+
+class Stale(io.RawIOBase):
+    """A file whose server goes away behind its first bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if count := self._data.readinto(buffer):
+            return count
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_cannot_be_read_now_is_no_damaged_file(tmp_path, monkeypatch, kind):
+    """What is left of it would be lost for ever, as a read file is not read again."""
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"not opened")
+
+    def stale(*_: object, **__: object) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(readers, "open_lines", lambda _: io.BufferedReader(Stale(b'{"text": "one"}\n{"te')))
+    monkeypatch.setattr(pq, "ParquetFile", stale)
+    read = readers.read_parquet_file if kind == "parquet" else readers.read_jsonl_file
+    found = []
+    with pytest.raises(OSError, match="Stale file handle; the same command goes on from here") as caught:
+        found.extend(read(path, SourceConfig(name="a", kind=kind, paths=(str(path),))))
+    assert (caught.value.errno, caught.value.filename) == (errno.ESTALE, str(path))
+    assert len(found) == (kind == "jsonl")
 
 
 def test_parquet(tmp_path):

@@ -1,5 +1,6 @@
 """What reading a planned corpus costs, counted: a file is gone through once however many shards it has."""
 
+import errno
 import io
 import json
 import random
@@ -41,6 +42,23 @@ class Counted(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "c.parquet"])
+def test_a_file_that_cannot_be_read_now_gets_no_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A Parquet file's rows would be missing without a word, as the plan would know of none."""
+    runs.make_corpus(tmp_path, 6)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("jz3.scoring.plan.open_lines", fail)
+    monkeypatch.setattr(pq, "read_metadata", fail)
+    with pytest.raises(OSError, match="Input/output error; the same command") as caught:
+        make_plan([str(tmp_path / name)], ScoreSettings(), {})
+    assert caught.value.filename == str(tmp_path / name)
 
 
 @pytest.fixture

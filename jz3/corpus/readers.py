@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import errno
 import glob
 import gzip
 import io
@@ -24,6 +25,15 @@ MAX_REJECT_CHARACTERS = 4000
 COMPRESSED = (".gz", ".zst")
 _UNREADABLE = (ValueError, OverflowError, LookupError)
 """What Arrow raises for a value that Python can't hold: bad UTF-8, a date beyond year 9999, an unknown time zone."""
+_MACHINE = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EMFILE", "ENFILE", "ENOMEM"),
+    )
+    if hasattr(errno, name)
+}
+"""What reading fails with when a disk, a file server or the process is in trouble and not the file itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +121,9 @@ class LineReader:
             lines: read at most so many; blank ones count.
             mark: lines (at most `skip`) and bytes before a place from which a plain file can be read;
                 not used for a compressed one.
+
+        Raises:
+            OSError: the disk or its server is in trouble.
         """
         # Where the file can't even be opened.
         number = skip
@@ -129,6 +142,7 @@ class LineReader:
                     yield _parse_line(line, where, self._source, first=number == 1)
         except (OSError, EOFError, zlib.error) as error:
             self.close()
+            raise_trouble(error, self.path)
             compressed = self.path.suffix in COMPRESSED
             reason = "damaged_file" if number or compressed else "unreadable_file"
             yield reject(reason, f"{self.path}:{number + 1}", f"{type(error).__name__}: {error}")
@@ -165,6 +179,17 @@ def open_lines(path: Path) -> BinaryIO:
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16))
     return open(path, "rb")
+
+
+def raise_trouble(error: BaseException, path: Path) -> None:
+    """Raise an error of the machine, as the rest of a file that only can't be read now must not count as refused.
+
+    Raises:
+        OSError: it is one, with the file's name and the remedy.
+    """
+    if isinstance(error, OSError) and error.errno and error.errno in _MACHINE:
+        remedy = "the same command goes on from here, once the file can be read"
+        raise OSError(error.errno, f"{os.strerror(error.errno)}; {remedy}", str(path)) from error
 
 
 def skip_line(stream: BinaryIO) -> int:
@@ -304,6 +329,9 @@ class ParquetReader:
         Args:
             skip: rows before the first; whole row groups of them are not read.
             rows: read at most so many.
+
+        Raises:
+            OSError: the disk or its server is in trouble.
         """
         import pyarrow
 
@@ -335,6 +363,7 @@ class ParquetReader:
         except (pyarrow.ArrowException, OSError) as error:
             where = f"{self.path}:{self._number + 1}"
             self.close()
+            raise_trouble(error, self.path)
             yield reject("damaged_file", where, f"{type(error).__name__}: {first_line(error)}")
 
     def _open(self) -> Reject | None:

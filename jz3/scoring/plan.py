@@ -4,7 +4,6 @@ A shard is a fixed range of lines or rows of one file, whatever the number of wo
 worker computes depends on the plan and the shard alone.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jz3.corpus.config import SourceConfig
-from jz3.corpus.readers import COMPRESSED, find_files, open_lines, skip_line
+from jz3.corpus.readers import COMPRESSED, find_files, open_lines, raise_trouble, skip_line
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_file, hash_text, locked, read_json, write_json
 from jz3.machine import best_dtype, best_products
@@ -196,6 +195,7 @@ def make_plan(
 
     Raises:
         Jz3Error: a path matches no file, a file's kind is unknown or a target's file is missing.
+        OSError: a file can't be read now, as its disk or server is in trouble.
     """
     if not corpus:
         raise ValueError("no corpus: give files or globs of .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
@@ -220,19 +220,22 @@ def make_plan(
 
 
 def _divide_lines(path: Path, settings: ScoreSettings) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (skip, rows, offset, bytes); where reading breaks off, the last shard finds out why."""
+    """Yield (skip, rows, offset, bytes); where a file is damaged, the last shard finds out how."""
     plain = path.suffix not in COMPRESSED
     limit = settings.max_line_bytes + 1
     skip = rows = start = position = 0
-    with contextlib.suppress(OSError, EOFError, zlib.error), open_lines(path) as stream:
-        while line := stream.readline(limit):
-            position += len(line)
-            if len(line) == limit and not line.endswith(b"\n"):
-                position += skip_line(stream)
-            rows += 1
-            if rows == settings.shard_documents:
-                yield skip, rows, start if plain else 0, position - start
-                skip, rows, start = skip + rows, 0, position
+    try:
+        with open_lines(path) as stream:
+            while line := stream.readline(limit):
+                position += len(line)
+                if len(line) == limit and not line.endswith(b"\n"):
+                    position += skip_line(stream)
+                rows += 1
+                if rows == settings.shard_documents:
+                    yield skip, rows, start if plain else 0, position - start
+                    skip, rows, start = skip + rows, 0, position
+    except (OSError, EOFError, zlib.error) as error:
+        raise_trouble(error, path)
     if rows:
         yield skip, rows, start if plain else 0, position - start
 
@@ -243,7 +246,8 @@ def _divide_parquet(path: Path, settings: ScoreSettings) -> Iterator[tuple[int, 
 
     try:
         metadata = pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError) as error:
+        raise_trouble(error, path)
         return  # the only shard rejects the file with the reason
     total = metadata.num_rows
     size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
