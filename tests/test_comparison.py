@@ -101,8 +101,11 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     assert sorted(len(result["nll"]) for result in results.values()) == [1, 1, 1, 1, 2]
 
     monkeypatch.setattr("jz3.comparison.stage.train", None)
+    # As a kill leaves it that comes between a result and the end of its model.
+    (run_folder / "comparison" / "runs" / next(iter(results)) / "model").mkdir()
     again = compared(run_folder, **wanted)[1]["table"]
     assert [r["change"] for r in again] == [r["change"] for r in rows]
+    assert not list(run_folder.glob("comparison/runs/*/model*"))
 
     ctx = StageContext(recipe=recipe, run_dir=run_folder, name="comparison")
     assert [r["change"] for r in so_far(ctx)["table"]] == [r["change"] for r in rows]

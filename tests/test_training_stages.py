@@ -62,6 +62,9 @@ def test_synthesiser_is_trained_then_boosted(tmp_path):
     log = list(read_jsonl(tmp_path / "synthesiser" / "log.jsonl"))
     assert [row["phase"] for row in log] == sorted((row["phase"] for row in log), reverse=True)
     assert len(log) == summary["steps"] and {"step", "phase", "loss", "lr", "tokens"} <= set(log[0])
+    before = (tmp_path / "synthesiser" / "log.jsonl").read_bytes()
+    run_synthesiser(context(tmp_path, "synthesiser", synthesiser=SynthesiserConfig(**SMALL)))
+    assert (tmp_path / "synthesiser" / "log.jsonl").read_bytes() == before, "as after a kill behind the model"
     assert load_model(tmp_path / "synthesiser" / "model", "float32")
     json.dumps(summary)
 

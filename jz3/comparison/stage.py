@@ -228,6 +228,9 @@ def _choose(ctx: StageContext, pool: Pool, chooser: str, task: str, tokens: int,
 
 def _train_all(ctx: StageContext, trainings: Sequence[Training], workers: int) -> None:
     missing = [t for t in trainings if not t.done]
+    for training in trainings:
+        if training.done:
+            _tidy(training.folder)
     with ctx.progress(len(trainings), "trainings") as advance:
         advance(len(trainings) - len(missing))
         if workers == 1:
@@ -266,7 +269,12 @@ def train_and_score(training: Training) -> None:
     nll = _scored(training.folder / "nll.json", model, training.dtype, training.queries)
     result = {"nll": nll, "tokens": done.tokens, "steps": done.steps, "seconds": time.monotonic() - start}
     write_json(training.folder / "result.json", result)
-    for rest in training.folder.iterdir():
+    _tidy(training.folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete all but the result of a training; a kill may have come between."""
+    for rest in folder.iterdir():
         if rest.name != "result.json":
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 

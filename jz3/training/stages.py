@@ -113,7 +113,8 @@ def _train(ctx: StageContext, phases: list[Phase], notes: list[str]) -> dict[str
         dtype=recipe.model.dtype,
         progress=ctx.progress,
     )
-    write_jsonl(ctx.out / "log.jsonl", summary.log)
+    # As they come back from training.json when a kill comes before this line.
+    write_jsonl(ctx.out / "log.jsonl", (dict(sorted(row.items())) for row in summary.log))
     table = dataclasses.asdict(summary)
     del table["log"]
     return table | {"notes": notes}
