@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib
+import logging
 import resource
 import sys
 import time
@@ -13,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jz3.errors import Jz3Error
-from jz3.files import read_json, read_jsonl, write_jsonl
+from jz3.files import canonical_json, hash_text, read_json, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from jz3.config import Recipe
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+INPUTS = "inputs"
+"""The only key of a shard's first line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +99,11 @@ class StageContext:
         """Read a whole JSON-lines file of another stage."""
         return list(read_jsonl(self.path(stage, name)))
 
+    def training_key(self, stage: str) -> str:
+        """Return the hash of all that a stage's trained model depends on; nothing where none is noted."""
+        path = self.run_dir / stage / "model" / "training.json"
+        return read_json(path)["key"] if path.exists() else ""
+
     def manifest(self, stage: str) -> dict[str, Any]:
         """Return the manifest of a finished stage."""
         return read_json(self.path(stage, "manifest.json"))
@@ -117,18 +129,20 @@ class StageContext:
         size: int,
         work: Callable[[list[T]], list[dict[str, Any]]],
         label: str,
+        beside: str = "",
     ) -> list[dict[str, Any]]:
         """Map `work` over `items` in shards that survive a kill.
 
-        Each shard is written whole under `<stage>/<folder>/`; running again computes only the
-        missing ones.
+        Each shard is written whole under `<stage>/<folder>/`, behind a line with the hash of its inputs;
+        running again computes only those that are missing or were made from others.
 
         Args:
             folder: the folder of the shards, inside the stage's own.
-            items: the inputs, in a fixed order.
+            items: the inputs, dataclasses in a fixed order.
             size: how many inputs a shard holds.
             work: inputs of one shard to its output rows; must not depend on other shards.
             label: what the items are, for the progress bar.
+            beside: what the rows depend on beside the items and the recipe, such as the model that writes them.
 
         Returns:
             The rows of all shards, in order.
@@ -138,11 +152,26 @@ class StageContext:
             for number, start in enumerate(range(0, len(items), size)):
                 part = list(items[start : start + size])
                 path = self.out / folder / f"{number:06d}.jsonl"
-                if not path.exists():
-                    write_jsonl(path, work(part))
-                rows.extend(read_jsonl(path))
+                inputs = _hash_of(beside, part)
+                if not _made_from(path, inputs):
+                    write_jsonl(path, [{INPUTS: inputs}, *work(part)])
+                rows.extend(row for row in read_jsonl(path) if row.keys() != {INPUTS})
                 advance(len(part))
         return rows
+
+
+def _hash_of(beside: str, items: list[Any]) -> str:
+    return hash_text(canonical_json([beside, *map(dataclasses.asdict, items)]))
+
+
+def _made_from(path: Path, inputs: str) -> bool:
+    """Tell whether a shard is there and of these inputs; older versions did not note what theirs were of."""
+    if not path.exists():
+        return False
+    found = next(read_jsonl(path), {}).get(INPUTS, inputs)
+    if found != inputs:
+        log.warning("%s was made from other inputs; it is made again", path)
+    return found == inputs
 
 
 @contextlib.contextmanager

@@ -62,7 +62,10 @@ def run(ctx: StageContext) -> dict[str, Any]:
             def work(shard: list[_Item], kind: str = kind) -> list[dict[str, Any]]:
                 return _write(ctx, kind, shard, engine.get(), sandbox)
 
-            rows.extend(ctx.shards(f"shards/{kind}", part, config.shard_size, work, f"{kind} replies"))
+            label, size = f"{kind} replies", config.shard_size
+            rows.extend(
+                ctx.shards(f"shards/{kind}", part, size, work, label, ctx.training_key("synthesiser"))
+            )
     write_jsonl(ctx.out / "problems.jsonl", (row["problem"] for row in rows if row["problem"]))
     write_jsonl(ctx.out / "rejects.jsonl", (row["reject"] for row in rows if row["reject"]))
     return {

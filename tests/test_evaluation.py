@@ -12,11 +12,11 @@ import pytest
 
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig, EvaluationConfig, load_benchmark, mean_nll, run
-from jz3.evaluation.benchmarks import spread
+from jz3.evaluation.benchmarks import questions_hash, spread
 from jz3.evaluation.choices import choices_of, chosen_letter, with_choices
 from jz3.evaluation.intervals import accuracy, mean
-from jz3.evaluation.stage import grade
-from jz3.files import read_jsonl, write_jsonl
+from jz3.evaluation.stage import _check_benchmarks, _model_key, grade
+from jz3.files import read_jsonl, write_json, write_jsonl
 from jz3.models import TINY, ModelConfig, load_model, load_tokenizer
 from jz3.records import Query
 from jz3.stage import StageContext
@@ -339,6 +339,51 @@ def test_stage_counts_everything_and_resumes_to_the_same_files(
     monkeypatch.setattr("jz3.engines.on_demand.open_engine", refuse)
     monkeypatch.setattr("jz3.inference.load_model", refuse)
     assert run(context) == summary
+
+
+def test_what_was_evaluated_on_other_rows_or_another_model_is_not_reused(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = context.run_dir / "bench.jsonl"
+    names: list[str] = []
+
+    def note(ctx: StageContext, model: str, setting: str, queries: list[Query], *_: Any) -> list[Any]:
+        def work(part: list[Query]) -> list[dict[str, Any]]:
+            names.extend(f"{model} {setting} {q.answer}" for q in part if q.task == "gsm8k")
+            return [{"result": None, "reject": None, "new_tokens": 0, "levels": []} for _ in part]
+
+        return ctx.shards(f"shards/{model}-{setting}", queries, 3, work, "x", _model_key(ctx, model))
+
+    monkeypatch.setattr("jz3.evaluation.stage._solve", note)
+    monkeypatch.setattr("jz3.evaluation.stage._score_references", lambda *a: [None] * len(a[3]))
+    monkeypatch.setattr("jz3.engines.on_demand.open_engine", None)
+    run(context)
+    assert names == ["base nl 2", "base tool 2", "trained nl 2", "trained tool 2"] and not caplog.text
+    bench.write_text('{"question": "What is 1 + 1?", "answer": "#### 3"}\n')
+    names.clear()
+    run(context)
+    assert names == ["base nl 3", "base tool 3", "trained nl 3", "trained tool 3"]
+    assert "shards/base-nl/000002.jsonl was made from other inputs" in caplog.text
+    write_json(context.run_dir / "training" / "model" / "training.json", {"key": "another"})
+    names.clear()
+    run(context)
+    assert names == ["trained nl 3", "trained tool 3"]
+    first = context.out / "shards" / "base-nl" / "000002.jsonl"
+    first.write_text("".join(first.read_text().splitlines(keepends=True)[1:]))
+    run(context)
+    assert len(names) == 2, "what an older version wrote, without a note of its inputs, is taken as it is"
+
+
+def test_benchmarks_other_than_the_filters_kept_out_are_refused(context: StageContext) -> None:
+    [benchmark] = context.recipe.evaluation.benchmarks
+    noted = {"gsm8k": questions_hash(benchmark)}
+    write_json(context.run_dir / "filtering" / "manifest.json", {"summary": {"benchmarks": noted}})
+    bench = Path(benchmark.path)
+    bench.write_text('{"question": "What is 1 + 1?", "answer": "#### 3"}\n')
+    _check_benchmarks(context, context.recipe.evaluation)  # a corrected answer was never trained on
+    bench.write_text(bench.read_text() + '{"question": "What is 2 + 2?", "answer": "#### 4"}\n')
+    with pytest.raises(Jz3Error, match="'gsm8k': .*bench.jsonl has other questions than when the filters"):
+        run(context)
 
 
 def test_stage_scores_a_model_that_was_given_the_answers(

@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jz3.config import Recipe, settled, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.features import COUNTS, POSITIVE, FeaturesConfig, LessConfig, stage
-from jz3.features.stage import LARGE_FIT, load_projection, lost_documents, projection_path, read_extracted
-from jz3.files import hash_text, read_json, read_jsonl, write_json, write_jsonl
+from jz3.features.stage import (
+    LARGE_FIT,
+    _check_kept,
+    load_projection,
+    lost_documents,
+    projection_path,
+    read_extracted,
+)
+from jz3.files import hash_text, read_json, read_jsonl, write_json, write_jsonl, write_tensors
+from jz3.gradients import Tokens
 from jz3.index.opening import open_collection
 from jz3.influence import feature_blocks
 from jz3.models import load_tokenizer
@@ -98,6 +107,25 @@ def test_lost_shards_are_written_again(tmp_path: Path, tiny_model: Path) -> None
     assert {p: p.read_bytes() for p in files} == files
     run_pipeline(recipe, tmp_path, "features", say=lines.append)
     assert lines[-1].startswith("features: done before")
+
+
+def test_what_a_kill_left_of_another_corpus_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """As when corpus/ is deleted and made anew from a changed file while the features are half done."""
+    recipe = shipped_recipe("tiny")
+    recipe = dataclasses.replace(recipe, features=dataclasses.replace(recipe.features, shard_documents=4))
+    ctx = StageContext(recipe=recipe, run_dir=tmp_path, name="features")
+    numbers = [torch.arange(i, i + 4) for i in (0, 4)]
+    documents = [Tokens(f"{i:016x}", [0], 0) for i in range(6)]
+    for shard, ids in enumerate(numbers):
+        write_tensors(ctx.out / "documents" / f"{shard:06d}.safetensors", {"id": ids[: 6 - 4 * shard]})
+    write_tensors(ctx.out / "queries.safetensors", {"id": numbers[0][:1]})
+    queries = {"fit": documents[:1]}
+    _check_kept(ctx, documents, queries)
+    for others in (documents[:5], documents[:4], documents[::-1], [*documents, documents[0]]):
+        with pytest.raises(Jz3Error, match=rf"documents/.* another corpus .* delete {ctx.out}"):
+            _check_kept(ctx, others, queries)
+    with pytest.raises(Jz3Error, match=r"queries\.safetensors belongs to another corpus or other targets"):
+        _check_kept(ctx, documents, {"fit": documents[1:2]})
 
 
 def test_a_query_that_is_not_finite_is_a_reject(

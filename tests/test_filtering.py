@@ -13,6 +13,7 @@ import pytest
 
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig, EvaluationConfig
+from jz3.evaluation.benchmarks import questions_hash
 from jz3.files import read_jsonl, write_jsonl
 from jz3.filtering import run
 from jz3.filtering.arithmetic import find_equations, wrong_equations
@@ -410,6 +411,11 @@ def test_benchmarks_are_kept_out_of_problems_and_instruction_data(tmp_path: Path
     assert set(rejects) == {"s0", "i1", "i2"}
     assert rejects["i1"]["where"] == "instruction taught" and rejects["i1"]["detail"].startswith("school #1:")
     assert rejects["i1"]["text"].endswith("19 - 4 = 15.") and rejects["i2"]["detail"].startswith("held_out")
+    assert summary["benchmarks"] == {"school": questions_hash(benchmark)}
+    # What was read before a kill was compared with the questions of then.
+    write_jsonl(path, [row, {"question": taught.problem, "answer": "#### 36"}])
+    assert run(ctx)["instruction"]["rejected"] == {"contaminated": 2}
+    assert {r["id"] for r in read_jsonl(ctx.out / "rejects.jsonl")} == {"s0", "s1", "i0", "i2"}
 
 
 def test_the_stage_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

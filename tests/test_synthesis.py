@@ -14,7 +14,7 @@ from jz3.config import SynthesisConfig
 from jz3.engines import EngineConfig, Generation
 from jz3.engines.text import cut_at_stop
 from jz3.errors import Jz3Error
-from jz3.files import read_jsonl, write_jsonl
+from jz3.files import read_jsonl, write_json, write_jsonl
 from jz3.grading.sandbox import SandboxConfig
 from jz3.models import TINY, ModelConfig
 from jz3.records import LEVELS, Doc, Problem, Prompt, Reject
@@ -183,6 +183,10 @@ def test_a_killed_run_goes_on_to_the_same_files(tmp_path: Path, writer: type[Wri
     other = context(tmp_path / "other", shard_size=100)
     run(other)
     assert [(other.out / name).read_bytes() for name in FILES] == before
+    first = writer.calls
+    write_json(tmp_path / "synthesiser" / "model" / "training.json", {"key": "trained anew"})
+    assert run(ctx) == summary
+    assert writer.calls > first, "what another synthesiser wrote is not kept"
 
 
 def test_order_of_the_corpus_does_not_matter(tmp_path: Path, writer: type[Writer]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jz3.errors import Jz3Error
-from jz3.evaluation.choices import with_choices
+from jz3.evaluation.choices import with_choices, without_choices
+from jz3.evaluation.config import BenchmarkConfig
+from jz3.files import canonical_json, hash_text
 from jz3.records import Query
 from jz3.templates import prompt_for
 
@@ -60,6 +62,17 @@ def load_benchmark(name: str, path: Path | str, limit: int = 0) -> list[Query]:
     if not queries:
         raise Jz3Error(f"benchmark {name!r}: {path} has no rows")
     return spread(queries, limit)
+
+
+def benchmark_questions(benchmark: BenchmarkConfig) -> list[str]:
+    """Return all problems of a benchmark, whatever its limit, as the training data is kept free of them."""
+    # Who copies a question seldom writes the choices in the same way.
+    return [without_choices(q.problem) for q in load_benchmark(benchmark.name, benchmark.path)]
+
+
+def questions_hash(benchmark: BenchmarkConfig) -> str:
+    """Return the hash of all problems of a benchmark."""
+    return hash_text(canonical_json(benchmark_questions(benchmark)))
 
 
 def spread(queries: list[Query], limit: int) -> list[Query]:

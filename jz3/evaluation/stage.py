@@ -11,13 +11,13 @@ from jz3.engines.on_demand import OnDemand, engine_on_demand, noted_info
 from jz3.engines.text import versions
 from jz3.engines.tool_loop import generate_with_tools
 from jz3.errors import Jz3Error
-from jz3.evaluation.benchmarks import load_benchmark, spread
+from jz3.evaluation.benchmarks import load_benchmark, questions_hash, spread
 from jz3.evaluation.choices import choices_of, chosen_letter
 from jz3.evaluation.config import EvaluationConfig
 from jz3.evaluation.examples import examples_for
 from jz3.evaluation.intervals import accuracy, mean
 from jz3.evaluation.nll import mean_nll
-from jz3.files import write_jsonl
+from jz3.files import read_json, write_jsonl
 from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Query, Reject, Result
 from jz3.stage import StageContext
@@ -46,6 +46,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     from jz3.grading.sandbox import Sandbox
 
     config = ctx.recipe.evaluation
+    _check_benchmarks(ctx, config)
     queries = _queries(ctx, config)
     solved: list[Query] = []
     for task in _tasks(queries):
@@ -133,6 +134,18 @@ def _queries(ctx: StageContext, config: EvaluationConfig) -> list[Query]:
     return queries
 
 
+def _check_benchmarks(ctx: StageContext, config: EvaluationConfig) -> None:
+    """Refuse a benchmark with other questions than those that the filters kept out of the training data."""
+    path = ctx.run_dir / "filtering" / "manifest.json"
+    noted = read_json(path)["summary"].get("benchmarks", {}) if path.exists() else {}
+    for benchmark in config.benchmarks:
+        if noted.get(benchmark.name) not in (None, questions_hash(benchmark)):
+            raise Jz3Error(
+                f"benchmark {benchmark.name!r}: {benchmark.path} has other questions than when the filters kept them "
+                f"out of the training data; restore it, or delete filtering, training and evaluation of {ctx.run_dir}"
+            )
+
+
 def _examples(ctx: StageContext, setting: str, tasks: list[str]) -> dict[str, list[str]]:
     """Return by task the examples that go in front of a problem that the base model gets."""
     count = ctx.recipe.evaluation.base_shots
@@ -195,8 +208,17 @@ def _solve(
         return rows
 
     return ctx.shards(
-        f"shards/{model}-{setting}", queries, config.shard_size, work, f"problems ({model}, {setting})"
+        f"shards/{model}-{setting}",
+        queries,
+        config.shard_size,
+        work,
+        f"problems ({model}, {setting})",
+        _model_key(ctx, model),
     )
+
+
+def _model_key(ctx: StageContext, model: str) -> str:
+    return ctx.training_key("training") if model == "trained" else ""
 
 
 def grade(queries: list[Query], outputs: list[str], grader: "Grader") -> list[tuple[bool, str]]:
@@ -253,7 +275,12 @@ def _score_references(ctx: StageContext, name: str, folder: Path, queries: list[
             return [{"nll": None if math.isnan(value) else value} for value in values]
 
         rows = ctx.shards(
-            f"shards/{name}-nll", queries, config.shard_size, work, f"reference solutions ({name})"
+            f"shards/{name}-nll",
+            queries,
+            config.shard_size,
+            work,
+            f"reference solutions ({name})",
+            _model_key(ctx, name),
         )
     return [row["nll"] for row in rows]
 

@@ -61,6 +61,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     rejects: list[Reject] = []
     documents = tokenize_documents(ctx, tokenizer, rejects)
     queries = tokenize_queries(ctx, tokenizer, rejects)
+    _check_kept(ctx, documents, queries)
     model: Any = load_model(folder, ctx.recipe.model.dtype)
     model = model.to(best_device())
     products = set_products(model, config.products if config.kind in BY_PRODUCTS else "exact")
@@ -150,6 +151,21 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "rejected": reasons,
         "backend": backend.report(),
     }
+
+
+def _check_kept(ctx: StageContext, documents: list[Tokens], queries: dict[str, list[Tokens]]) -> None:
+    """Refuse what a killed making has left where the corpus or the targets were made anew since."""
+    size = ctx.recipe.features.shard_documents
+    files = {path: int(path.stem) * size for path in (ctx.out / "documents").glob("*.safetensors")}
+    wanted = {path: documents[start : start + size] for path, start in files.items()}
+    if (path := ctx.out / "queries.safetensors").exists():
+        wanted[path] = [t for texts in queries.values() for t in texts]
+    for path, texts in sorted(wanted.items()):
+        if _ids_of(path) != [t.id for t in texts]:
+            raise Jz3Error(
+                f"{path} belongs to another corpus or other targets than {ctx.run_dir} holds now; delete {ctx.out}, to "
+                "make it again"
+            )
 
 
 def lost_documents(folder: Path) -> str:
@@ -402,6 +418,13 @@ def _write_extracted(path: Path, ids: list[str], found: Extracted, with_values: 
     if with_values:
         tensors["values"] = found.values
     write_tensors(path, {n: t.contiguous() for n, t in tensors.items()})
+
+
+def _ids_of(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return [f"{i:016x}" for i in file.get_tensor("id").tolist()]
 
 
 def read_extracted(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from jz3.errors import Jz3Error
-from jz3.evaluation.benchmarks import load_benchmark
-from jz3.evaluation.choices import without_choices
+from jz3.evaluation.benchmarks import benchmark_questions
 from jz3.evaluation.config import BenchmarkConfig
+from jz3.files import hash_text
 from jz3.filtering.config import EvaluationFile, FilteringConfig
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class DecontaminationIndex:
     min_words: int = 6
     lengths: dict[tuple[str, int], int] = field(default_factory=dict)
     """Words of each question that is found by its phrases."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Per evaluation set the hash of its questions in their order."""
     ignored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _phrases: dict[int, list[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(list))
     _short: dict[tuple[str, ...], tuple[str, int]] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class DecontaminationIndex:
 
     def add(self, suite: str, question: str) -> None:
         """Add a question to the evaluation set `suite`."""
+        self.digests[suite] = hash_text(self.digests.get(suite, "") + question)
         number = self._counts[suite]
         self._counts[suite] += 1
         words = words_of(question)
@@ -146,9 +149,8 @@ def build_index(
     for query in queries:
         index.add(query["task"], query["problem"])
     for benchmark in benchmarks:
-        for query in load_benchmark(benchmark.name, benchmark.path):
-            # Who copies a question seldom writes the choices in the same way.
-            index.add(benchmark.name, without_choices(query.problem))
+        for question in benchmark_questions(benchmark):
+            index.add(benchmark.name, question)
     for file in config.evaluation_files:
         before = len(index.lengths)
         for question in evaluation_questions(file):

@@ -14,7 +14,8 @@ from typing import Any
 from jz3.corpus.config import MinHashConfig
 from jz3.corpus.dedup import Deduplicator
 from jz3.errors import Jz3Error
-from jz3.files import write_json, write_jsonl
+from jz3.evaluation.benchmarks import questions_hash
+from jz3.files import canonical_json, write_json, write_jsonl
 from jz3.filtering.arithmetic import wrong_equations
 from jz3.filtering.config import FilteringConfig
 from jz3.filtering.crosscheck import cross_check
@@ -56,7 +57,12 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
     judged = [Judged(row) for row in _input(context, config)]
     index = build_index(config, context.rows("targets", "eval.jsonl"), context.recipe.evaluation.benchmarks)
     found = context.shards(
-        "read", [j.row for j in judged], READ_SHARD, lambda rows: read_rows(rows, config, index), "problems"
+        "read",
+        [j.row for j in judged],
+        READ_SHARD,
+        lambda rows: read_rows(rows, config, index),
+        "problems",
+        canonical_json(index.digests),
     )
     for item, result in zip(judged, found, strict=True):
         item.checks.update(result["checks"])
@@ -175,7 +181,9 @@ def _instruction(
             found.append({"reason": reason, "detail": detail, "hits": _best(hits)})
         return found
 
-    found = context.shards("instruction", rows, READ_SHARD, work, "instruction rows")
+    found = context.shards(
+        "instruction", rows, READ_SHARD, work, "instruction rows", canonical_json(index.digests)
+    )
     return [Instruction(row, **result) for row, result in zip(rows, found, strict=True)]
 
 
@@ -232,6 +240,7 @@ def _write(
             "compared": compared,
             "not_compared": len(words) - compared,
         },
+        "benchmarks": {b.name: questions_hash(b) for b in context.recipe.evaluation.benchmarks},
         "contaminated_by_set": {name: suite["rows"] for name, suite in report["sets"].items()},
     }
 
