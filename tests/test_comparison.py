@@ -2,13 +2,17 @@
 
 import dataclasses
 import itertools
+import os
+import types
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jz3.comparison import ComparisonConfig
+from jz3.comparison import ComparisonConfig, stage
 from jz3.comparison.stage import so_far
 from jz3.comparison.table import verdicts
 from jz3.config import Recipe, shipped_recipe
@@ -115,6 +119,31 @@ def test_every_task_and_budget_has_its_rows_and_a_rerun_trains_nothing(
     left = so_far(ctx)["table"]
     assert [r["chooser"] for r in left] == ["influence", "matching"] * 2
     assert all(r["against_random"] is None for r in left)
+
+
+def test_a_killed_process_of_trainings_is_told_and_ends_with_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: list[int] = []
+
+    class Killed(ThreadPoolExecutor):
+        def __init__(self, workers: int, mp_context: Any, initializer: Any, initargs: Any) -> None:
+            super().__init__(workers)
+            initializer(*initargs)
+
+        def submit(self, *_: Any) -> Any:
+            future: Future[None] = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(stage, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(stage, "end_with", lambda parent: not parents.append(parent))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=tmp_path, name="comparison")
+    training: Any = types.SimpleNamespace(done=False)
+    with pytest.raises(Jz3Error, match="process was killed.* with fewer comparison.workers than 2"):
+        stage._train_all(ctx, [training], 2)
+    assert parents == [os.getpid()]
 
 
 @pytest.mark.parametrize(

@@ -422,6 +422,11 @@ def test_a_launcher_that_fails_or_is_missing_is_named(tiny_model, tmp_path):
     settings = dataclasses.replace(SETTINGS, launch=("no-such-launcher",))
     with pytest.raises(Jz3Error, match="no-such-launcher.*not installed"):
         train(tiny_model, PHASES, settings, tmp_path / "a")
+    told = "import ctypes, sys; n = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(n)); sys.exit(n.value)"
+    settings = dataclasses.replace(SETTINGS, launch=(sys.executable, "-c", told))
+    # It gets this signal when jz3 is killed.
+    with pytest.raises(Jz3Error, match=f"ended with code {signal.SIGTERM.value}"):
+        train(tiny_model, PHASES, settings, tmp_path / "told")
     settings = dataclasses.replace(SETTINGS, launch=("false",))
     with pytest.raises(Jz3Error, match="ended with code 1"):
         train(tiny_model, PHASES, settings, tmp_path / "b")

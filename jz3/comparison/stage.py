@@ -1,10 +1,12 @@
 """The `comparison` stage: the base model trained on equally many tokens of each chooser's texts."""
 
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +21,7 @@ from jz3.evaluation.intervals import mean
 from jz3.files import canonical_json, hash_text, read_json, write_json, write_jsonl
 from jz3.filtering.decontaminate import DecontaminationIndex
 from jz3.models import load_tokenizer, resolve_model
+from jz3.processes import end_with
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import seed_for
 from jz3.selection.config import GRADIENTS
@@ -239,18 +242,26 @@ def _train_all(ctx: StageContext, trainings: Sequence[Training], workers: int) -
                 advance(1)
             return
         with ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_share_cores, initargs=(workers,)
+            workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(workers, os.getpid())
         ) as pool:
-            for future in as_completed([pool.submit(train_and_score, training) for training in missing]):
-                future.result()
-                advance(1)
+            futures = [pool.submit(train_and_score, training) for training in missing]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    advance(1)
+            except BrokenProcessPool as error:
+                raise Jz3Error(
+                    f"comparison: a training's process was killed, for want of memory perhaps; run again, what is "
+                    f"finished in {ctx.out} is kept, with fewer comparison.workers than {workers} if it is killed again"
+                ) from error
 
 
-def _share_cores(workers: int) -> None:
-    import os
-
+def _begin(workers: int, parent: int) -> None:
+    """Prepare a process of trainings; it must not wait for ever, nor hold a GPU, once the parent is killed."""
     import torch
 
+    if not end_with(parent):
+        os._exit(1)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 

@@ -1,15 +1,13 @@
 """`python -m jz3.scoring OUT`: one worker of a prepared run, or a step of a run in a job of its own."""
 
 import argparse
-import contextlib
-import ctypes
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 from jz3.errors import Jz3Error
+from jz3.processes import end_with
 from jz3.scoring.workers import (
     THREAD_VARIABLES,
     USER_ERROR,
@@ -23,14 +21,6 @@ from jz3.scoring.workers import (
 def _pair(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     return int(number), int(count)
-
-
-def _end_with(parent: int) -> bool:
-    """Have the kernel end this process when its parent dies, so that no orphan holds a shard."""
-    set_parent_death_signal = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    return os.getppid() == parent
 
 
 def _limit_threads(count: int) -> None:
@@ -86,7 +76,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.cores:
         os.sched_setaffinity(0, {int(c) for c in arguments.cores.split(",")})
-    if arguments.parent and not _end_with(arguments.parent):
+    if arguments.parent and not end_with(arguments.parent):
         return 0
     try:
         if arguments.step == "prepare":

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +32,7 @@ from jz3.files import (
     write_jsonl,
 )
 from jz3.models import load_model, load_tokenizer
+from jz3.processes import end_with
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar, release_memory
 from jz3.training.config import TrainSettings
@@ -189,7 +192,10 @@ def _launch(job: Job) -> TrainSummary:
     launcher = job.settings.launch
     release_memory()
     try:
-        done = subprocess.run([*launcher, "-m", "jz3.training", str(folder / "job.json")], check=False)
+        # It passes the signal on: else it would hold the GPUs, and its training the lock, when this is killed.
+        ending = functools.partial(end_with, os.getpid(), signal.SIGTERM)
+        command = [*launcher, "-m", "jz3.training", str(folder / "job.json")]
+        done = subprocess.run(command, check=False, preexec_fn=ending)
     except FileNotFoundError as error:
         raise Jz3Error(f"the launcher {launcher[0]!r} is not installed or not on PATH") from error
     if done.returncode or not (job.out / SUMMARY).is_file():
