@@ -73,6 +73,16 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+@contextlib.contextmanager
+def where_writable() -> Iterator[None]:
+    """Do without what would only be kept for the next time, in another user's folder or on a read-only disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -1,6 +1,7 @@
 """The index finds what the exact scan finds, in parts, resumed, grown; texts are looked up by offset."""
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -314,7 +315,7 @@ def test_texts_are_found_by_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: Any) -> None:
         raise AssertionError("the table is there already")
 
-    monkeypatch.setattr("jz3.index.docs._write_table", refuse)
+    monkeypatch.setattr("jz3.index.docs._table", refuse)
     found = DocFile(path, tmp_path / "table")
     assert len(found) == 50
     for i in (0, 7, 49):
@@ -322,6 +323,25 @@ def test_texts_are_found_by_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert found.get(key).text == found.get(f"{key:016x}").text == f"text {i} \u00e9\n"
     with pytest.raises(Jz3Error, match="has no document 0000000000000005"):
         found.get(5)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_table_that_cannot_be_kept_is_made_for_this_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A copied run has other times, and may lie on a read-only disk or belong to somebody else."""
+    path = docs(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, "not writable")
+
+    monkeypatch.setattr("jz3.index.docs.atomic_path", fail)
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="not writable"):
+            DocFile(path, tmp_path / "table")
+        return
+    found = DocFile(path, tmp_path / "table")
+    assert len(found) == 50 and found.get((7 * 0x9E3779B97F4A7C15) % 2**64).text == "text 7 \u00e9\n"
 
 
 def test_table_follows_the_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`jz3 index`, `jz3 query` and `jz3 explore` on what `jz3 score` wrote, with and without its features."""
 
+import errno
 import io
 import json
 import re
@@ -86,6 +87,21 @@ def test_queries_find_the_texts_of_every_format(
         np.testing.assert_allclose([m["score"] for m in index], [m["score"] for m in exact], atol=1e-3)
     # Equal texts are found once each, both by the place of the first.
     assert sum(m["id"] == "once" for m in answers[0][0]) == 2
+
+
+def test_a_run_of_somebody_else_is_searched(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its table of texts, which can't be kept in its folder."""
+    shutil.copytree(scored, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "index")
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("jz3.scoring.collection.locked", fail)
+    assert main(["query", str(tmp_path / "copy"), "--text", "What is 3 + 4?", "--k", "2", "--exact"]) == 0
+    assert capsys.readouterr().out.count("cosine") == 2 and not (tmp_path / "copy" / "index").exists()
 
 
 def test_query_scores_are_the_means_of_the_run(scored: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, read_json, write_json
+from jz3.files import atomic_path, read_json, where_writable, write_json
 from jz3.records import Doc
 
 
@@ -15,7 +15,7 @@ class DocFile:
     """A corpus file (JSON lines of Doc) with a table of where each document begins."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        """Map the table, making it first if it is missing or of another file.
+        """Map the table, making it first if it is missing or of another file; unwritable, it stays in memory.
 
         Args:
             path: docs.jsonl.
@@ -29,8 +29,13 @@ class DocFile:
         wanted = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         note = folder / "docs-table.json"
         if not note.is_file() or read_json(note) != wanted:
-            _write_table(path, folder)
-            write_json(note, wanted)
+            self._ids, self._offsets = _table(path)
+            with where_writable():
+                for name, values in (("ids", self._ids), ("offsets", self._offsets)):
+                    with atomic_path(folder / f"docs-{name}.npy") as part, open(part, "wb") as handle:
+                        np.save(handle, values)
+                write_json(note, wanted)
+            return
         self._ids = np.load(folder / "docs-ids.npy", mmap_mode="r")
         self._offsets = np.load(folder / "docs-offsets.npy", mmap_mode="r")
 
@@ -58,7 +63,7 @@ class DocFile:
             raise Jz3Error(f"{self.path} is damaged at document {number:016x} ({error})") from error
 
 
-def _write_table(path: Path, folder: Path) -> None:
+def _table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     ids, offsets = array("Q"), array("q")
     offset = 0
     with open(path, "rb") as handle:
@@ -73,9 +78,4 @@ def _write_table(path: Path, folder: Path) -> None:
             offset += len(line)
     keys = np.frombuffer(ids, np.uint64)
     order = np.argsort(keys, kind="stable")
-    for name, values in (
-        ("docs-ids.npy", keys[order]),
-        ("docs-offsets.npy", np.frombuffer(offsets, np.int64)[order]),
-    ):
-        with atomic_path(folder / name) as part, open(part, "wb") as handle:
-            np.save(handle, values)
+    return keys[order], np.frombuffer(offsets, np.int64)[order]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, hash_file, locked, read_json, read_jsonl, write_json
+from jz3.files import atomic_path, hash_file, locked, read_json, read_jsonl, where_writable, write_json
 from jz3.index.collection import Collection, Encoding
 from jz3.index.scores import Key, ScoreTable
 from jz3.models import ModelConfig, resolve_model
@@ -168,15 +168,19 @@ class ScoredCollection(Collection):
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the texts in order [N] uint64 and their places [N] int64, mapped from disk."""
+        """Hashes of the texts in order [N] uint64 and their places [N] int64, mapped from disk once they are there."""
         folder = self.index
         done = self._done()
         wanted = {"run": self._job.key, "shards": len(done)}
         note = folder / "docs-table.json"
         if not note.is_file() or read_json(note) != wanted:
-            with locked(folder / ".docs.lock"):
-                _write_table(done, folder)
+            table = _table_of(done)
+            with where_writable(), locked(folder / ".docs.lock"):
+                for name, array in zip(("ids", "places"), table, strict=True):
+                    with atomic_path(folder / f"docs-{name}.npy") as part, open(part, "wb") as handle:
+                        np.save(handle, array)
                 write_json(note, wanted)
+            return table
         ids, places = (np.load(folder / f"docs-{name}.npy", mmap_mode="r") for name in ("ids", "places"))
         return ids, places
 
@@ -236,7 +240,7 @@ class ScoredCollection(Collection):
         return ShardScores(done) if done else None
 
 
-def _write_table(paths: Sequence[Path], folder: Path) -> None:
+def _table_of(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet as pq
 
     ids, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
@@ -246,9 +250,7 @@ def _write_table(paths: Sequence[Path], folder: Path) -> None:
         places.append((int(path.stem) << LINE_BITS) + table["line"].to_numpy())
     keys, values = np.concatenate(ids), np.concatenate(places)
     order = np.argsort(keys, kind="stable")
-    for name, array in (("ids", keys[order]), ("places", values[order])):
-        with atomic_path(folder / f"docs-{name}.npy") as part, open(part, "wb") as handle:
-            np.save(handle, array)
+    return keys[order], values[order]
 
 
 def _rows_at(out: Path, places: Sequence[tuple[int, int]]) -> "list[tuple[int, dict[str, Any]]]":
