@@ -25,7 +25,7 @@ from jz3.gradients import (
     tokenize_query,
     tokenize_text,
 )
-from jz3.gradients.tokens import first_tokens, split_prompt
+from jz3.gradients.tokens import parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -189,10 +189,8 @@ def explain(
 def pieces_of(tokenizer: "PreTrainedTokenizerBase", text: str, prompt: str, count: int) -> list[str]:
     """Return the characters of the first `count` tokens of `tokenize_text`; start tokens stand for none."""
     pieces = [""] * len(start_tokens(tokenizer))
-    for part in split_prompt(text, prompt):
-        left = count - len(pieces)
-        ids, piece = first_tokens(tokenizer, part, left)
-        pieces += token_strings(tokenizer, piece, ids[:left])
+    for ids, piece in parts_of(tokenizer, text, prompt, count)[0]:
+        pieces += token_strings(tokenizer, piece, ids[: count - len(pieces)])
     return pieces
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from jz3.corpus.readers import SourceText
+from jz3.evaluation.nll import encode as scored
 from jz3.explain import pieces_of
 from jz3.gradients import make_batches, start_tokens, tokenize_chat, tokenize_query, tokenize_text
 from jz3.models import load_tokenizer
+from jz3.records import Query
 from jz3.scoring.config import ScoreSettings
+from jz3.training.packing import encode
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -28,6 +31,32 @@ def with_start(folder: Path) -> Any:
         single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
     )
     return tokenizer
+
+
+def with_prefix() -> Any:
+    """A tokenizer with a sign for the beginning of every text, as Llama 2's and Mistral's have it."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(("<end>", "\u2581", *"\n abcdefgh.?"))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def test_a_completion_has_the_tokens_that_the_training_teaches() -> None:
+    tokenizer = with_prefix()
+    prompt, completion = "abc?\n", "dab. a"
+    (taught,), _ = encode([(prompt, completion)], tokenizer)
+    query = tokenize_query(tokenizer, "q", prompt, completion, 100)
+    assert (query.ids, query.start) == (taught.ids.tolist(), taught.target)
+    asked = Query(id="q", task="t", problem="", prompt=prompt, completion=completion, role="eval")
+    head, tail = scored(tokenizer, asked)
+    assert ([*head, *tail, tokenizer.eos_token_id], len(head)) == (query.ids, query.start)
+    text = tokenize_text(tokenizer, "t", prompt + completion, 100, prompt="abc?")
+    assert (text.ids, text.start) == (query.ids[:-1], query.start - 1)
+    assert "".join(pieces_of(tokenizer, prompt + completion, "abc?", len(text.ids))) == prompt + completion
 
 
 def test_completion_is_scored(tiny_model: Path) -> None:

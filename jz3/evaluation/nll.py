@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jz3.engines.text import context_length, prompt_ids
+from jz3.gradients.tokens import completion_ids
 from jz3.records import Query
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ PADDING = 0.1
 
 def encode(tokenizer: "PreTrainedTokenizerBase", query: Query) -> tuple[list[int], list[int]]:
     """Return the tokens of a query's prompt (never empty) and of its completion (without an end token)."""
-    return prompt_ids(tokenizer, query.prompt), list(
-        tokenizer(query.completion, add_special_tokens=False, verbose=False).input_ids
-    )
+    return prompt_ids(tokenizer, query.prompt), completion_ids(tokenizer, query.prompt, query.completion)
 
 
 def mean_nll(

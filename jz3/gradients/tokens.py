@@ -99,9 +99,10 @@ def tokenize_text(
         raise ValueError(f"long must be 'truncate', 'begin' or 'split', got {long!r}")
     _check_unicode(f"text {key}", text)
     most = max_tokens if long == "begin" else len(text)
-    head, tail = (first_tokens(tokenizer, part, most)[0] for part in split_prompt(text, prompt))
-    ids = [*start_tokens(tokenizer), *head, *tail]
-    start = max(len(ids) - len(tail), 1)
+    parts, unscored = parts_of(tokenizer, text, prompt, most)
+    first = start_tokens(tokenizer)
+    ids = [*first, *(i for part, _ in parts for i in part)]
+    start = max(len(first) + unscored, 1)
     if len(ids) <= start:
         message = f"text {key} has {len(ids)} token(s); at least {start + 1} are needed"
         raise RefusedText("too_short", message)
@@ -129,6 +130,26 @@ def first_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, count: int) ->
     return whole, text
 
 
+def parts_of(
+    tokenizer: "PreTrainedTokenizerBase", text: str, prompt: str, count: int
+) -> tuple[list[tuple[list[int], str]], int]:
+    """Return at least the first `count` tokens of a text, its prompt's as they are of the prompt alone.
+
+    Returns:
+        Tokens with the piece of the text that they are of: one for all, or prompt and rest apart where they would
+        merge; and how many of the tokens are the prompt's.
+    """
+    before, after = split_prompt(text, prompt)
+    whole = first_tokens(tokenizer, text, count)
+    if not before:
+        return [whole], 0
+    head = first_tokens(tokenizer, before, count)
+    size = len(head[0])
+    if len(whole[0]) > size and whole[0][:size] == head[0]:
+        return [whole], size
+    return [head, first_tokens(tokenizer, after, count)], size
+
+
 def split_prompt(text: str, prompt: str) -> tuple[str, str]:
     """Return what of a text is a prompt and what follows it; any white space is like any other."""
     words = prompt.split()
@@ -139,6 +160,20 @@ def split_prompt(text: str, prompt: str) -> tuple[str, str]:
     else:  # A piece of a longer text may hold a part of the prompt alone.
         size = len(text) * " ".join(words).startswith(" ".join(text.split()))
     return text[:size], text[size:]
+
+
+def completion_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str) -> list[int]:
+    """Tokenise a completion as the training does: in its context where that leaves the prompt's tokens, else by itself.
+
+    By itself its first word is another token for tokenizers with a sign for a text's beginning (Llama 2, Mistral),
+    one that neither training nor generation ever puts behind a prompt.
+    """
+    head: Any = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    whole: Any = tokenizer(prompt + completion, add_special_tokens=False, verbose=False).input_ids
+    if whole[: len(head)] == head:
+        return whole[len(head) :]
+    alone: Any = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
+    return alone
 
 
 def tokenize_query(
@@ -154,7 +189,7 @@ def tokenize_query(
     _check_unicode(f"query {key}", prompt, completion)
     prefix = start_tokens(tokenizer)
     head = [*prefix, *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
-    tail = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
+    tail = completion_ids(tokenizer, prompt, completion)
     if not tail:
         raise RefusedText("empty_completion", f"query {key} has an empty completion")
     if tokenizer.eos_token_id is not None:
