@@ -161,6 +161,20 @@ def test_every_chooser_fills_the_budget(run_folder: Path, chooser: str) -> None:
     assert len(set(rows)) == len(rows) and sum(sizes) >= 500 > sum(sizes[:-1])
 
 
+def test_a_set_whose_candidates_hold_too_little_is_refused(run_folder: Path) -> None:
+    from jz3.selection.pool import load_pool
+
+    tiny = shipped_recipe("tiny")
+    recipe = dataclasses.replace(tiny, selection=dataclasses.replace(tiny.selection, k=3, candidates=3))
+    ctx = StageContext(recipe=recipe, run_dir=run_folder, name="comparison")
+    pool = load_pool(ctx)
+    # It would be trained on fewer tokens than the choosers beside it.
+    with pytest.raises(Jz3Error, match=r"candidates = 3 texts, which hold \d+ of 2000 tokens"):
+        pool.order(ctx, "matching", "", 0, 2000)
+    everything = int(pool.scores["tokens"].sum()) + 1
+    assert len(pool.order(ctx, "influence", "", 0, everything)) == len(pool.scores["id"])
+
+
 def test_stratified_keeps_the_pools_proportions_and_control_serves_another_target(run_folder: Path) -> None:
     from collections import Counter
 
@@ -269,7 +283,8 @@ def test_several_runs_under_one_name_choose_by_their_mean(run_folder: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("chooser", "combine"), [("matching", "mean"), ("matching", "quota"), ("dot", "max")]
+    ("chooser", "combine"),
+    [("matching", "mean"), ("matching", "quota"), ("stratified", "quota"), ("dot", "max")],
 )
 def test_any_chooser_can_select(run_folder: Path, tmp_path: Path, chooser: str, combine: str) -> None:
     import shutil
@@ -291,6 +306,9 @@ def test_any_chooser_can_select(run_folder: Path, tmp_path: Path, chooser: str, 
         while len(taken) < 9:
             for order in orders:
                 taken += [next(row for row in order if row not in taken)][: 9 - len(taken)]
+        # A comparison judges the same choice.
+        both = pool.order(ctx, chooser, "", 0, sum(int(pool.scores["tokens"][row]) for row in taken))
+        assert both == taken
     else:
         taken = list(pool.ordered(ctx, chooser, pool.tasks))[:9]
     assert chosen == [pool.scores["id"][row] for row in taken]

@@ -1,7 +1,7 @@
 """From a run's scores and features to the order in which each chooser takes texts."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,18 @@ class Pool:
 
         Raises:
             ValueError: the chooser is unknown or lacks its columns.
+            Jz3Error: it has no more texts to choose from, though there are some that others can take.
         """
         tasks = (task,) if task else self.tasks
-        return _fill(self.ordered(ctx, chooser, tasks, seed), self.scores["tokens"], tokens)
+        sizes = self.scores["tokens"]
+        rows = _fill(self.ordered(ctx, chooser, tasks, seed), sizes, tokens)
+        held = sum(int(sizes[row]) for row in rows)
+        if held < tokens and len(rows) < len(sizes):
+            raise Jz3Error(
+                f"{chooser} chooses among selection.candidates = {ctx.recipe.selection.candidates} texts, which hold "
+                f"{held} of {tokens} tokens; raise selection.candidates, or lower comparison.tokens or more_tokens"
+            )
+        return rows
 
     def ordered(
         self, ctx: StageContext, chooser: str, tasks: Sequence[str], seed: int = 0
@@ -58,7 +67,8 @@ class Pool:
         Args:
             ctx: of a run with scores, and with features for the choosers of sets.
             chooser: see ComparisonConfig.methods.
-            tasks: for which tasks together, as `selection.combine` says.
+            tasks: for which tasks together, as `selection.combine` says: with `quota` they choose in turn, each the
+                next text that no other task has taken.
             seed: of `random` alone; 0: the influence stage's own draw.
 
         Raises:
@@ -66,6 +76,8 @@ class Pool:
         """
         ids, everything = self.scores["id"], len(self.scores["id"])
         combine = ctx.recipe.selection.combine
+        if combine == "quota" and len(tasks) > 1:
+            return _in_turn([self.ordered(ctx, chooser, (task,), seed) for task in tasks])
         if chooser == "random" and seed:
             draws = np.array([rng(self.seed, "comparison", "random", seed, i).random() for i in ids])
             return np.lexsort((np.array(ids), draws)).tolist()
@@ -104,6 +116,20 @@ class Pool:
             places.append(((seen[source[row]] + 0.5) / size[source[row]], rank, row))
             seen[source[row]] += 1
         return [row for *_, row in sorted(places)]
+
+
+def _in_turn(orders: Iterable[Iterable[int]]) -> Iterator[int]:
+    """Yield from each order in turn its next row that none has given."""
+    left = [iter(order) for order in orders]
+    given: set[int] = set()
+    while left:
+        for order in list(left):
+            row = next((row for row in order if row not in given), None)
+            if row is None:
+                left.remove(order)
+            else:
+                given.add(row)
+                yield row
 
 
 def _fill(order: Iterator[int] | list[int], sizes: Sequence[int], tokens: int) -> list[int]:

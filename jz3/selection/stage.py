@@ -1,7 +1,7 @@
 """The `selection` stage: the chosen texts, and why each of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -57,24 +57,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def choose(ctx: StageContext, pool: Pool) -> list[int]:
-    """Return the rows of the recipe's choice, best first.
-
-    With the quota every task's own choice is gone through in turn, each giving its next text that
-    no other task has taken.
-    """
+    """Return the rows of the recipe's choice, best first."""
     config = ctx.recipe.selection
-    if config.combine != "quota":
-        return list(islice(pool.ordered(ctx, config.chooser, pool.tasks), config.k))
-    orders: list[Iterator[int]] = [iter(pool.ordered(ctx, config.chooser, (t,))) for t in pool.tasks]
-    chosen: dict[int, None] = {}
-    while orders and len(chosen) < config.k:
-        for order in list(orders):
-            row = next((r for r in order if r not in chosen), None)
-            if row is None:
-                orders.remove(order)
-            elif len(chosen) < config.k:
-                chosen[row] = None
-    return list(chosen)
+    return list(islice(pool.ordered(ctx, config.chooser, pool.tasks), config.k))
 
 
 def methods(scores: dict[str, Any]) -> list[str]:
