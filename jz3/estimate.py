@@ -27,7 +27,8 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     """Compute the cost of every stage up to `last` from counts and the recipe's assumptions.
 
     FLOP per token: gradients 4 N (forward and activation gradients; the weight-gradient product is
-    never done), training 6 N, generation 2 N, with N the model's parameters.
+    never done), of `less` for every checkpoint and in its warm-up, of `readout` 2 N; training 6 N,
+    generation 2 N, with N the model's parameters.
 
     Raises:
         ValueError: the model's parameters or the corpus's size are neither known nor given, or the
@@ -54,6 +55,11 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
         return StageEstimate(stage, items, tokens, spent, bytes=size, usd=spent * a.usd_per_gpu_hour)
 
     features, teacher = recipe.features, recipe.distillation
+    less = features.less
+    checkpoints = (len(less.checkpoints) or less.epochs) if features.kind == "less" else 1
+    # Passes over the corpus; the warm-up's are over a share of it.
+    warm_up = less.share * less.epochs if features.kind == "less" and not less.checkpoints else 0.0
+    numbers = features.k * checkpoints
     compared = recipe.comparison
     trainings = (
         len(compared.methods) * compared.seeds * (len(recipe.targets.tasks) if compared.per_task else 1)
@@ -90,11 +96,11 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
         StageEstimate("targets", f"{queries:,} queries, {sum(held_out):,} held out"),
         gpu(
             "features",
-            f"{texts:,} texts x {features.k} numbers x {features.bits} bits",
+            f"{texts:,} texts x {numbers} numbers x {features.bits} bits",
             corpus_tokens,
-            4 * n,
+            (2 if features.kind == "readout" else 4) * n * (checkpoints + warm_up),
             a.gradient_utilisation,
-            texts * features.k * features.bits / 8,
+            texts * numbers * features.bits / 8,
         ),
         StageEstimate("influence", f"{texts:,} texts x {len(recipe.targets.tasks)} tasks"),
         StageEstimate("index", recipe.index.factory),
@@ -102,7 +108,7 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
         gpu(
             "comparison",
             f"{trainings * (1 + len(compared.more_tokens)) if compared.tokens else 0} trainings",
-            float(compared.tokens + sum(compared.more_tokens)) * trainings,
+            float(compared.tokens + sum(compared.more_tokens)) * compared.train.epochs * trainings,
             6 * n,
             a.training_utilisation,
         ),

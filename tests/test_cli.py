@@ -112,6 +112,36 @@ def test_the_papers_recipe_uses_all_gpus() -> None:
     assert recipe.synthesis.engine.tensor_parallel == 8
 
 
+def test_the_papers_synthesiser_reads_about_32_rows_a_step() -> None:
+    recipe = shipped_recipe("paper-7b")
+    row = recipe.estimate.prompt_tokens + recipe.estimate.reply_tokens
+    assert 24 <= recipe.synthesiser.batch_packs * recipe.synthesiser.max_length / row <= 40
+
+
+def test_estimate_counts_every_pass() -> None:
+    recipe = shipped_recipe("paper-7b")
+
+    def stages(**sections: Any) -> dict[str, StageEstimate]:
+        return {row.stage: row for row in estimate(replace(recipe, **sections))}
+
+    once = stages()["features"]
+    less = replace(recipe.features, kind="less", k=8192, bits=8)
+    found = stages(features=less)["features"]
+    assert found.gpu_hours == pytest.approx(once.gpu_hours * (4 + 4 * 0.05)), (
+        "4 checkpoints, and their warm-up"
+    )
+    assert found.bytes == 4_000_000 * 4 * 8192 and "32768 numbers" in found.items
+    adopted = replace(less, less=replace(less.less, checkpoints=("a", "b")))
+    assert stages(features=adopted)["features"].gpu_hours == pytest.approx(once.gpu_hours * 2)
+    readout = stages(features=replace(recipe.features, kind="readout"))["features"]
+    assert readout.gpu_hours == pytest.approx(once.gpu_hours / 2)
+
+    compared = replace(recipe.comparison, tokens=1000, more_tokens=(500,), seeds=2)
+    twice = replace(compared, train=replace(compared.train, epochs=2))
+    for comparison, epochs in ((compared, 1), (twice, 2)):
+        assert stages(comparison=comparison)["comparison"].tokens == 1500 * 2 * 3 * epochs
+
+
 def test_estimate_counts_what_is_written_and_solved(tmp_path: Path) -> None:
     recipe = shipped_recipe("tiny")
     held_out = [task.eval for task in recipe.targets.tasks]
