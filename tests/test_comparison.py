@@ -424,6 +424,7 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
             "task": "sums",
             "chooser": chooser,
             "change": change,
+            "seeds": [0, 1],
             "change_per_seed": seeds,
             "against_influence": {"mean": mean + 0.03, "low": mean + 0.029, "high": mean + 0.031},
         }
@@ -436,8 +437,12 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
         "better with 2 of 2 seeds; against influence -0.0090 (-0.0100 to -0.0080), problems and seeds paired"
     ]
     # A single lucky training is not compared with means of two.
-    lucky = {**row("dot", -0.09), "change_per_seed": [-0.09]}
+    lucky = {**row("dot", -0.09), "seeds": [0], "change_per_seed": [-0.09]}
     assert verdicts({"table": [*table, lucky]}) == verdicts({"table": table})
+    # With seed 0 both gave the same; what seed 1 gave is no match for seed 2.
+    later = {**row("random", -0.031), "seeds": [0, 2], "change_per_seed": [-0.025, -0.037]}
+    (said,) = verdicts({"table": [later, row("influence", -0.03)]})
+    assert said.endswith("better with 0 of 1 seeds")
     assert verdicts({"table": rows}) == []
     assert verdicts({"table": [row("random", 0.01), row("influence", 0.004)]}) == [
         "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals over problems overlap, "

@@ -332,6 +332,7 @@ def _table(
                 "task": task,
                 "chooser": chooser,
                 "change": mean(_finite(mine.mean(0))),
+                "seeds": [choice.seed for choice in members],
                 "change_per_seed": [float(np.nanmean(row)) for row in mine],
                 **{name: None if pairs is None else mean(_finite(pairs)) for name, pairs in against.items()},
                 "nll": float(np.nanmean(mine.mean(0) + _of_task(before, task))),

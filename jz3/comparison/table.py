@@ -1,5 +1,6 @@
 """The comparison's table as text, Markdown and a plot."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def _against(mine: dict[str, Any], other: dict[str, Any]) -> str:
         said = f"{ours['mean'] / theirs['mean']:.2f} x {said}"
     if ours["high"] is not None and theirs["low"] is not None:
         said += f", intervals over problems {'apart' if ours['high'] < theirs['low'] else 'overlap'}"
-    seeds = list(zip(mine["change_per_seed"], other["change_per_seed"], strict=False))
-    return f"{said}, better with {sum(a < b for a, b in seeds)} of {len(seeds)} seeds"
+    # Of unfinished trainings each chooser may have other seeds.
+    first, second = (
+        dict(zip(row.get("seeds", count()), row["change_per_seed"], strict=False)) for row in (mine, other)
+    )
+    seeds = [(first[seed], second[seed]) for seed in first if seed in second]
+    return f"{said}, better with {sum(a < b for a, b in seeds)} of {len(seeds)} seeds" if seeds else said
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
