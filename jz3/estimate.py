@@ -82,6 +82,8 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     instruction = (
         a.instruction_tokens or float(sum(i.count for i in recipe.targets.instruction)) * a.reply_tokens
     )
+    uncounted = [i.name for i in recipe.targets.instruction if not i.count and not a.instruction_tokens]
+    whole = f", without {', '.join(uncounted)} (all rows: estimate.instruction_tokens)" if uncounted else ""
     read = (synthetic + instruction) * recipe.training.epochs
     if recipe.training.max_tokens:
         read = min(read, float(recipe.training.max_tokens))
@@ -134,7 +136,7 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
             a.generation_utilisation,
         ),
         StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
-        gpu("training", f"{recipe.training.epochs} epoch(s)", read, 6 * n, a.training_utilisation),
+        gpu("training", f"{recipe.training.epochs} epoch(s){whole}", read, 6 * n, a.training_utilisation),
         gpu(
             "evaluation",
             f"{solved:,} problems x 2 models x {settings} setting(s), {scored:,} references x 2{unknown}",

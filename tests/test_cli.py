@@ -136,6 +136,10 @@ def test_estimate_counts_every_pass() -> None:
     readout = stages(features=replace(recipe.features, kind="readout"))["features"]
     assert readout.gpu_hours == pytest.approx(once.gpu_hours / 2)
 
+    assert "without" not in stages()["training"].items
+    unknown = stages(estimate=replace(recipe.estimate, instruction_tokens=0.0))["training"]
+    assert "without instruction (all rows: estimate.instruction_tokens)" in unknown.items
+
     compared = replace(recipe.comparison, tokens=1000, more_tokens=(500,), seeds=2)
     twice = replace(compared, train=replace(compared.train, epochs=2))
     for comparison, epochs in ((compared, 1), (twice, 2)):

@@ -12,10 +12,13 @@ from jz3 import targets
 from jz3.errors import Jz3Error
 from jz3.grading.answer import extract_boxed
 from jz3.records import Query, Reject
+from jz3.scoring.config import ScoreSettings
+from jz3.scoring.targets import read_target
 from jz3.seeding import seed_for
 from jz3.stage import StageContext
 from jz3.targets import ControlConfig, InstructionConfig, TargetsConfig, TaskConfig, clean_solution
 from jz3.targets.stage import _is_eval
+from jz3.templates import prompt_for
 from jz3.worked import worked_problems
 
 NO_CONTROL = ControlConfig(count=0)
@@ -215,6 +218,41 @@ def test_instruction_rows_that_are_taken_are_counted(tmp_path: Path) -> None:
     summary, rows = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(source,)))
     assert summary["instruction"] == {"cot": 32} and summary["rejected"] == {"taken": 8}
     assert {r.text for r in rows["rejects"]} == {q.problem for q in (*rows["queries"], *rows["eval"])}
+
+
+def test_the_papers_instruction_data_are_read_as_they_are(tmp_path: Path) -> None:
+    tool = "```python\nprint(2)\n```\n```output\n2\n```\nSo it is $\\boxed{2}$."
+    rows = [
+        {"input": "## Question\nWhat is 1 + 1?\n\n## Step-by-Step Solution\n", "output": "It is \\boxed{2}."},
+        {"input": "## Question\nWhat is 1 + 1?\n\n## Code Solution\n", "output": tool},
+        {"input": "## Question\nWhat is 1 + 1?\n\n## Solution\n", "output": "One more than 1: \\boxed{2}."},
+        {"input": "## Question\nWhat is 1 + 1?\n\n## Solution\n", "output": "It is \\boxed{2}."},
+        {"input": "## Question\nWhat is 0 + 1?\n\n## Solution\n", "output": "It is \\boxed{1}."},
+    ]
+    fields: Any = {
+        "path": jsonl(tmp_path / "i.jsonl", rows),
+        "problem_field": "input",
+        "solution_field": "output",
+    }
+    seen, held = jsonl(tmp_path / "s.jsonl", sums(1, 5)), jsonl(tmp_path / "h.jsonl", sums(1))
+    task = TaskConfig(name="sums", path=seen, eval_path=held, fit=1, unseen=0, eval=1)
+    source = InstructionConfig(name="i", count=0, **fields)
+    summary, found = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(source,)))
+    assert summary["instruction"] == {"cot": 2, "tool": 1}, "several solutions of a problem are kept"
+    assert summary["rejected"] == {"duplicate": 1, "taken": 1}
+    prompts = Counter(q.prompt for q in found["instruction"])
+    question = "## Question\nWhat is 1 + 1?\n\n"
+    assert prompts == {f"{question}## Solution\n": 2, f"{question}## Code Solution\n": 1}
+    assert {q.problem for q in found["instruction"]} == {"What is 1 + 1?"}
+    assert len({q.id for q in found["instruction"]}) == 3
+    settings = ScoreSettings(problem_field="input", solution_field="output")
+    (query, *_), _ = read_target("sums", Path(fields["path"]), settings)
+    assert query.prompt == prompt_for(query.problem, "cot") and "#" not in query.problem
+    with pytest.raises(ValueError, match="count must be positive"):
+        InstructionConfig(name="i", kind="worked", families=("gcd",), count=0)
+    empty = InstructionConfig(name="i", path=jsonl(tmp_path / "e.jsonl", [{"input": "?"}]), count=0)
+    with pytest.raises(Jz3Error, match="has 0 usable rows"):
+        run(tmp_path / "e", TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(empty,)))
 
 
 def test_clear_errors(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
 from jz3.seeding import seed_for
 from jz3.targets import clean_solution, refuse_parquet
-from jz3.templates import prompt_for
+from jz3.templates import bare_problem, prompt_for
 
 FIELDS = (
     ("prompt", "completion"),
@@ -67,12 +67,13 @@ def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Qu
                 dataclasses.replace(reject("wrong_type", item.where, detail, item.text), stage=STAGE)
             )
             continue
+        asked = bare_problem(item.text)
         if not solution:
             prompt, completion = "", item.text.strip()
         elif (problem, solution) == FIELDS[0]:
             prompt, completion = item.text, item.meta.get(solution, "")
         else:
-            prompt, completion = prompt_for(item.text, "cot"), clean_solution(item.meta.get(solution, ""))[0]
+            prompt, completion = prompt_for(asked, "cot"), clean_solution(item.meta.get(solution, ""))[0]
         if not completion.strip():
             refused = reject(
                 "no_completion", item.where, f"field {solution!r} is missing or empty", item.text
@@ -83,7 +84,7 @@ def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Qu
         queries[key] = Query(
             id=key,
             task=name,
-            problem=item.text.strip(),
+            problem=asked,
             prompt=prompt,
             completion=completion,
             role="control" if name == "control" else "fit",

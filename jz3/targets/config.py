@@ -31,7 +31,7 @@ class TaskConfig:
     eval_path: str = ""
     """jsonl: the file of the evaluation problems; if empty, a quarter of `path` (by hash) is theirs."""
     problem_field: str = "question"
-    """jsonl: the field with the problem."""
+    """jsonl: the field with the problem, bare or as the paper's data have it (`## Question ... ## Solution`)."""
     solution_field: str = "answer"
     """jsonl: the field with the solution, in GSM8K's form (ends with `#### 18`) or with \\boxed{}."""
     answer_field: str = ""
@@ -67,20 +67,22 @@ class InstructionConfig:
     path: str = ""
     """jsonl: a file or glob; a solution with a ```python block becomes a tool row."""
     problem_field: str = "question"
-    """jsonl: the field with the problem."""
+    """jsonl: the field with the problem, bare or as the paper's data have it (`## Question ... ## Solution`)."""
     solution_field: str = "answer"
     """jsonl: the field with the solution."""
     answer_field: str = ""
     """jsonl: the field with the bare answer, if the solution doesn't state it."""
     count: int = 1000
-    """How many rows."""
+    """How many rows; jsonl: 0 takes all. Several solutions of a problem are as many rows."""
     tool_share: float = 0.5
     """worked: share of the rows whose solution is a program."""
 
     def __post_init__(self) -> None:
         _check_source(self, f"instruction {self.name!r}")
-        if self.count < 1:
-            raise ValueError(f"instruction {self.name!r}: count must be positive, got {self.count}")
+        if self.count < (self.kind == "worked"):
+            raise ValueError(
+                f"instruction {self.name!r}: count must be positive (jsonl: or 0 for all), got {self.count}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from jz3.files import hash_text, write_jsonl
 from jz3.records import Query, Reject
 from jz3.seeding import seed_for
 from jz3.targets.config import ControlConfig, InstructionConfig, TaskConfig
-from jz3.templates import prompt_for
+from jz3.templates import bare_problem, prompt_for
 
 if TYPE_CHECKING:
     from jz3.stage import StageContext
@@ -107,8 +107,10 @@ def clean_solution(solution: str, answer: str = "") -> tuple[str, str]:
 
 
 def _query(task: str, role: str, problem: str, completion: str, answer: str, kind: str) -> Query:
+    # Instruction data may hold several solutions of a problem.
+    solution = [completion] if role == "instruction" else []
     return Query(
-        id=hash_text("\x1f".join([task, role, problem])),
+        id=hash_text("\x1f".join([task, role, problem, *solution])),
         task=task,
         problem=problem,
         prompt=prompt_for(problem, kind),
@@ -173,10 +175,10 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
         else:
             found.append(row)
     found.sort(key=lambda row: seed_for(key, row.problem))
-    if len(found) < source.count:
+    if len(found) < (source.count or 1):
+        asked = f", {source.count} asked" if source.count else ""
         raise Jz3Error(
-            f"instruction {source.name!r}: {source.path} has {len(found)} usable rows, {source.count} asked"
-            f"{_first(rejects[before:])}"
+            f"instruction {source.name!r}: {source.path} has {len(found)} usable rows{asked}{_first(rejects[before:])}"
         )
     return [
         _query(
@@ -187,7 +189,7 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
             row.answer,
             "tool" if "```python" in row.completion else "cot",
         )
-        for row in found[: source.count]
+        for row in found[: source.count or None]
     ]
 
 
@@ -247,19 +249,20 @@ def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Rejec
     source = SourceConfig(
         name="targets", kind="jsonl", paths=(path,), text_field=config.problem_field, keep_fields=fields
     )
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     for file in find_files(source):
         refuse_parquet(repr(config.name), file)
         for item in read_jsonl_file(file, source):
             if isinstance(item, Reject):
                 rejects.append(dataclasses.replace(item, stage="targets"))
                 continue
-            problem = item.text.strip()
+            problem = bare_problem(item.text)
             missing = [f for f in fields if f not in item.meta]
             completion, answer = "", ""
             if not missing and not item.nested:
                 stated = item.meta[config.answer_field].strip() if config.answer_field else ""
                 completion, answer = clean_solution(item.meta[config.solution_field], stated)
+            same = (problem, completion) if isinstance(config, InstructionConfig) else (problem,)
             if missing:
                 rejects.append(_reject("missing_field", item.where, f"no field {missing[0]!r}", problem))
             elif item.nested:
@@ -267,12 +270,13 @@ def _read(config: TaskConfig | InstructionConfig, path: str, rejects: list[Rejec
                 rejects.append(_reject("wrong_type", item.where, detail, problem))
             elif not completion:
                 rejects.append(_reject("empty_completion", item.where, "the solution is empty", problem))
-            elif problem in seen:
+            elif same in seen:
+                what = "problem with the same solution" if len(same) > 1 else "problem"
                 rejects.append(
-                    _reject("duplicate", item.where, "the same problem stands further up", problem)
+                    _reject("duplicate", item.where, f"the same {what} stands further up", problem)
                 )
             else:
-                seen.add(problem)
+                seen.add(same)
                 yield _query(config.name, "fit", problem, completion, answer, "cot")
 
 
