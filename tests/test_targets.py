@@ -255,6 +255,19 @@ def test_the_papers_instruction_data_are_read_as_they_are(tmp_path: Path) -> Non
         run(tmp_path / "e", TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(empty,)))
 
 
+def test_rows_are_drawn_whatever_their_problem(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"In way {way}: \\boxed{{{i + 1}}}"}
+        for i in range(40)
+        for way in range(8)
+    ]
+    source = InstructionConfig(name="i", path=jsonl(tmp_path / "i.jsonl", rows), count=40)
+    task = TaskConfig(name="t", kind="worked", families=("gcd",), fit=1, unseen=0, eval=1)
+    _, found = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=(source,)))
+    # 40 (1 - (1 - 1/40)^40) = 25.5 of 40 independent draws; five problems with all their solutions would be 5.
+    assert len({q.problem for q in found["instruction"]}) > 18
+
+
 def test_clear_errors(tmp_path: Path) -> None:
     short = TaskConfig(name="sums", path=jsonl(tmp_path / "s.jsonl", sums(8)), fit=50, unseen=0, eval=0)
     with pytest.raises(Jz3Error, match=r"'sums': 50 problems asked.*only \d usable"):

@@ -174,7 +174,8 @@ def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects:
             rejects.append(_reject("taken", f"{source.path}: {row.id}", detail, row.problem))
         else:
             found.append(row)
-    found.sort(key=lambda row: seed_for(key, row.problem))
+    # By the solution too, or all those of a problem would be drawn together.
+    found.sort(key=lambda row: seed_for(key, row.problem, row.completion))
     if len(found) < (source.count or 1):
         asked = f", {source.count} asked" if source.count else ""
         raise Jz3Error(
