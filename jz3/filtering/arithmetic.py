@@ -5,6 +5,7 @@ import itertools
 import operator
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 MAX_DIGITS = 60
@@ -20,6 +21,7 @@ _LIST_MARK = re.compile(
 )
 _RUN = re.compile(r"(?:[\d+\-*/^() \t=]|\.(?=\d))+")
 """Digits and signs in a row; a full stop with no digit behind it ends a sentence, and the run."""
+_DECIMAL = re.compile(r"\d*\.(\d+)")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _DENIED = re.compile(r"\b(?:not|false|contradict\w*|impossible|incorrect|wrong|fails?)\b|n't", re.IGNORECASE)
 """What follows an equation that was only tried out."""
@@ -42,7 +44,7 @@ def wrong_equations(text: str) -> tuple[int, list[str]]:
 
     Only what can be read without doubt is judged: a side that touches a variable, function, unit
     power or modulus is left out, and one side must hold an operation. A result may be rounded or cut
-    to the decimals it is given with.
+    to the decimals it is given with, and off by what the rounding of the numbers before it explains.
 
     Args:
         text: a solution in plain text or LaTeX, without code.
@@ -177,6 +179,16 @@ def _agree(left: str, a: Fraction, right: str, b: Fraction) -> bool:
             unit = Fraction(1, 10 ** len(side.strip().rstrip(".").partition(".")[2]))
             if 2 * difference <= unit or (abs(stated) < abs(value) and difference < unit):
                 return True
-        if "." in other and difference <= abs(a) / 200:  # it goes on from rounded numbers
-            return True
+        if "." in other and difference <= min(abs(a) / 200, _leeway(other, value)):
+            return True  # it goes on from rounded numbers
     return False
+
+
+def _leeway(side: str, value: Fraction) -> Fraction:
+    """Return by how much a side may be off if each of its decimal numbers is, by a unit of its last place."""
+    total = Fraction(0)
+    for number in _DECIMAL.finditer(side):
+        unit = Decimal(1).scaleb(-len(number[1]))
+        moved = _value(f"{side[: number.start()]}{Decimal(number[0]) + unit:f}{side[number.end() :]}")
+        total += abs(value) if moved is None else abs(moved - value)
+    return total
