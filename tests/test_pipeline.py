@@ -84,6 +84,8 @@ def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     assert page.count("data:image/png;base64,") == 3
     assert "not GPT-4" in page and f"<code>{shipped_recipe('tiny').selection.chooser}</code>" in page
+    tasks = read_json(tiny_run / "results.json")["selection"]["fidelity"]["tasks"]
+    assert all(f"{f['task_spearman']:.3f} for the mean of {task}'s" in page for task, f in tasks.items())
 
 
 def test_report_of_an_evaluation_without_some_numbers(

@@ -38,7 +38,7 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "fidelity",
-                f"Spearman {fidelity['spearman']:.3f} per query, {fidelity['task_spearman']:.3f} per task, "
+                f"Spearman {fidelity['spearman']:.3f} per query, {fidelity['task_spearman']:.3f} for their mean, "
                 f"against exact gradients of {fidelity['documents']} texts and {fidelity['queries']} unseen queries",
             )
         )
