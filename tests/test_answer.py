@@ -253,6 +253,19 @@ def test_hostile_answers_cost_time_but_not_the_caller(grader: Grader) -> None:
     assert grader.equal("a" * 20_000, "a" * 20_000)
 
 
+def test_answers_cannot_decide_for_themselves(grader: Grader) -> None:
+    forged = ("sqrt(__import__('os').write(1, b'1') and __import__('os')._exit(0))",
+              "2*exec(chr(112) + 'rint(1); raise SystemExit')",
+              "Rational(1, exec('import os; os.write(1, b\"1\"); os._exit(0)'))*sqrt(2)")  # fmt: skip
+    assert grader.equal_many([("\\sqrt{77}", answer) for answer in forged]) == [False] * 3
+    alike = [
+        ("1500\\sqrt{2}", "1.5e3*sqrt(2.)"),
+        ("\\frac{1}{2} e^{2}", "exp(2)*Rational(1, 2)"),
+        ("6\\pi", "pi*3!*1"),
+    ]
+    assert grader.equal_many(alike) == [True] * 3
+
+
 def test_plain_pairs_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     with Grader() as lazy:
         monkeypatch.setattr(lazy, "_ask", lambda pairs: pytest.fail(f"asked for {pairs}"))
