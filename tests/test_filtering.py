@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,12 @@ def test_text_filters(row: Problem, reason: str) -> None:
 def test_filters_can_be_turned_off(setting: str, row: Problem) -> None:
     assert first_reason(row)
     assert first_reason(row, dataclasses.replace(CONFIG, **{setting: False})) == ""
+
+
+def test_a_model_that_repeats_a_sign_costs_no_time() -> None:
+    start = time.monotonic()
+    assert first_reason(problem(question="What is it?\n1. " + ", " * 600 + "x")) == "repetition"
+    assert time.monotonic() - start < 2
 
 
 def test_prose_and_repetition() -> None:

@@ -45,7 +45,7 @@ PARTS = _any(
 )
 CHOICES = re.compile(r"\(?A[).][\s\S]{1,200}?\(?B[).][\s\S]{1,200}?\(?C[).]")
 ITEM = re.compile(r"^\s*\d{1,2}[.)]\s+(\S[\s\S]*?)(?=^\s*\d{1,2}[.)]\s|\Z)", re.MULTILINE)
-TASK = re.compile(rf"\?|(?:^|[:.,]\W*)\W*{_words(_TASK_VERBS)}")
+TASK = re.compile(rf"\?|(?:^|[:.,])[^\w:.,]*{_words(_TASK_VERBS)}")
 LIST_OF_TASKS = re.compile(
     rf"{_words('find determine calculate compute answer evaluate solve task tasks question questions')}"
     r"[^.\n]{0,60}:?\W*^\s*1[.)]\s",
