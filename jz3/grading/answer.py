@@ -232,9 +232,9 @@ from sympy import I
 from sympy.parsing.sympy_parser import parse_expr
 
 # parse_expr evaluates Python, so an answer could print its own verdict with any other name or a string.
-PYTHON = re.compile(r"(?:[-+*/^(),\[\]\s]|(?<!\w)(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|sqrt|cbrt|root|exp|log|ln|sin|"
-    r"cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|factorial|binomial|Abs|floor|ceiling|Matrix|Rational|Fraction|"
-    r"Integer|pi|oo|E|I|i)(?!\w))*")
+PYTHON = re.compile(r"(?:[-+*/^(),\[\]\s]|(?<!\w)(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|sqrt|cbrt|root|exp|log|ln|"
+    r"sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|factorial|binomial|Abs|floor|ceiling|Matrix|Rational|"
+    r"Fraction|Integer|pi|oo|E|I|i)(?!\w))*")
 
 def read(text):
     if PYTHON.fullmatch(text) and re.search(r"\*|sqrt\(|^Matrix\(|^Rational\(|^Fraction\(", text):
