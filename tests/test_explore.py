@@ -119,6 +119,20 @@ def test_many_sources_are_drawn_together(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.allclose(np.sum([share for _, share in drawn], 0), 1)
 
 
+def test_names_of_sources_are_no_formulas(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from jz3.report.page import _mix, _plot
+
+    name = "$\\frac$.jsonl"
+    pq.write_table(
+        pa.table({"source": [name], "influence:x": np.ones(1, np.float32)}), tmp_path / "scores.parquet"
+    )
+    assert "<svg" in render.source_mix(ScoreTable([tmp_path / "scores.parquet"]), 1)
+    assert _plot(lambda axes: _mix(axes, {"chosen": {name: 1}})).startswith("data:image/png")
+
+
 def test_texts_are_escaped() -> None:
     evil = "<script>alert(1)</script> & 'x'"
     doc = Doc(id="0" * 16, text=evil, source="<b>", tokens=3)

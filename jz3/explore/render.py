@@ -120,15 +120,17 @@ def source_mix(table: ScoreTable, k: int) -> str:
 
 
 def _picture(draw: Callable[[Any], None], width: float, height: float, caption: str) -> str:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure)
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"text.parse_math": False}):  # names of sources and targets may hold dollar signs
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return (
         f'<figure class="jz3-picture"><figcaption>{caption}</figcaption>{svg[svg.index("<svg") :]}</figure>'

@@ -71,15 +71,17 @@ def _rejects(ctx: StageContext) -> list[dict[str, Any]]:
 
 def _plot(draw: Callable[[Any], None]) -> str:
     """Draw on new axes and return the picture as a data URL."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
     buffer = io.BytesIO()
-    # Without a date and with a fixed size the same run gives the same bytes.
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with rc_context({"text.parse_math": False}):  # names of sources and targets may hold dollar signs
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        # Without a date and with a fixed size the same run gives the same bytes.
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
