@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jz3.errors import Jz3Error
+from jz3.printable import printable
 
 STAGE_COMMANDS = {
     "corpus": ("corpus", "Read, cut and deduplicate the corpus."),
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Jz3Error, ValueError) as error:
         if debug:
             traceback.print_exc()
-        print(f"jz3: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jz3: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # Whoever read the output has seen enough (`| head`); what is left would fail at exit once more.
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"jz3: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"jz3: error: {printable(' '.join(text.split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jz3: interrupted; run the same command again to go on", file=sys.stderr)

@@ -188,7 +188,7 @@ def print_estimate(recipe: Recipe, last: str = "report") -> None:
     table.add_section()
     calls = sum(r.calls for r in rows)
     table.add_row("total", "", "", "", f"{calls:,}" if calls else "", f"{hours:,.1f}", f"{usd:,.0f}")
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(110, Console().width), markup=False)
     console.print(table)
     console.print(f"assuming {json.dumps(dataclasses.asdict(recipe.estimate))}", soft_wrap=True)
 

@@ -26,6 +26,7 @@ from jz3.gradients import (
     tokenize_text,
 )
 from jz3.gradients.tokens import parts_of
+from jz3.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ def render(values: Values) -> "Text":
     for piece, strength in _strengths(values):
         level = round(abs(strength) * 160)
         colour = f"#{0:02x}{level:02x}{0:02x}" if strength > 0 else f"#{level:02x}{0:02x}{0:02x}"
-        text.append(piece, Style(color="#ffffff", bgcolor=colour) if level > 8 else Style())
+        text.append(printable(piece), Style(color="#ffffff", bgcolor=colour) if level > 8 else Style())
     return text
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from jz3.errors import Jz3Error
+from jz3.printable import printable
 
 if TYPE_CHECKING:
     from jz3.explain import Values
@@ -69,7 +70,7 @@ def explain(
     console = Console(highlight=False)
     console.print(render(values), soft_wrap=True)
     total = sum(value for _, value in values)
-    console.print(f"\ncosine of gradients {total:+.4f}, with {about[:200]}", markup=False)
+    console.print(f"\ncosine of gradients {total:+.4f}, with {printable(about[:200])}", markup=False)
     for title, sign in (("helps most", -1), ("harms most", 1)):
         best = [v for v in sorted(values, key=lambda v: sign * v[1])[:8] if sign * v[1] < 0]
         console.print(

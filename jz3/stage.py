@@ -189,7 +189,7 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -123,6 +123,9 @@ def test_page_and_terminal(tmp_path: Path) -> None:
     assert "rgba(0,140,60,0.50)" in page and "rgba(210,40,40,1.00)" in page and "http" not in page
     text = render(values)
     assert text.plain == "<b> bad\n"
+    assert (
+        render([("a\x1b]52;c;eA==\x1b\\\tb\n\x9b2J", 0.1)]).plain == "a\ufffd]52;c;eA==\ufffd\\\tb\n\ufffd2J"
+    )
     assert {str(span.style) for span in text.spans} == {"#ffffff on #005000", "#ffffff on #a00000"}
 
 

@@ -21,6 +21,7 @@ from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
 from jz3.machine import products_obstacle
 from jz3.models import best_device, load_model, load_tokenizer
+from jz3.printable import printable
 from jz3.records import Doc
 from jz3.templates import prompt_for
 
@@ -251,8 +252,8 @@ def _typed() -> Iterator[str]:
 
 def _show(found: Found, say: Callable[[str], None]) -> None:
     for rank, match in enumerate(found.matches, 1):
-        say(f"{rank}. cosine {match.score:.4f}  {match.doc.source}  {match.doc.id}")
-        say("   " + " ".join(match.doc.text.split())[:SHOWN])
+        say(printable(f"{rank}. cosine {match.score:.4f}  {match.doc.source}  {match.doc.id}"))
+        say("   " + printable(" ".join(match.doc.text.split())[:SHOWN]))
     _note(f"gradient {found.gradient_seconds * 1e3:.0f} ms, search {found.search_seconds * 1e3:.1f} ms")
 
 

@@ -11,9 +11,11 @@ def print_results(run_dir: Path) -> None:
     """Print what a finished run found, from its results.json."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     results = read_json(run_dir / "results.json")
-    console = Console()
+    # Names of sources and folders may hold brackets.
+    console = Console(markup=False)
     table = Table(
         title=f"jz3 {results['recipe']}: {results['model']}", title_justify="left", show_header=False
     )
@@ -23,7 +25,7 @@ def print_results(run_dir: Path) -> None:
         table.add_row(name, text)
     console.print(table)
     for label in results["labels"]:
-        console.print(f"[yellow]Note:[/yellow] {label}", soft_wrap=True)
+        console.print(Text.assemble(("Note:", "yellow"), f" {label}"), soft_wrap=True)
     console.print(f"Read {run_dir / 'report.html'}; every number: {run_dir / 'results.json'}", soft_wrap=True)
 
 
