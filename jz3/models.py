@@ -99,14 +99,17 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model folder; a missing padding token becomes the end token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        raise _not_loaded(folder, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(folder: Path, dtype: str = "auto") -> "PreTrainedModel":
-    """Load the causal language model of a folder in evaluation mode, from safetensors only."""
+    """Load the causal language model of a folder for evaluation, from safetensors and without code of its own."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -115,12 +118,20 @@ def load_model(folder: Path, dtype: str = "auto") -> "PreTrainedModel":
     if dtype not in types:
         raise ValueError(f"dtype must be auto or one of {', '.join(types)}, got {dtype!r}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=types[dtype], use_safetensors=True)
+        # Left open, transformers asks on standard input, where a piped problem could be the yes.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=types[dtype], use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise Jz3Error(
-            f"{folder} can't be loaded as a causal language model: {str(error).splitlines()[0]}"
-        ) from error
+        raise _not_loaded(folder, "causal language model", error) from error
     return model.eval()
+
+
+def _not_loaded(folder: Path, what: str, error: Exception) -> Jz3Error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own, which jz3 never runs; take a model that transformers itself knows"
+    return Jz3Error(f"{folder} can't be loaded as a {what}: {reason}")
 
 
 def best_device() -> str:

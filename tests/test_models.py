@@ -1,6 +1,8 @@
 """Preparing a model once, and no second copy of its weights."""
 
+import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from jz3.errors import Jz3Error
 from jz3.estimate import _local_parameters
-from jz3.models import ModelConfig, _prepared, resolve_model
+from jz3.models import ModelConfig, _prepared, load_model, load_tokenizer, resolve_model
 
 
 def test_a_model_wanted_twice_at_once_is_prepared_once(
@@ -31,6 +33,24 @@ def test_a_model_wanted_twice_at_once_is_prepared_once(
         folders = list(pool.map(lambda _: _prepared("model", build), range(2)))
     assert len(built) == 1 and len(set(folders)) == 1
     assert sorted(p.name for p in folders[0].iterdir()) == ["config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_code_of_a_model_is_never_run(
+    load: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Tok", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tok", "auto_map": names}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(Jz3Error, match="code of its own"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_full_disk_is_told_with_the_folder_that_can_be_chosen(
