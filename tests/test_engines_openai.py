@@ -182,6 +182,15 @@ def test_openai_key_comes_from_the_environment_and_stays_out_of_info(monkeypatch
         return 200, completion("x")
 
     monkeypatch.setenv("MY_KEY", "secret-1")
+    refusal = {"error": {"message": "no model for the key secret-1"}}
+    with completions_server(lambda *_: (404, refusal)) as url:
+        named = openai_engine(url.replace("//", "//me:p@ss-secret@"), api_key_env="MY_KEY")
+        with pytest.raises(Jz3Error, match=r"http://127.0.0.1:\d+/v1 refused .* the key \*\*\*") as error:
+            named.generate([Request(id="a", prompt="p")], Sampling())
+    assert "secret" not in str(error.value) + json.dumps(named.info())
+    with pytest.raises(ValueError, match="not the key itself") as error:
+        openai_engine(url, api_key_env="sk-secret-1")
+    assert "secret" not in str(error.value)
     with completions_server(answer) as url:
         keyed = openai_engine(url, api_key_env="MY_KEY")
         keyed.generate([Request(id="a", prompt="p")], Sampling())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jz3.engines.base import check_key_name
 from jz3.records import LEVELS
 
 TEACHERS = ("openai", "recorded", "offline")
@@ -56,6 +57,7 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.kind not in TEACHERS:
             raise ValueError(f"teacher: kind must be one of {', '.join(TEACHERS)}, got {self.kind!r}")
+        check_key_name(self.api_key_env)
         if self.kind == "recorded" and not self.recorded:
             raise ValueError("teacher: kind 'recorded' needs recorded, the file of replies")
         if self.max_tokens_name not in ("max_tokens", "max_completion_tokens"):

@@ -12,7 +12,7 @@ from typing import Any
 from jz3.distillation.config import TeacherConfig
 from jz3.distillation.ledger import Answer, AnswerCache, Ledger, request_key
 from jz3.distillation.teachers import Reply, Request, Spending
-from jz3.engines.openai_engine import is_local
+from jz3.engines.openai_engine import is_local, shown_url
 from jz3.errors import Jz3Error
 from jz3.models import cache_folder
 from jz3.seeding import rng
@@ -302,7 +302,9 @@ class _Purchase:
         detail = self._clean(f"HTTP {status}: {error.message}")
         if status in (401, 403, 404) or error.code == "insufficient_quota":
             return _Failure(
-                detail=f"the endpoint {endpoint_url(self._config)} says {detail}", repeat=False, fatal=True
+                detail=f"the endpoint {shown_url(endpoint_url(self._config))} says {detail}",
+                repeat=False,
+                fatal=True,
             )
         try:
             wait = float(error.response.headers.get("retry-after", 0))

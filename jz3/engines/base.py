@@ -1,5 +1,6 @@
 """The protocol that every text generator of jz3 follows."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -92,6 +93,23 @@ class EngineConfig:
             raise ValueError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
         if not 0 < self.gpu_memory <= 1:
             raise ValueError(f"gpu_memory must lie in (0, 1], got {self.gpu_memory}")
+        check_key_name(self.api_key_env)
+
+
+def check_key_name(name: str) -> None:
+    """Refuse a key where the name of its environment variable belongs.
+
+    Args:
+        name: the setting `api_key_env`.
+
+    Raises:
+        ValueError: it can't be such a name; the message doesn't repeat it.
+    """
+    if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", name):
+        raise ValueError(
+            "api_key_env must be the name of an environment variable that holds the key, such as OPENAI_API_KEY, "
+            f"not the key itself; got {len(name)} characters that are no such name"
+        )
 
 
 class Engine(Protocol):

@@ -36,11 +36,12 @@ class OpenAIEngine:
         except ImportError as error:
             raise Jz3Error("engine 'openai' needs the package openai: pip install 'jz3[teacher]'") from error
         self._config = config
+        self._url = shown_url(config.base_url)
         self._local = is_local(config.base_url)
         self._key = os.environ.get(config.api_key_env, "")
         if not self._key and not self._local:
             raise Jz3Error(
-                f"{config.base_url} needs a key: set the environment variable {config.api_key_env} "
+                f"{self._url} needs a key: set the environment variable {config.api_key_env} "
                 "(or name another one in api_key_env)"
             )
 
@@ -99,7 +100,9 @@ class OpenAIEngine:
                 over = context_overflow(error)
                 if over is None:
                     said = f"{error.status_code} {_said(error)}"
-                    raise Jz3Error(f"{self._config.base_url} refused a request: {said}") from error
+                    # Some servers repeat the key.
+                    said = said.replace(self._key, "***") if self._key else said
+                    raise Jz3Error(f"{self._url} refused a request: {said}") from error
                 room, tokens = over
                 if not 0 < room < asked:
                     return Generation(
@@ -110,7 +113,7 @@ class OpenAIEngine:
                 limit = room
             except APIError as error:
                 raise Jz3Error(
-                    f"{self._config.base_url} gave no answer after {self._config.retries} retries: {error}"
+                    f"{self._url} gave no answer after {self._config.retries} retries: {error}"
                 ) from error
             else:
                 if not context:
@@ -119,7 +122,7 @@ class OpenAIEngine:
                     limit = min(limit, context - reply.usage.prompt_tokens)
                 context = 0
         if not reply.choices:
-            raise Jz3Error(f"{self._config.base_url} answered without a choice")
+            raise Jz3Error(f"{self._url} answered without a choice")
         choice, usage = reply.choices[0], reply.usage
         text, stopped = cut_at_stop(choice.text, sampling.stop)
         return Generation(
@@ -135,13 +138,18 @@ class OpenAIEngine:
         return {
             "name": "openai",
             "model": self._config.model,
-            "base_url": re.sub(r"//[^/@]*@", "//", self._config.base_url),
+            "base_url": self._url,
             "in_flight": self._config.batch_size,
             "versions": versions("openai"),
         }
 
     def close(self) -> None:
         """Do nothing: every call of `generate` closes its own connections."""
+
+
+def shown_url(url: str) -> str:
+    """Return an endpoint's address as it may be shown, without user and password."""
+    return re.sub(r"//[^/?#]*@", "//", url)
 
 
 def is_local(url: str) -> bool:
