@@ -222,6 +222,8 @@ def test_without_usage_the_most_is_assumed_and_said(tmp_path: Path, caplog: pyte
         {"prompt_tokens": 7},
         {"prompt_tokens": 7, "completion_tokens": None},
         {"completion_tokens": 0.5},
+        {"prompt_tokens": 7, "completion_tokens": -(10**9)},
+        {"prompt_tokens": 10**30, "completion_tokens": 7},
         "7",
     ],
 )
@@ -251,6 +253,12 @@ def test_content_in_parts_is_joined_and_one_without_text_is_asked_again(tmp_path
         replies, spent = ask(settings(server, tmp_path), tmp_path, requests(2))
         assert server.received == {"Prompt 0": 1, "Prompt 1": 2} and spent.calls == 3
     assert replies[0].text == "[Problem]: A and B" and replies[1].text.startswith("[Problem]")
+
+
+def test_half_a_character_is_no_reason_to_pay_again(tmp_path: Path) -> None:
+    with FakeEndpoint(lambda *_: json.dumps({"content": "[Problem]: A \ud83d or \ud83d\ude42"})) as server:
+        replies, spent = ask(settings(server, tmp_path), tmp_path, requests(1))
+    assert replies[0].text == "[Problem]: A \ufffd or \U0001f642" and spent.calls == 1
 
 
 def test_pace_and_concurrency(tmp_path: Path) -> None:

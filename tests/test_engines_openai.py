@@ -179,7 +179,7 @@ def test_openai_key_comes_from_the_environment_and_stays_out_of_info(monkeypatch
 
     def answer(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
         seen.append(headers.get("authorization", ""))
-        return 200, completion("x")
+        return 200, completion("x\ud83d")
 
     monkeypatch.setenv("MY_KEY", "secret-1")
     refusal = {"error": {"message": "no model for the key secret-1"}}
@@ -193,7 +193,8 @@ def test_openai_key_comes_from_the_environment_and_stays_out_of_info(monkeypatch
     assert "secret" not in str(error.value)
     with completions_server(answer) as url:
         keyed = openai_engine(url, api_key_env="MY_KEY")
-        keyed.generate([Request(id="a", prompt="p")], Sampling())
+        [got] = keyed.generate([Request(id="a", prompt="p")], Sampling())
+    assert got.text == "x\ufffd"  # half a character could not be written to a file
     assert seen == ["Bearer secret-1"]
     assert "secret" not in json.dumps(keyed.info())
     monkeypatch.delenv("MY_KEY")

@@ -13,6 +13,7 @@ from jz3.distillation.config import TeacherConfig
 from jz3.distillation.ledger import Answer, AnswerCache, Ledger, request_key
 from jz3.distillation.teachers import Reply, Request, Spending
 from jz3.engines.openai_engine import is_local, shown_url
+from jz3.engines.text import whole_characters
 from jz3.errors import Jz3Error
 from jz3.models import cache_folder
 from jz3.seeding import rng
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 _LONGEST_WAIT = 60.0
 _EXTRA_PROMPT_TOKENS = 64
 """Room for what a chat template adds to the message."""
+_MOST_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,11 +324,11 @@ class _Purchase:
         choices = getattr(response, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
             raise ValueError("the response holds no choices")
-        text = _joined(choices[0].message.content or "")
+        text = whole_characters(_joined(choices[0].message.content or ""))
         counts = ("prompt_tokens", "completion_tokens")
         tokens: list[Any] = [getattr(response.usage, name, None) for name in counts]
-        # Some servers send an empty usage, or one with nulls.
-        if not all(isinstance(count, int) for count in tokens):
+        # Some servers send an empty usage, or one with nulls; a negative one would raise the budget.
+        if not all(isinstance(count, int) and 0 <= count < _MOST_TOKENS for count in tokens):
             if not self._warned:
                 log.warning("teacher: the endpoint reports no usage; every byte is booked as a token")
             self._warned = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from jz3.engines.base import EngineConfig, Generation, Request, Sampling
-from jz3.engines.text import cut_at_stop, versions
+from jz3.engines.text import cut_at_stop, versions, whole_characters
 from jz3.errors import Jz3Error
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class OpenAIEngine:
         if not reply.choices:
             raise Jz3Error(f"{self._url} answered without a choice")
         choice, usage = reply.choices[0], reply.usage
-        text, stopped = cut_at_stop(choice.text, sampling.stop)
+        text, stopped = cut_at_stop(whole_characters(choice.text), sampling.stop)
         return Generation(
             id=request.id,
             text=text,

@@ -1,4 +1,4 @@
-"""Small things that local engines share: context length, stop texts, package versions."""
+"""Small things that engines share: context length, stop texts, whole characters, package versions."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -18,6 +18,18 @@ def context_length(config: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return UNLIMITED
+
+
+def whole_characters(text: str) -> str:
+    """Replace halves of characters (lone surrogates, which JSON can spell): no file could hold them.
+
+    Args:
+        text: from another machine.
+
+    Returns:
+        The text, its pairs of halves joined, with U+FFFD for every other half.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
