@@ -359,7 +359,15 @@ def test_unusable_recorded_replies_become_counted_rejects(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"prompt_id": "a"}', '{"reply": "a"}', '{"reply": "a", "prompt_id": "b", "meta": 1}']
+    "line",
+    [
+        "{",
+        "[" * 100_000,
+        '{"reply": ' + "1" * 5000 + "}",
+        '{"prompt_id": "a"}',
+        '{"reply": "a"}',
+        '{"reply": "a", "prompt_id": "b", "meta": 1}',
+    ],
 )
 def test_a_damaged_recording_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "replies.jsonl"

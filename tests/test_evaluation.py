@@ -160,6 +160,7 @@ def test_every_layout_is_read(tmp_path: Path, row: dict[str, Any], expected: tup
     [
         ("", "no rows"),
         ("{broken\n", ":1 is not JSON"),
+        ("[" * 100_000, ":1 is not JSON"),
         ('{"question": "a", "answer": "#### 1"}\n[1]\n', ":2 is no JSON object"),
         ('{"title": "x"}\n', "known layouts"),
         ('{"question": "Q", "answer": "steps\\n#### "}\n', ":1 has no answer"),

@@ -78,9 +78,10 @@ def test_evaluation_files(tmp_path: Path) -> None:
         list(evaluation_questions(EvaluationFile(path=str(path), fields=("text",))))
     path.write_text('{"question": "Why?"}', encoding="utf-8-sig")
     assert list(evaluation_questions(EvaluationFile(path=str(path)))) == ["Why?"]
-    path.write_text("{broken\n")
-    with pytest.raises(Jz3Error, match="not valid JSON"):
-        list(evaluation_questions(EvaluationFile(path=str(path))))
+    for broken in ("{broken\n", "[" * 100_000):
+        path.write_text(broken)
+        with pytest.raises(Jz3Error, match="not valid JSON"):
+            list(evaluation_questions(EvaluationFile(path=str(path))))
 
 
 def test_evaluation_files_that_protect_nothing_are_refused(tmp_path: Path) -> None:

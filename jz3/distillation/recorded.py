@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jz3.distillation.teachers import Reply, Request, Spending
+from jz3.engines.text import whole_characters
 from jz3.errors import Jz3Error
 from jz3.files import hash_text
 
@@ -39,7 +40,7 @@ class RecordedTeacher:
     def _add(self, line: str, where: str) -> None:
         try:
             row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise Jz3Error(f"{where}: malformed JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("reply"), str):
             raise Jz3Error(f"{where}: a row needs the text `reply`")
@@ -49,7 +50,7 @@ class RecordedTeacher:
         meta = row.get("meta", {})
         if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
             raise Jz3Error(f"{where}: `meta` must be an object of texts")
-        reply = Reply(text=row["reply"], finish=str(row.get("finish", "stop")), meta=meta)
+        reply = Reply(text=whole_characters(row["reply"]), finish=str(row.get("finish", "stop")), meta=meta)
         self._rows |= dict.fromkeys(keys, reply)
 
     def answer(self, requests: Sequence[Request], advance: Callable[[int], None]) -> list[Reply]:

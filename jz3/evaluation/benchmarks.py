@@ -85,7 +85,7 @@ def spread(queries: list[Query], limit: int) -> list[Query]:
 def _read_row(line: str, where: str) -> Parts:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Jz3Error(f"{where} is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise Jz3Error(f"{where} is no JSON object")

@@ -185,7 +185,7 @@ def evaluation_questions(file: EvaluationFile) -> Iterator[str]:
                     yield _question(json.loads(line), file, number)
     except OSError as error:
         raise Jz3Error(f"evaluation file {file.path!r} can't be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Jz3Error(f"evaluation file {file.path!r} is not valid JSON lines in UTF-8: {error}") from error
 
 
