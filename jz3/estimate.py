@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jz3.config import Recipe
+from jz3.errors import Jz3Error
 from jz3.evaluation.config import EvaluationConfig
 
 
@@ -202,7 +203,9 @@ def _short(value: float) -> str:
 
 def _local_parameters(folder: Path) -> float:
     """Count a local model's parameters from its safetensors headers; 0 if there are none."""
-    from jz3.models import EMBEDDED, TINY, UNUSED_WEIGHTS
+    from safetensors import SafetensorError, safe_open
+
+    from jz3.models import DAMAGED, EMBEDDED, TINY, UNUSED_WEIGHTS
 
     if str(folder) == EMBEDDED:
         return 134.5e6
@@ -210,7 +213,9 @@ def _local_parameters(folder: Path) -> float:
         return 1e5
     total = 0
     for path in set(folder.glob("*.safetensors")) - set(folder.glob(UNUSED_WEIGHTS)):
-        with open(path, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(e["shape"]) for name, e in header.items() if name != "__metadata__")
+        try:
+            with safe_open(path, "np") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        except SafetensorError as error:
+            raise Jz3Error(f"{path} can't be read: {error}{DAMAGED}") from error
     return float(total)

@@ -24,6 +24,7 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 
 UNUSED_WEIGHTS = "consolidated*"
 """Mistral's own copy of the weights beside those that transformers reads."""
+DAMAGED = "; a safetensors file is damaged, or only the pointer that `git lfs pull` replaces: get it again"
 
 TINY_TEXT = """
 ## Question
@@ -111,6 +112,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def load_model(folder: Path, dtype: str = "auto") -> "PreTrainedModel":
     """Load the causal language model of a folder for evaluation, from safetensors and without code of its own."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     types = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -122,15 +124,19 @@ def load_model(folder: Path, dtype: str = "auto") -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=types[dtype], use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loaded(folder, "causal language model", error) from error
     return model.eval()
 
 
 def _not_loaded(folder: Path, what: str, error: Exception) -> Jz3Error:
+    from safetensors import SafetensorError
+
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "trust_remote_code" in str(error):
         reason = "it needs code of its own, which jz3 never runs; take a model that transformers itself knows"
+    elif isinstance(error, SafetensorError):
+        reason += DAMAGED
     return Jz3Error(f"{folder} can't be loaded as a {what}: {reason}")
 
 

@@ -1,6 +1,7 @@
 """Preparing a model once, and no second copy of its weights."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from jz3.errors import Jz3Error
 from jz3.estimate import _local_parameters
-from jz3.models import ModelConfig, _prepared, load_model, load_tokenizer, resolve_model
+from jz3.models import TINY, ModelConfig, _prepared, load_model, load_tokenizer, resolve_model
 
 
 def test_a_model_wanted_twice_at_once_is_prepared_once(
@@ -64,6 +65,15 @@ def test_a_full_disk_is_told_with_the_folder_that_can_be_chosen(
 
     with pytest.raises(Jz3Error, match="is full.*JZ3_CACHE"):
         _prepared("model", build)
+
+
+def test_a_pointer_of_git_lfs_is_told_from_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model(ModelConfig(name=TINY)), folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 123\n")
+    for read in (load_model, _local_parameters):
+        with pytest.raises(Jz3Error, match="model.*git lfs pull"):
+            read(folder)
 
 
 def test_mistrals_second_copy_of_the_weights_is_neither_loaded_nor_counted(
