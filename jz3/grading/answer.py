@@ -229,17 +229,26 @@ logging.disable(logging.CRITICAL)
 import json, re, sys
 from math_verify import parse, verify
 from sympy import I
-from sympy.parsing.sympy_parser import parse_expr
+from sympy.parsing import sympy_parser
 
-# parse_expr evaluates Python, so an answer could print its own verdict with any other name or a string.
-PYTHON = re.compile(r"(?:[-+*/^(),\[\]\s]|(?<!\w)(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|sqrt|cbrt|root|exp|log|ln|"
+# SymPy evaluates texts as Python, so that an answer could print its own verdict. Without brackets nothing is called;
+# with them only these functions, and there are no attributes.
+CALLS = re.compile(r"(?:[-+*/^(),\[\]\s]|(?<!\w)(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|sqrt|cbrt|root|exp|log|ln|"
     r"sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|factorial|binomial|Abs|floor|ceiling|Matrix|Rational|"
     r"Fraction|Integer|pi|oo|E|I|i)(?!\w))*")
+stringify = sympy_parser.stringify_expr
+
+def checked(text, *rest):
+    if not re.fullmatch(r"[-+*/^,\w\s]*", text) and not CALLS.fullmatch(text):
+        raise SyntaxError("no plain expression")
+    return stringify(text, *rest)
+
+sympy_parser.stringify_expr = checked
 
 def read(text):
-    if PYTHON.fullmatch(text) and re.search(r"\*|sqrt\(|^Matrix\(|^Rational\(|^Fraction\(", text):
+    if "\\" not in text and re.search(r"\*|sqrt\(|^Matrix\(|^Rational\(|^Fraction\(", text):
         try:
-            value = parse_expr(text.replace("^", "**").replace("Fraction(", "Rational("), {"i": I})
+            value = sympy_parser.parse_expr(text.replace("^", "**").replace("Fraction(", "Rational("), {"i": I})
             if not value.free_symbols:  # Math-Verify's symbols differ from SymPy's plain ones
                 return [value]
         except Exception:
@@ -248,8 +257,23 @@ def read(text):
         text = re.sub(r"\boo\b", r"\\infty ", re.sub(r"\bpi\b", r"\\pi ", text.replace("**", "^")))
     return parse("$" + text + "$", parsing_timeout=None)
 
+# Texts with words, of which Math-Verify reads a part only, are compared as they are written; a set in any order.
+def whole(text):
+    words = re.sub(r"\\(?:left|right|text\w*|mathrm|mathbf|mbox)|[\\{}\s]", "", text.casefold()).split(",")
+    return sorted(words) if re.match(r"(?:\\left\s*)?\\\{", text) else words
+
+def cut(text, found):
+    # Of \{\text{red},\text{blue}\} it reads \{, of 3\text{ red}, 4\text{ blue} the 3: all behind a number is its unit.
+    left = found[-1] if found else ""
+    outside = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*\{[^{}]*\}|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
+    return isinstance(left, str) and re.search(r"\\(?:text|mathrm|mathbf|mbox)", text) and (
+        left.count("{") != left.count("}") or left.count(",") < outside.count(","))
+
 def equal(gold, prediction):
-    return bool(verify(read(gold), read(prediction), timeout_seconds=None))
+    one, other = read(gold), read(prediction)
+    if cut(gold, one) or cut(prediction, other):
+        return whole(gold) == whole(prediction)
+    return bool(verify(one, other, timeout_seconds=None))
 
 for gold, prediction in (("\\frac{1}{2}x+\\sqrt{2}", "0.5x+2^{0.5}"), ("(1,2)", "[1,2)"), ("x=1.5", "3/2"),
                          ("\\{1,2\\}", "\\{1\\}"), ("2*x", "sqrt(2)"), ("5\\text{ cm}", "50\\%"),
