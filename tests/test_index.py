@@ -24,7 +24,7 @@ from jz3.index.build import build_index, recall
 from jz3.index.config import IndexConfig
 from jz3.index.docs import DocFile
 from jz3.index.opening import open_collection
-from jz3.index.query import Encoder
+from jz3.index.query import Encoder, Found, Match, _show
 from jz3.index.search import SearchIndex
 from jz3.index.vectors import Member, Vectors
 from jz3.records import Doc
@@ -443,6 +443,13 @@ def test_stores_made_with_whole_numbers_are_queried_where_there_are_none(
     encoder = Encoder(encoding, collection.projection())
     assert encoder.model.__dict__["_jz3_products"] == "exact"
     assert torch.isfinite(encoder.features([Tokens("", [5, 6, 7, 8], 1)])).all()
+
+
+def test_what_is_found_cannot_command_the_terminal() -> None:
+    doc = Doc(id="0" * 16, text="a\x1b]52;c;eA==\x07\nb", source="web\x9b2J", tokens=3)
+    said: list[str] = []
+    _show(Found([Match(doc, 0.5)], 0.0, 0.0), said.append)
+    assert said == [f"1. cosine 0.5000  web\ufffd2J  {doc.id}", "   a\ufffd]52;c;eA==\ufffd b"]
 
 
 def test_query_asks(
