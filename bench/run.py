@@ -2,11 +2,17 @@
 
 A file beside this one with an op's name is its benchmark: `cases(device)` yields dictionaries with `name`,
 `rows`, `dim`, `dtype`, `run` and `plain` (functions without arguments), `bytes` and `flops` (the least that
-has to be moved and done).
-A speed-up is printed only if the two results agree.
+has to be moved and done), and it may have `peers`: names and functions that return what is to be timed, or raise.
+A speed-up over torch is printed only if the two results agree; peers compute something else (other signs, other
+vectors), so that only their times are compared, and one that isn't installed or fails is named with the reason.
+
+`bound` is the share of the device's limit that is reached: the larger of moving the bytes at the speed of a copy
+and, for floating-point numbers, of the operations at the speed of a square product of the same type, both measured
+in this process, over the time taken. Above 100% the data came from a cache.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import platform
@@ -50,6 +56,42 @@ def seconds(function: Callable[[], Any], device: str, budget: float) -> list[flo
     return sorted(times)
 
 
+@functools.cache
+def copy_speed(device: str) -> float:
+    """Return the bytes per second of a copy, read and written."""
+    source = torch.zeros(1 << (30 if device == "cuda" else 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device, 0.3)[0]
+
+
+@functools.cache
+def product_speed(device: str, dtype: torch.dtype) -> float:
+    """Return the operations per second of a square product."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / seconds(lambda: a @ a, device, 0.3)[0]
+
+
+def bound_seconds(case: dict[str, Any], device: str) -> float:
+    """Return the time that moving a case's bytes, or doing its operations, takes at least."""
+    least = case["bytes"] / copy_speed(device)
+    dtype = getattr(torch, case["dtype"].removeprefix("torch."), None)
+    if dtype in (torch.bfloat16, torch.float16, torch.float32) and case["flops"]:
+        least = max(least, case["flops"] / product_speed(device, dtype))
+    return least
+
+
+def peer_speeds(case: dict[str, Any], device: str, budget: float, ours: float) -> dict[str, float | str]:
+    """Return by peer how many times as long it takes as we do, or why it can't be told."""
+    found: dict[str, float | str] = {}
+    for name, prepare in case.get("peers", {}).items():
+        try:
+            found[name] = statistics.median(seconds(prepare(), device, budget)) / ours
+        except Exception as error:  # whatever a peer dies of, the rest of the table is wanted
+            found[name] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
 def agree(one: Any, other: Any) -> bool:
     """Whether two results are the same up to rounding."""
     if isinstance(one, tuple):
@@ -72,8 +114,15 @@ def measure(op: str, case: dict[str, Any], device: str, budget: float) -> dict[s
         "ms_p80": ours[len(ours) * 4 // 5] * 1e3,
         "gflops": case["flops"] / middle / 1e9,
         "gbytes": case["bytes"] / middle / 1e9,
+        "bound": bound_seconds(case, device) / middle,
         "vs_torch": statistics.median(plain) / middle if agree(case["run"](), case["plain"]()) else None,
+        "peers": peer_speeds(case, device, budget, middle),
     }
+
+
+def _told(peer: tuple[str, float | str]) -> str:
+    name, value = peer
+    return f"{name}: {value}" if isinstance(value, str) else f"{name} {value:.2f}x"
 
 
 def machine(device: str) -> str:
@@ -97,7 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine(arguments.device))
     print(
-        f"{'op':16}{'case':26}{'backend':>10}{'ms p50 (p20-p80)':>26}{'GFLOP/s':>10}{'GB/s':>8}{'vs torch':>10}"
+        f"{'op':16}{'case':26}{'backend':>10}{'ms p50 (p20-p80)':>26}{'GFLOP/s':>10}{'GB/s':>8}{'bound':>7}"
+        f"{'vs torch':>10}  peers"
     )
     rows = []
     for op in arguments.ops:
@@ -108,7 +158,7 @@ def main() -> None:
             gain = "wrong" if row["vs_torch"] is None else f"{row['vs_torch']:.2f}x"
             print(
                 f"{op:16}{row['name']:26}{row['backend']:>10}{spread:>26}{row['gflops']:>10.1f}"
-                f"{row['gbytes']:>8.1f}{gain:>10}"
+                f"{row['gbytes']:>8.1f}{row['bound']:>7.0%}{gain:>10}  {', '.join(map(_told, row['peers'].items()))}"
             )
     if arguments.json:
         result = {"machine": machine(arguments.device), "rows": rows}

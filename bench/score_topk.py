@@ -48,6 +48,10 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
                 "plain": plain,
                 "bytes": codes.numel(),
                 "flops": 2 * rows * dim * count,
+                # The vectors are the same whatever the codes.
+                "peers": {"faiss Flat": lambda q=queries, x=decoded: flat_search(x, q, k)}
+                if kind == "int8"
+                else {},
             }
 
 
@@ -88,17 +92,34 @@ def recall(found: torch.Tensor, expected: torch.Tensor) -> float:
     return hits / expected.numel()
 
 
+def flat_search(vectors: torch.Tensor, queries: torch.Tensor, k: int) -> Callable[[], Any]:
+    """Return a search by faiss.IndexFlatIP of the vectors, on the GPU if they are there.
+
+    Raises:
+        ImportError: faiss isn't installed.
+        AttributeError: the vectors are on a GPU, and faiss is its build for CPUs.
+    """
+    import faiss
+
+    index: Any = faiss.IndexFlatIP(vectors.shape[1])
+    resources: Any = None
+    if vectors.is_cuda:
+        resources = faiss.StandardGpuResources()
+        index = faiss.index_cpu_to_gpu(resources, vectors.device.index or 0, index)
+    else:
+        faiss.omp_set_num_threads(backend.threads())
+    for begin in range(0, len(vectors), BLOCK):
+        index.add(vectors[begin : begin + BLOCK].cpu().numpy())
+    asked = queries.cpu().numpy()
+    return lambda resources=resources: index.search(asked, k)  # the index doesn't keep them alive
+
+
 def flat_seconds(vectors: torch.Tensor, queries: torch.Tensor, k: int, repeats: int) -> float | None:
     """Return the seconds of a search by faiss.IndexFlatIP, or None where faiss isn't installed."""
     try:
-        import faiss
+        return least(flat_search(vectors, queries, k), repeats)
     except ImportError:
         return None
-    faiss.omp_set_num_threads(backend.threads())
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    for begin in range(0, len(vectors), BLOCK):
-        index.add(vectors[begin : begin + BLOCK].numpy())  # pyright: ignore[reportCallIssue]
-    return least(lambda: index.search(queries.numpy(), k), repeats)  # pyright: ignore[reportCallIssue]
 
 
 def measure(kind: str, rows: int, dim: int, count: int, k: int, repeats: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ only times and memory are compared. Times are the least of several runs.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -49,7 +50,16 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
             "plain": lambda x=x: (x @ omega.T).float(),
             "bytes": x.numel() * x.element_size(),
             "flops": 2 * rows * columns * k,
+            "peers": {"fast_jl": lambda x=x: fast_jl(x, k)} if device == "cuda" else {},
         }
+
+
+def fast_jl(x: torch.Tensor, k: int) -> Callable[[], Any]:
+    """Return the projection of traker's CUDA kernel, in the type and with the batch that traker chooses."""
+    module = importlib.import_module("fast_jl")
+    half, units = x.half(), torch.cuda.get_device_properties(x.device).multi_processor_count
+    project = getattr(module, f"project_rademacher_{min(32, max(8, 1 << (len(x) - 1).bit_length()))}")
+    return lambda: project(half, k, 0, units)
 
 
 def same_in_torch(x: torch.Tensor, k: int) -> torch.Tensor:
