@@ -1,9 +1,12 @@
 """The core in three calls, for pipelines of one's own: featurize, influence_scores, select."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,6 +16,8 @@ from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
 from jz3.files import canonical_json, hash_text
 from jz3.gradients import Tokens, linear_layers, set_products, start_tokens, tokenize_query, tokenize_text
+from jz3.gradients.layers import plain_model
+from jz3.modes import plain_modes
 from jz3.seeding import rng
 
 if TYPE_CHECKING:
@@ -89,6 +94,7 @@ class Features:
     products: str = "exact"
     """In what the passes multiplied, and do for queries: `exact`, `int8` or `int16`."""
 
+    @plain_modes()
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
         """Return the features [Q, K] float32 of queries.
 
@@ -96,17 +102,18 @@ class Features:
             TypeError: a query is no pair of texts.
             ValueError: a query is too short, or its gradient is zero or not finite.
         """
-        self.model.eval()  # training may have gone on since: dropout would make features of chance
-        set_products(self.model, self.products)
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
-        found = extract(
-            self.model,
-            linear_layers(self.model),
-            tokens,
-            self.completion.fit if self.completion else self.projection,
-            reduction=self.reduction,
-            side="query",
-        )
+        # Training may have gone on since: dropout would make features of chance.
+        with _borrowed(self.model):
+            set_products(self.model, self.products)
+            found = extract(
+                self.model,
+                linear_layers(self.model),
+                tokens,
+                self.completion.fit if self.completion else self.projection,
+                reduction=self.reduction,
+                side="query",
+            )
         folded = self.completion.fold(found.values) if self.completion else found.values
         values, norm = folded.numpy(), found.norm.numpy()
         bad = np.flatnonzero(~(np.isfinite(norm) & (norm > 0) & np.isfinite(values).all(1)))
@@ -128,6 +135,7 @@ class Scores:
     tasks: tuple[str, ...]
 
 
+@plain_modes()
 def featurize(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -145,7 +153,8 @@ def featurize(
     Gamma_i instead of G_i, and the product is the mean of the checkpoints' cosines weighted by learning rate.
 
     Args:
-        model: a Hugging Face causal language model; it is frozen and put into evaluation mode.
+        model: a Hugging Face causal language model; it is frozen and in evaluation mode meanwhile, and left as it
+            was. Other threads that ask for features of it wait.
         tokenizer: its tokenizer.
         docs: N texts of at least two tokens; longer ones than `max_tokens` are cut at the end.
         kind: Adapted (the default, fitted to the documents alone), Sketch, or Less (warmed up on a share of the
@@ -174,40 +183,40 @@ def featurize(
         raise TypeError(
             f"text {wrong[0]} must be a str, got {docs[wrong[0]]!r:.60} ({len(wrong)} such texts); leave it out"
         )
-    model.eval()
-    start_tokens.cache_clear()  # the tokenizer may have been set up anew
-    products = set_products(model, products)
-    layers = linear_layers(model)
-    texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
-    projection: Projection
-    completion: Completion | None = None
-    if isinstance(kind, Sketch):
-        projection = sketch.Sketch.of("", layers, kind.k, kind.left, kind.right, kind.seed)
-    elif isinstance(kind, Less):
-        projection = _less(model, texts, kind, batch_tokens)
-    else:
-        order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
-        sample = [texts[i] for i in order]
-        fit = adapted.fit_adapted(
-            model,
-            "",
-            layers,
-            _query_tokens(tokenizer, kind.queries, max_tokens),
-            sample,
-            k=kind.k + kind.completion,
-            rank=kind.rank,
-            max_layers=kind.layers,
-            reduction=reduction,
-            seed=kind.seed,
-        )
-        projection = fit.top(min(kind.k, fit.k))
-        if fit.k > projection.k and len(sample) > 1:
-            completion = fit_completion(
-                model, layers, fit, kind.k, sample, batch_tokens=batch_tokens, reduction=reduction
+    with _borrowed(model):
+        start_tokens.cache_clear()  # the tokenizer may have been set up anew
+        products = set_products(model, products)
+        layers = linear_layers(model)
+        texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
+        projection: Projection
+        completion: Completion | None = None
+        if isinstance(kind, Sketch):
+            projection = sketch.Sketch.of("", layers, kind.k, kind.left, kind.right, kind.seed)
+        elif isinstance(kind, Less):
+            projection = _less(model, texts, kind, batch_tokens)
+        else:
+            order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
+            sample = [texts[i] for i in order]
+            fit = adapted.fit_adapted(
+                model,
+                "",
+                layers,
+                _query_tokens(tokenizer, kind.queries, max_tokens),
+                sample,
+                k=kind.k + kind.completion,
+                rank=kind.rank,
+                max_layers=kind.layers,
+                reduction=reduction,
+                seed=kind.seed,
             )
-    found: Extracted = extract(
-        model, layers, texts, projection, batch_tokens=batch_tokens, reduction=reduction
-    )
+            projection = fit.top(min(kind.k, fit.k))
+            if fit.k > projection.k and len(sample) > 1:
+                completion = fit_completion(
+                    model, layers, fit, kind.k, sample, batch_tokens=batch_tokens, reduction=reduction
+                )
+        found: Extracted = extract(
+            model, layers, texts, projection, batch_tokens=batch_tokens, reduction=reduction
+        )
     norm = found.norm.numpy()
     if not (np.isfinite(norm) & (norm > 0)).all():
         bad = int(np.flatnonzero(~(np.isfinite(norm) & (norm > 0)))[0])
@@ -224,6 +233,31 @@ def featurize(
         completion,
         products,
     )
+
+
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_lock_of_locks = threading.Lock()
+
+
+@contextmanager
+def _borrowed(model: Any) -> Iterator[None]:
+    """Have a model for oneself, frozen and in evaluation mode, and give it back as it was.
+
+    Hooks are the model's: passes of two threads at once would take each other's texts for their own.
+    """
+    with _lock_of_locks:
+        lock = _locks.setdefault(plain_model(model), threading.RLock())
+    with lock:
+        training = [(module, module.training) for module in model.modules()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        try:
+            model.eval().requires_grad_(False)
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) -> Scores:

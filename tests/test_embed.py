@@ -1,11 +1,13 @@
 """The three calls that pipelines embed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import jz3
 from jz3.features.extract import extract
@@ -99,6 +101,60 @@ def test_the_callers_random_numbers_stay(tiny_model: Path, tmp_path: Path) -> No
     for kind in (jz3.Adapted(k=16, rank=4), jz3.Sketch(k=16, left=4, right=4), less):
         jz3.featurize(model, tokenizer, iter(DOCS[:3]), kind)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def wide_model() -> Any:
+    """A model whose blocks jz3's own code computes, where that is built."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("own_code", [True, False])
+def test_what_the_caller_has_switched_on_changes_nothing(tiny_model: Path, own_code: bool) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+
+    def features(model: Any) -> list[np.ndarray]:
+        found = jz3.featurize(model, tokenizer, DOCS[:4], jz3.Adapted([QUERY], k=64, rank=8, completion=64))
+        return [found.values, found.encode([QUERY])]
+
+    model = wide_model() if own_code else load_model(tiny_model, "float32")
+    expected = features(model)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with mode:
+            assert all(map(np.array_equal, features(model), expected)), mode
+
+
+def test_threads_share_a_model(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    features = jz3.featurize(model, tokenizer, DOCS[:2], jz3.Sketch(64, 8, 8))
+    queries = [[("Question: ", text)] for text in DOCS]
+    expected = [features.encode(query) for query in queries]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(features.encode, queries))
+    assert all(map(np.array_equal, found, expected))
+
+
+def test_a_model_that_is_being_trained_is_left_as_it_was(tiny_model: Path) -> None:
+    model: Any = load_model(tiny_model, "float32")
+    tokenizer = load_tokenizer(tiny_model)
+    model.train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.requires_grad_(False)
+
+    def state() -> list[Any]:
+        modules = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+        return [*modules, *(p.requires_grad for p in model.parameters())]
+
+    before = state()
+    features = jz3.featurize(model, tokenizer, DOCS[:2], jz3.Sketch(64, 8, 8))
+    assert state() == before
+    features.encode([QUERY])
+    assert state() == before
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        jz3.featurize(model, tokenizer, ["a"])
+    assert state() == before and all(p.grad is None for p in model.parameters())
 
 
 def test_a_compiled_model_has_the_features_of_the_model(tiny_model: Path) -> None:

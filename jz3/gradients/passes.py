@@ -11,6 +11,7 @@ from jz3.errors import Jz3Error
 from jz3.gradients.layers import check_output_layer, plain_model
 from jz3.gradients.tokens import Batch
 from jz3.machine import PRODUCTS, best_products, products_obstacle
+from jz3.modes import plain_modes
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ class _Layout:
 class GradientPass:
     """Forward and backward over batches of texts, feeding each layer's factors to a sink."""
 
+    @plain_modes()
     def __init__(
         self,
         model: "PreTrainedModel",
@@ -237,6 +239,7 @@ class GradientPass:
         if self._hooks and self._ran and self._idle:
             _say_idle(type(self.model).__name__, sorted(self._idle))
 
+    @plain_modes()
     def run(self, batch: Batch) -> PassResult:
         """Run one batch; the sink has seen every layer when this returns.
 
@@ -245,16 +248,8 @@ class GradientPass:
         """
         import torch
 
-        # Whoever only measures may well be within `torch.no_grad()`.
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._run(batch)
-
-    def _run(self, batch: Batch) -> PassResult:
-        import torch
-
         from jz3.ops.ce_hidden_grad import ce_hidden_grad
 
-        self._ran = True
         model = self.model
         device = next(model.parameters()).device
         ids, lengths, starts = (x.to(device) for x in (batch.ids, batch.lengths, batch.starts))
@@ -293,6 +288,7 @@ class GradientPass:
         pooled = torch.zeros(texts, hidden.shape[2], dtype=torch.float32, device=device)
         pooled.index_add_(0, owner, (hidden.float() * weights[:, :, None]).sum(1))
         mass = torch.zeros(texts, dtype=weights.dtype, device=device).index_add_(0, owner, weights.sum(1))
+        self._ran = True
         return PassResult(total, pooled / mass[:, None])
 
     def _forward(
