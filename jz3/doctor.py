@@ -16,7 +16,7 @@ from jz3.errors import Jz3Error
 
 PACKAGES = {
     "torch": "pip install 'torch>=2.13,<2.14'",
-    "transformers": "pip install 'transformers>=5,<6'",
+    "transformers": "pip install 'transformers>=5.12,<6'",
     "trl": "pip install 'jz3[train]' (training)",
     "peft": "pip install 'jz3[train]' (training with LoRA)",
     "datasets": "pip install 'jz3[corpus]' (Hugging Face datasets as corpus)",

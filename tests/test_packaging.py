@@ -1,6 +1,7 @@
 """What the source archive and the wheel hold, and that jz3 installs and runs where nothing compiles."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jz3 import backend
+from jz3.doctor import NEEDED, PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ("*.so", "__pycache__", "*.egg-info", "build_note.txt", "*.part")
@@ -105,6 +107,12 @@ print(sketch(torch.ones(1, 3), "m", 2, seed=0).shape, backend.report("cpu")["cpu
     assert "torch.Size([1, 2])" in done.stdout and "jz3._C is not built" in done.stdout
     assert "/bin/false" in done.stdout  # the build's own reason
     assert "WARNING:jz3.backend:sketch on cpu runs on reference" in done.stderr
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_doctor_names_the_versions_that_the_package_needs(name: str) -> None:
+    [needed] = re.findall(rf'"({name}[<>=][^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"'{needed}'" in PACKAGES[name]
 
 
 def test_import_is_light(installed: Path) -> None:
