@@ -1,5 +1,6 @@
 """Llama blocks on jz3's own code: against float64, against the model's own code, and when they must not run."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -139,11 +140,13 @@ def test_changed_weights_are_seen() -> None:
 def test_weights_changed_behind_their_version_are_seen() -> None:
     """PEFT merges an adapter by writing to `.data`, which leaves the version as it was."""
     model, texts = small_model("llama", torch.float32), small_texts()
+    size = len(pickle.dumps(model))
     before, _ = gradients(model, texts)
     weight = model.model.layers[1].self_attn.q_proj.weight
-    known = model.__dict__["_jz3_blocks"][1]
+    known = llama._prepared[model][1]
     gradients(model, texts)
-    assert model.__dict__["_jz3_blocks"][1] is known
+    assert llama._prepared[model][1] is known
+    assert len(pickle.dumps(model)) < 1.1 * size  # what is copied or saved is the model alone
     version = weight._version
     weight.data += normal(5, *weight.shape) * 0.1
     assert weight._version == version

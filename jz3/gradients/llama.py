@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -50,6 +51,8 @@ SAMPLE = 256
 """About as many entries of every parameter are looked at to tell whether it has changed."""
 
 _said: set[str] = set()
+_prepared: WeakKeyDictionary[Any, tuple[Any, "Blocks | None"]] = WeakKeyDictionary()
+"""A model's blocks; beside it, as with it they would be copied and saved."""
 
 
 def obstacle(model: Any, layers: dict[str, torch.nn.Module]) -> str:
@@ -111,7 +114,7 @@ def say(model: Any, reason: str) -> None:
 def blocks_of(model: Any, layers: dict[str, torch.nn.Module], products: str = "exact") -> "Blocks | None":
     """Return the model's blocks, prepared once and checked against its own code; None if they disagree."""
     state = (products, *_state(model))
-    known: Any = model.__dict__.get("_jz3_blocks")
+    known: Any = _prepared.get(model)
     if known is None or known[0] != state:
         blocks = Blocks(model, products)
         difference = blocks.difference(model)
@@ -122,7 +125,7 @@ def blocks_of(model: Any, layers: dict[str, torch.nn.Module], products: str = "e
                 difference,
             )
             blocks = None
-        known = model.__dict__["_jz3_blocks"] = (state, blocks)
+        known = _prepared[model] = (state, blocks)
     found: Blocks | None = known[1]
     if found is not None:
         found.name_layers(model, layers)
