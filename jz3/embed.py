@@ -169,11 +169,13 @@ def featurize(
         The features, in the texts' order.
 
     Raises:
-        TypeError: a text is no str, or a query no pair of them.
+        TypeError: `kind` is none of the three, a text is no str, or a query no pair of them.
         ValueError: there is no text, one is too short, or its gradient is not finite.
         Jz3Error: a checkpoint that Less names doesn't fit, or `int8` or `int16` can't be had.
     """
     kind = kind or Adapted()
+    if not isinstance(kind, (Adapted, Sketch, Less)):
+        raise TypeError(f"kind must be an Adapted, Sketch or Less, got {kind!r:.60}; for example jz3.Sketch()")
     if isinstance(docs, str):
         raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
     docs = list(docs)

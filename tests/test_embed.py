@@ -182,8 +182,11 @@ def test_a_tokenizer_that_is_set_up_anew_is_seen(tiny_model: Path) -> None:
 def test_what_is_no_text_is_told(tiny_model: Path) -> None:
     model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
     wrong: Any = [*DOCS, None]
+    kind: Any = "sketch"
     with pytest.raises(TypeError, match=r"text 12 must be a str, got None \(1 such"):
         jz3.featurize(model, tokenizer, wrong)
+    with pytest.raises(TypeError, match="kind must be an Adapted, Sketch or Less, got 'sketch'"):
+        jz3.featurize(model, tokenizer, DOCS, kind)
     with pytest.raises(TypeError, match="several texts, got one: 'The sum"):
         jz3.featurize(model, tokenizer, DOCS[0])
     for queries in (QUERY, [(*QUERY, "")], ["ab"]):
