@@ -11,6 +11,7 @@ import torch
 
 from jz3.bm25 import Bm25
 from jz3.cli import main
+from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit
 from jz3.features.exact import exact_cosines
@@ -21,7 +22,7 @@ from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings, split
 from jz3.scoring.estimate import PaperSettings, paper_cost
 from jz3.scoring.merge import merge
 from jz3.scoring.plan import load_plan
-from jz3.scoring.shard import read_about, scores_path
+from jz3.scoring.shard import Scorer, read_about, scores_path
 from jz3.scoring.workers import work
 from jz3.store import Coding, Store
 
@@ -294,6 +295,19 @@ def test_shards_know_their_counts(finished: tuple[Path, dict[str, Any]]) -> None
     assert [a["records"] for a in about] == [12, 8, 12, 8, 12, 8]
     with pytest.raises(Jz3Error, match="belongs to another run"):
         read_about(scores_path(out, 0), "other")
+
+
+def test_a_text_of_just_the_limit_is_not_cut(
+    tmp_path: Path, data: tuple[list[str], dict[str, Path]], tiny_model: Path
+) -> None:
+    texts = ["one and two and three and four and five", "one and two and three and four and five and six"]
+    corpus = [str(runs.write_lines(tmp_path / "a.jsonl", [{"text": t} for t in (*texts, *runs.texts(20))]))]
+    limit = len(load_tokenizer(tiny_model)(texts[0]).input_ids)
+    plan, job = runs.start(tmp_path / "out", corpus, data[1], max_tokens=limit)
+    scorer = Scorer(tmp_path / "out", plan, job)
+    rows = [SourceText(text=text, source="a", where=f"a.jsonl:{n}") for n, text in enumerate(texts, 1)]
+    found = scorer.score(iter(rows))
+    assert found.tokens == [limit, limit] and found.cut == 1
 
 
 def test_memory_does_not_grow_with_the_corpus(

@@ -202,7 +202,7 @@ class Scorer:
             rows.source.append(record.meta.get(settings.source_field) or Path(path).name)
             rows.line.append(line)
             rows.tokens.append(len(tokens.ids))
-            rows.cut += len(tokens.ids) == settings.max_tokens
+            rows.cut += tokens.cut > 0
             rows.hash.append(int(text_hash, 16))
         for number, norm in enumerate(norms):
             rows.add("norm" if not number else f"norm:{number}", norm[chosen])
