@@ -170,6 +170,29 @@ def test_long_documents_are_counted(tmp_path: Path, tiny_model: Path) -> None:
     assert truncated["tokens"] + truncated["cut_tokens"] == split["tokens"]
 
 
+def test_a_start_token_takes_no_piece_its_end(tmp_path: Path, tiny_model: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer: Any = load_tokenizer(tiny_model)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    text = "The sum of 3 and 4 is 7."
+    length = len(tokenizer(text, add_special_tokens=False).input_ids)
+    write_jsonl(
+        tmp_path / "corpus" / "docs.jsonl", [Doc(id="0", text=text, source="s", tokens=length).to_json()]
+    )
+    recipe = shipped_recipe("tiny")
+    for limit, cut in ((length, 0), (length - 1, 1)):
+        corpus = dataclasses.replace(recipe.corpus, max_tokens=limit, min_tokens=1)
+        ctx = StageContext(
+            recipe=dataclasses.replace(recipe, corpus=corpus), run_dir=tmp_path, name="features"
+        )
+        [found] = stage.tokenize_documents(ctx, tokenizer, [])
+        assert (len(found.ids), found.cut) == (1 + limit, cut)
+
+
 def test_prompts_are_not_scored(tmp_path: Path, tiny_model: Path) -> None:
     asks = [f"What is {n} and {n + 1}?" for n in range(3)]
     texts = [f"{asks[0]}\n\nIt is 1.", f"{asks[1]}\n\nIt is 3.", asks[2]]

@@ -100,8 +100,8 @@ class FeaturesConfig:
     """A field of the texts' `meta` (one of their source's `keep_fields`): where a text begins with what it holds, only
     the rest is scored, as where instructions are trained on. A text without more is rejected. Empty: all is scored."""
     long: str = "truncate"
-    """What becomes of a document that the model's tokenizer finds longer than `corpus.max_tokens`: `truncate` (cut at
-    its end) or `split` (run in windows of that length, whose gradients are summed)."""
+    """What becomes of a document that the model's tokenizer finds longer than `corpus.max_tokens` (start tokens not
+    counted): `truncate` (cut at its end) or `split` (run in windows of that length, whose gradients are summed)."""
     exact_documents: int = 128
     """Documents, unseen by the fit, on which the features are compared with exact gradients."""
     exact_queries: int = 16

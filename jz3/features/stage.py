@@ -27,6 +27,7 @@ from jz3.gradients import (
     layer_shape,
     linear_layers,
     set_products,
+    start_tokens,
     tokenize_query,
     tokenize_text,
 )
@@ -214,7 +215,9 @@ def tokenize_documents(
 ) -> list[Tokens]:
     """Tokenise the corpus; a text with nothing to predict becomes a reject."""
     documents = []
-    limit, config = ctx.recipe.corpus.max_tokens, ctx.recipe.features
+    config = ctx.recipe.features
+    # The corpus counts a text alone, and a piece that just fits shall not lose its end to a start token.
+    limit = ctx.recipe.corpus.max_tokens + len(start_tokens(tokenizer))
     for row in ctx.rows("corpus", "docs.jsonl"):
         doc = Doc.from_json(row)
         try:

@@ -10,7 +10,7 @@ from jz3.errors import Jz3Error
 from jz3.index.docs import DocFile
 from jz3.index.scores import Key, ScoreTable
 from jz3.index.vectors import Member, Vectors
-from jz3.models import resolve_model
+from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Doc, Query
 from jz3.stage import StageContext
 from jz3.store import Store, read_info
@@ -33,7 +33,7 @@ class Encoding:
     query_tokens: int
     """Problems are cut at this length."""
     document_tokens: int
-    """Texts are cut at this length."""
+    """Texts are cut at this length, start tokens included."""
 
 
 class Collection(abc.ABC):
@@ -170,8 +170,11 @@ class LoopCollection(Collection):
 
     def encoding(self, member: int = 0) -> Encoding:
         """See Collection."""
+        from jz3.gradients import start_tokens
+
         recipe = self._ctx.recipe
         model = resolve_model(recipe.model)
+        starts = len(start_tokens(load_tokenizer(model)))
         return Encoding(
             model=model,
             tokenizer=model,
@@ -179,7 +182,7 @@ class LoopCollection(Collection):
             products=read_info(self._ctx.path("features", "store")).products,
             reduction=recipe.features.reduction,
             query_tokens=recipe.features.query_tokens,
-            document_tokens=recipe.corpus.max_tokens,
+            document_tokens=recipe.corpus.max_tokens + starts,
         )
 
     def projection(self, member: int = 0) -> "Projection":

@@ -55,7 +55,7 @@ class ScoreSettings:
     query_tokens: int = 512
     """Queries are cut at this length."""
     max_tokens: int = 512
-    """Documents are cut at this length."""
+    """Documents are cut at this length, start tokens included."""
     reduction: str = "mean"
     """A text's loss is the `mean` or the `sum` over its scored tokens."""
     batch_tokens: int = 4096
