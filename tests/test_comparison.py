@@ -14,7 +14,7 @@ import pytest
 
 from jz3.comparison import ComparisonConfig, stage
 from jz3.comparison.stage import so_far
-from jz3.comparison.table import verdicts
+from jz3.comparison.table import plot, verdicts
 from jz3.config import Recipe, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.files import read_json, read_jsonl, write_jsonl
@@ -448,6 +448,19 @@ def test_the_verdict_compares_the_best_of_both_kinds() -> None:
         "sums, 2,000 tokens: influence +0.0040; random +0.0100, intervals over problems overlap, "
         "better with 2 of 2 seeds"
     ]
+
+
+def test_dollar_signs_in_names_are_no_formulas_in_the_plot(tmp_path: Path) -> None:
+    changes = [
+        {"mean": -0.02, "low": -0.03, "high": -0.01, "n": 9},
+        {"mean": -0.01, "low": None, "high": None, "n": 1},
+    ]
+    rows = [
+        {"budget": 500, "task": "win $a_ and $^", "chooser": chooser, "change": change}
+        for chooser, change in zip(("influence", "their$ $_"), changes, strict=True)
+    ]
+    plot({"tokens": 500, "table": rows}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("per_task", [False, True])

@@ -79,25 +79,24 @@ def _against(mine: dict[str, Any], other: dict[str, Any]) -> str:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Draw each chooser's change with its interval, a panel per target, at the first budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     rows = [row for row in _ranked(summary) if row["budget"] == summary["tokens"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        mine = [row for row in rows if row["task"] == task][::-1]
-        means = [-row["change"]["mean"] for row in mine]
-        half = [row["change"]["high"] - row["change"]["mean"] for row in mine]
-        colours = ["#999999" if row["chooser"] == "random" else "#2b6cb0" for row in mine]
-        axis.barh([row["chooser"] for row in mine], means, xerr=half, color=colours)
-        axis.set_title(task or "all targets")
-        axis.set_xlabel("NLL gained (nats per token)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with rc_context({"text.parse_math": False}):  # names of targets and choosers may hold dollar signs
+        figure = Figure(figsize=(4.5 * len(tasks), 4), layout="tight")
+        axes = figure.subplots(1, len(tasks), squeeze=False)
+        for axis, task in zip(axes[0], tasks, strict=True):
+            mine = [row for row in rows if row["task"] == task][::-1]
+            means = [-row["change"]["mean"] for row in mine]
+            # A single problem gives no interval.
+            half = [x["high"] - x["mean"] if x["n"] > 1 else 0.0 for x in (row["change"] for row in mine)]
+            colours = ["#999999" if row["chooser"] == "random" else "#2b6cb0" for row in mine]
+            axis.barh([row["chooser"] for row in mine], means, xerr=half, color=colours)
+            axis.set_title(task or "all targets")
+            axis.set_xlabel("NLL gained (nats per token)")
+        figure.savefig(path, dpi=150)
 
 
 def _ranked(summary: dict[str, Any]) -> list[dict[str, Any]]:
