@@ -165,6 +165,15 @@ def write_tensors(path: Path, tensors: dict[str, Any], about: dict[str, Any] | N
             raise
 
 
+def about_tensors(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Return what `write_tensors` kept in a file's metadata, nothing if that isn't by `write_tensors`."""
+    with contextlib.suppress(ValueError):
+        about = json.loads((metadata or {}).get("jz3", ""))
+        if isinstance(about, dict):
+            return about
+    return {}
+
+
 def hash_text(text: str) -> str:
     """Return the 16 hexadecimal digits of the 64-bit xxh3 of `text`."""
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))

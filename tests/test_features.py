@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_gradients import random_model, random_texts
 
 from jz3.errors import Jz3Error
@@ -115,6 +116,10 @@ def test_fit_is_deterministic_and_refuses_another_model(tmp_path: Path) -> None:
     (tmp_path / "0.st").write_bytes(b"nonsense")
     with pytest.raises(Jz3Error, match="no readable fit"):
         AdaptedFit.load(tmp_path / "0.st", "m")
+    for strange in ({"jz3": "{"}, {"jz3": "[]"}, {"other": "1"}):
+        save_file({"mean": torch.zeros(1)}, tmp_path / "1.st", strange)
+        with pytest.raises(Jz3Error, match=r"1\.st has the format None, expected 'jz3-"):
+            AdaptedFit.load(tmp_path / "1.st", "m")
 
 
 def test_fit_without_a_text_is_told() -> None:

@@ -6,7 +6,6 @@ gradients' left and right covariance; of all coordinates of all layers the K wit
 G_i / ||G_i||, so that an inner product with a query's is the cosine up to what was left out.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.features.range_finder import RangeFinder
-from jz3.files import hash_file, write_tensors
+from jz3.files import about_tensors, hash_file, write_tensors
 from jz3.gradients import Batch, Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ class AdaptedFit:
 
         try:
             with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("jz3", "{}"))
+                metadata = about_tensors(file.metadata())
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
             raise Jz3Error(f"{path} is no readable fit ({error}); run `jz3 features` again") from error

@@ -5,7 +5,6 @@ that cos(G_i, G_q) ~ sum_m <L_m^T G_i R_m, L_m^T G_q R_m> / (||G_i|| ||G_q||) le
 outside the queries' own leading directions. A text's coordinates live for one batch.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
-from jz3.files import hash_file, write_tensors
+from jz3.files import about_tensors, hash_file, write_tensors
 from jz3.gradients import Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Known:
 
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("jz3", "{}"))
+                about = about_tensors(file.metadata())
                 queries = file.get_tensor("queries")
         except (OSError, SafetensorError) as error:
             raise Jz3Error(f"{path} can't be read ({error}); fit the known queries again") from error

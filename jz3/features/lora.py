@@ -4,7 +4,6 @@ A layer with output W x gets W x + (alpha / r) B A x. The adapters hang on forwa
 model itself is never changed and is as before when they are taken off.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import write_tensors
+from jz3.files import about_tensors, write_tensors
 from jz3.gradients import GradientPass, Tokens, layer_shape, linear_layers, make_batches
 from jz3.seeding import rng, seed_for
 
@@ -200,7 +199,7 @@ class Checkpoint:
 
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("jz3", "{}"))
+                about = about_tensors(file.metadata())
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (OSError, SafetensorError) as error:
             raise Jz3Error(f"{path} is no readable checkpoint ({error}); warm up again") from error
