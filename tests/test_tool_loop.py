@@ -1,5 +1,6 @@
 """Python blocks that are executed while a model writes."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,3 +125,11 @@ def test_tool_loop_stops_endless_code(sandbox: Any) -> None:
     script = Script({"P:": "```python\nwhile True: pass\n```", "long\n```\n": "I give up."})
     (trace,) = generate_with_tools(script, sandbox, [Request(id="a", prompt="P:")], Sampling())
     assert trace.executed[0].reason == "timeout" and trace.text.endswith("I give up.")
+
+
+def test_many_openings_take_linear_time(sandbox: Any) -> None:
+    """A model that repeats itself: 250 kB of blocks that are never closed."""
+    script = Script({"P:": "```python\n" * 25_000})
+    start = time.process_time()
+    (trace,) = generate_with_tools(script, sandbox, [Request(id="a", prompt="P:", seed=5)], Sampling())
+    assert trace.executed == () and time.process_time() - start < 10

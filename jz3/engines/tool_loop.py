@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from jz3.grading.sandbox import Execution, Sandbox
 
 OUTPUT_START, FENCE = "```output", "```"
-PENDING = re.compile(r"^.*```[ \t]*(?:python3?|py)[ \t]*\r?\n(.*)```\s*\Z", re.DOTALL)
-"""The last Python block, closed at the end of the text; it may begin behind words, as in `[Solution]: ```python`."""
+OPENING = re.compile(r"```[ \t]*(?:python3?|py)[ \t]*\r?\n")
+"""Begins a Python block; it may stand behind words, as in `[Solution]: ```python`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,10 +147,16 @@ def _pending_code(state: _State) -> str | None:
 
     if state.finish != "stop":
         return None
-    found = PENDING.search(state.text)
-    if found is None or FENCE in found[1] or not found[1].strip():
+    text = state.text.rstrip()
+    if not text.endswith(FENCE):
         return None
-    blocks = [*code_blocks(state.text[state.ran : found.start(1)]), found[1]]
+    text = text.removesuffix(FENCE)
+    # The last one; one pattern for the whole block would look through the text from every opening.
+    start = max((found.end() for found in OPENING.finditer(text)), default=len(text))
+    last = text[start:]
+    if FENCE in last or not last.strip():
+        return None
+    blocks = [*code_blocks(text[state.ran : start]), last]
     return "".join(block.rstrip() + "\n" for block in blocks)
 
 
