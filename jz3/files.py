@@ -24,6 +24,15 @@ _FULL = (
     "basic_ios::clear: iostream error",
 )
 """Signs of a full disk in the text of a library's error."""
+_MACHINE = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EMFILE", "ENFILE", "ENOMEM"),
+    )
+    if hasattr(errno, name)
+}
+"""What reading fails with when a disk, a file server or the process is in trouble and not the file itself."""
 
 
 @contextlib.contextmanager
@@ -197,3 +206,17 @@ def is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         s in str(error) for s in _FULL
     )
+
+
+def raise_trouble(error: BaseException, path: Path) -> None:
+    """Raise an error of the machine, as a file that only can't be read now must not count as refused or damaged.
+
+    Raises:
+        OSError: it is one, with the file's name and the remedy.
+    """
+    code: Any = getattr(error, "errno", None)
+    if found := isinstance(error, RuntimeError) and re.search(r"\((\d+)\)$", str(error)):
+        code = int(found[1])  # torch has the number in the text alone
+    if code in _MACHINE:
+        remedy = "the same command goes on from here, once the file can be read"
+        raise OSError(code, f"{os.strerror(code)}; {remedy}", str(path)) from error

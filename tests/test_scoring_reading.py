@@ -17,8 +17,10 @@ import scoring_runs as runs
 from jz3.corpus import readers
 from jz3.corpus.readers import SourceText
 from jz3.scoring.config import ScoreSettings
+from jz3.scoring.merge import _tables
 from jz3.scoring.plan import Plan, make_plan
 from jz3.scoring.reading import Reader
+from jz3.scoring.shard import read_about, scores_path
 from jz3.scoring.workers import parts
 
 SHARDS, ROWS = 20, 15
@@ -59,6 +61,23 @@ def test_a_file_that_cannot_be_read_now_gets_no_plan(
     with pytest.raises(OSError, match="Input/output error; the same command") as caught:
         make_plan([str(tmp_path / name)], ScoreSettings(), {})
     assert caught.value.filename == str(tmp_path / name)
+
+
+def test_scores_that_cannot_be_read_now_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the message about damaged ones advises, to delete them, would cost their work."""
+    plan = make_plan([runs.make_corpus(tmp_path, 6)[0]], ScoreSettings(), {})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq, "read_schema", fail)
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Input/output error; the same command"):
+        read_about(scores_path(tmp_path, 0), plan.key)
+    with pytest.raises(OSError, match="Input/output error; the same command"):
+        list(_tables(tmp_path, plan, ["norm"]))
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """The store: what is written is read back; damage is named and the rest stays usable."""
 
 import dataclasses
+import errno
 import os
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +203,26 @@ def test_a_shard_is_readable_by_safetensors(tmp_path: Path) -> None:
     shard = Store(tmp_path).shards[2]
     for name in ("id", "norm", "codes"):
         assert np.array_equal(arrays[name], getattr(shard, name))
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, shards=1)
+    [shard] = Store(tmp_path).shards
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    def full(path: str, **_: Any) -> None:
+        raise RuntimeError(f"unable to mmap 80 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("jz3.store.shard.hash_file", fail)
+    monkeypatch.setattr(torch, "from_file", full)
+    with pytest.raises(OSError, match="Input/output error; the same command"):
+        shard.verify()
+    with pytest.raises(OSError, match="Cannot allocate memory; the same command"):
+        shard.id_and_codes()
 
 
 def test_writing_into_a_mapped_shard_leaves_the_file_alone(tmp_path: Path) -> None:

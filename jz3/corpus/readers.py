@@ -2,7 +2,6 @@
 
 import bisect
 import contextlib
-import errno
 import glob
 import gzip
 import io
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from jz3.corpus.config import SourceConfig
 from jz3.errors import Jz3Error
-from jz3.files import canonical_json, hash_text
+from jz3.files import canonical_json, hash_text, raise_trouble
 from jz3.records import Reject
 
 STAGE = "corpus"
@@ -25,15 +24,6 @@ MAX_REJECT_CHARACTERS = 4000
 COMPRESSED = (".gz", ".zst")
 _UNREADABLE = (ValueError, OverflowError, LookupError)
 """What Arrow raises for a value that Python can't hold: bad UTF-8, a date beyond year 9999, an unknown time zone."""
-_MACHINE = {
-    getattr(errno, name)
-    for name in (
-        *("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "EHOSTDOWN"),
-        *("EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EMFILE", "ENFILE", "ENOMEM"),
-    )
-    if hasattr(errno, name)
-}
-"""What reading fails with when a disk, a file server or the process is in trouble and not the file itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,17 +169,6 @@ def open_lines(path: Path) -> BinaryIO:
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16))
     return open(path, "rb")
-
-
-def raise_trouble(error: BaseException, path: Path) -> None:
-    """Raise an error of the machine, as the rest of a file that only can't be read now must not count as refused.
-
-    Raises:
-        OSError: it is one, with the file's name and the remedy.
-    """
-    if isinstance(error, OSError) and error.errno and error.errno in _MACHINE:
-        remedy = "the same command goes on from here, once the file can be read"
-        raise OSError(error.errno, f"{os.strerror(error.errno)}; {remedy}", str(path)) from error
 
 
 def skip_line(stream: BinaryIO) -> int:

@@ -16,7 +16,7 @@ from jz3.corpus.config import MinHashConfig
 from jz3.corpus.dedup import Deduplicator
 from jz3.corpus.readers import SourceText
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, locked, write_json, write_jsonl
+from jz3.files import atomic_path, locked, raise_trouble, write_json, write_jsonl
 from jz3.influence import negative_control
 from jz3.scoring.config import ChooseSettings, ScoreSettings
 from jz3.scoring.job import Job
@@ -187,6 +187,7 @@ def _tables(out: Path, plan: Plan, columns: list[str]) -> Iterator[tuple[int, di
             with pq.ParquetFile(path) as file:
                 table = file.read([c for c in columns if c in file.schema_arrow.names])
         except (pyarrow.ArrowException, OSError) as error:
+            raise_trouble(error, path)
             raise Jz3Error(
                 f"{path} is damaged ({error}); delete it and run the same command again"
             ) from error

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from jz3.corpus.config import SourceConfig
-from jz3.corpus.readers import COMPRESSED, find_files, open_lines, raise_trouble, skip_line
+from jz3.corpus.readers import COMPRESSED, find_files, open_lines, skip_line
 from jz3.errors import Jz3Error
-from jz3.files import canonical_json, hash_file, hash_text, locked, read_json, write_json
+from jz3.files import canonical_json, hash_file, hash_text, locked, raise_trouble, read_json, write_json
 from jz3.machine import best_dtype, best_products
 from jz3.scoring.config import ScoreSettings
 

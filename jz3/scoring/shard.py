@@ -15,7 +15,7 @@ from jz3.bm25 import Bm25
 from jz3.corpus.readers import SourceText, reject
 from jz3.errors import Jz3Error
 from jz3.features.extract import coding_of, extract, open_sink
-from jz3.files import atomic_path, canonical_json, hash_text, write_json, write_jsonl
+from jz3.files import atomic_path, canonical_json, hash_text, raise_trouble, write_json, write_jsonl
 from jz3.gradients import RefusedText, Tokens, linear_layers, set_products
 from jz3.models import best_device, load_model, load_tokenizer
 from jz3.records import Reject
@@ -310,6 +310,7 @@ def read_about(path: Path, key: str) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
         about = json.loads(metadata[b"jz3"])
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise_trouble(error, path)
         raise Jz3Error(f"{path} is damaged ({error}); {remedy}") from error
     if about["run"] != key:
         raise Jz3Error(f"{path} belongs to another run ({about['run']}, this is {key}); {remedy}")

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from jz3.errors import Jz3Error
-from jz3.files import hash_file, write_json
+from jz3.files import hash_file, raise_trouble, write_json
 from jz3.store.format import Coding, encode_rows, read_info, row_bytes
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ class Shard:
 
         Raises:
             Jz3Error: it differs, or the file can't be read.
+            OSError: the disk or its server is in trouble.
         """
         try:
             found = hash_file(self.path)
         except OSError as error:
+            raise_trouble(error, self.path)
             raise Jz3Error(f"{self.path} can't be read ({error}); {REMEDY}") from error
         if found != self.xxh3:
             raise Jz3Error(f"{self.path} has the checksum {found}, expected {self.xxh3}; {REMEDY}")
@@ -96,6 +98,7 @@ class Shard:
                 str(self.path), shared=False, size=min(found, self.size), dtype=torch.uint8
             ).numpy()
         except (OSError, RuntimeError) as error:
+            raise_trouble(error, self.path)
             raise Jz3Error(f"{self.path} can't be mapped ({error}); {REMEDY}") from error
         header = self.size - self.rows * (12 + self.row_bytes)
         if found != self.size or int.from_bytes(data[:8].tobytes(), "little") != header - 8:
