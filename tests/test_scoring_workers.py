@@ -197,6 +197,34 @@ def test_worker_that_keeps_dying_ends_the_run(
         run_local(tmp_path / "out", plan, 2, 5)
 
 
+def test_deaths_with_a_finished_shard_in_between_do_not_end_the_run(
+    reference: tuple[Path, list[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, corpus, targets = reference
+    out = tmp_path / "out"
+    plan, _ = runs.start(out, corpus, targets)
+    for folder in ("scores", "timing"):
+        (out / folder).mkdir()
+    script = tmp_path / "python"
+    lines = [
+        "#!/bin/sh",
+        f"cd {out}",
+        f"for n in {' '.join(f'{s.number:06d}' for s in plan.shards)}; do",
+        "  [ -e scores/$n.parquet ] && continue",
+        '  echo "{\\"tokens\\": 1, \\"size\\": 1, \\"seconds\\": 1, \\"process\\": $$}" > timing/$n.json',
+        "  touch scores/$n.parquet",
+        "  kill -9 $$",
+        "done",
+    ]
+    script.write_text("\n".join(lines) + "\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(workers.sys, "executable", str(script))
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
+    said: list[str] = []
+    run_local(out, plan, 1, 1, say=said.append)
+    assert len(said) == len(plan.shards) > 3 and all("restarted, 1 of 1" in line for line in said)
+
+
 def test_workers_are_placed(
     reference: tuple[Path, list[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,7 +216,7 @@ class RunSettings:
     ray: str = ""
     """Address of a Ray cluster (`auto`: the running one, `local`: start one here)."""
     restarts: int = 3
-    """How often a local worker that died is started again, per worker."""
+    """How often a local worker that died is started again, per worker, before it finishes another shard."""
     limit_hours: float = 0.0
     """Stop at a shard boundary before so many hours are over; 0: no limit."""
     dry_run: bool = False

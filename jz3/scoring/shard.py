@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -125,8 +126,9 @@ class Scorer:
         rows = self.score(self.reader.read(shard))
         try:
             self._write(shard, rows)
-            seconds = {"seconds": time.monotonic() - start, "tokens": sum(rows.tokens), "size": shard.size}
-            write_json(self.out / "timing" / f"{shard.number:06d}.json", seconds)
+            timing = {"seconds": time.monotonic() - start, "tokens": sum(rows.tokens), "size": shard.size}
+            timing["process"] = os.getpid()
+            write_json(self.out / "timing" / f"{shard.number:06d}.json", timing)
         except OSError as error:
             if error.errno in FULL:
                 raise Jz3Error(

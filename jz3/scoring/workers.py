@@ -137,7 +137,7 @@ def run_local(
         out: the run's folder, planned and prepared.
         plan: its plan.
         workers: how many processes.
-        restarts: how often each may be replaced.
+        restarts: how often each may be replaced before it finishes a shard.
         deadline: see `work`.
         say: told of deaths and progress, one line each.
 
@@ -159,12 +159,14 @@ def run_local(
                     continue
                 if status == USER_ERROR:
                     raise Jz3Error(last_line(child.log).removeprefix("jz3: error: ") or f"see {child.log}")
+                if progress.finished(child.process.pid):
+                    child.restarts = 0
                 how = signal.Signals(-status).name if status < 0 else f"status {status}"
                 if child.restarts >= restarts:
                     raise Jz3Error(
-                        f"worker {child.number} died ({how}) and was restarted {child.restarts} times already; its "
-                        f"last words are in {child.log}; run the same command again to go on, more --restarts help "
-                        "only if the cause is gone"
+                        f"worker {child.number} died ({how}) and was restarted {child.restarts} times already since it "
+                        f"last finished a shard; its last words are in {child.log}; run the same command again to go "
+                        "on, more --restarts help only if the cause is gone"
                     )
                 say(f"worker {child.number} died ({how}); restarted, {child.restarts + 1} of {restarts}")
                 again = _spawn(out, plan, child.number, workers, deadline, devices)
@@ -246,6 +248,8 @@ class Progress:
         self._before = self._missing = set(missing_shards(out, plan))
         self._done: dict[int, tuple[int, int, float]] = {}
         """Per finished shard its tokens, bytes and seconds."""
+        self._processes: set[int] = set()
+        """Those that finished them."""
         self._start = self._last = time.monotonic()
 
     def line(self, every: float = REPORT_SECONDS) -> str:
@@ -254,13 +258,7 @@ class Progress:
         if now - self._last < every:
             return ""
         self._last = now
-        # What is done stays so, and a look into the stores for every shard would take long.
-        self._missing = missing = set(missing_shards(self._out, self._plan, self._missing))
-        for number in self._before - missing - self._done.keys():
-            path = self._out / "timing" / f"{number:06d}.json"
-            if path.is_file():
-                table = read_json(path)
-                self._done[number] = (table["tokens"], table["size"], table["seconds"])
+        missing = self._look()
         done = len(self._plan.shards) - len(missing)
         head = f"shards {done} of {len(self._plan.shards)}, {now - self._start:.0f} s"
         tokens, size, seconds = (sum(row[i] for row in self._done.values()) for i in range(3))
@@ -270,6 +268,23 @@ class Progress:
         # The time of shards, not of the run: loading the models counts once, not for all that is left.
         rate = tokens / seconds * self._workers
         return f"{head}, {rate:,.0f} tokens a second, about {left:,.0f} left: {duration(left / rate)}"
+
+    def finished(self, process: int) -> bool:
+        """Tell whether a process of this run has finished a shard."""
+        self._look()
+        return process in self._processes
+
+    def _look(self) -> set[int]:
+        """Read the timing of shards that were finished since the last look; return those that are missing."""
+        # What is done stays so, and a look into the stores for every shard would take long.
+        self._missing = missing = set(missing_shards(self._out, self._plan, self._missing))
+        for number in self._before - missing - self._done.keys():
+            path = self._out / "timing" / f"{number:06d}.json"
+            if path.is_file():
+                table = read_json(path)
+                self._done[number] = (table["tokens"], table["size"], table["seconds"])
+                self._processes.add(table.get("process", 0))
+        return missing
 
 
 def duration(seconds: float) -> str:
