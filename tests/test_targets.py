@@ -220,6 +220,23 @@ def test_instruction_rows_that_are_taken_are_counted(tmp_path: Path) -> None:
     assert {r.text for r in rows["rejects"]} == {q.problem for q in (*rows["queries"], *rows["eval"])}
 
 
+def test_another_files_solution_of_a_problem_is_kept(tmp_path: Path) -> None:
+    first, other = sums(6), [{**row, "answer": f"Otherwise: {row['answer']}"} for row in sums(4)]
+    sources = tuple(
+        InstructionConfig(name=name, path=jsonl(tmp_path / f"{name}.jsonl", rows), count=0)
+        for name, rows in (("first", first[1:]), ("second", [*other, first[5]]))
+    )
+    seen, held = jsonl(tmp_path / "s.jsonl", sums(1, 50)), jsonl(tmp_path / "h.jsonl", first[:1])
+    task = TaskConfig(name="sums", path=seen, eval_path=held, fit=1, unseen=0, eval=1)
+    summary, rows = run(tmp_path, TargetsConfig(tasks=(task,), control=NO_CONTROL, instruction=sources))
+    assert Counter(q.task for q in rows["instruction"]) == {"first": 5, "second": 3}
+    assert summary["rejected"] == {"taken": 2}
+    assert [r.detail for r in rows["rejects"]] == [
+        "also a target's or an evaluation's problem",
+        "also with its solution an earlier source's problem",
+    ]
+
+
 def test_the_papers_instruction_data_are_read_as_they_are(tmp_path: Path) -> None:
     tool = "```python\nprint(2)\n```\n```output\n2\n```\nSo it is $\\boxed{2}$."
     rows = [

@@ -53,9 +53,7 @@ def run(ctx: "StageContext") -> dict[str, Any]:
     taken = {row.problem for row in (*queries, *evaluation)}
     instruction: list[Query] = []
     for source in config.instruction:
-        drawn = _instruction(source, ctx.seed, taken, rejects)
-        taken |= {row.problem for row in drawn}
-        instruction += drawn
+        instruction += _instruction(source, ctx.seed, taken, instruction, rejects)
     write_jsonl(ctx.out / "queries.jsonl", (row.to_json() for row in (*queries, *control)))
     write_jsonl(ctx.out / "eval.jsonl", (row.to_json() for row in evaluation))
     write_jsonl(ctx.out / "instruction.jsonl", (row.to_json() for row in instruction))
@@ -160,17 +158,27 @@ def _worked_task(task: TaskConfig, seed: int) -> list[Query]:
     return rows + [_worked_query(task.name, "eval", p, False) for p in held]
 
 
-def _instruction(source: InstructionConfig, seed: int, taken: set[str], rejects: list[Reject]) -> list[Query]:
+def _instruction(
+    source: InstructionConfig, seed: int, taken: set[str], earlier: Sequence[Query], rejects: list[Reject]
+) -> list[Query]:
+    """Read or draw a source's rows but for taken problems and what earlier sources hold."""
     key = seed_for(seed, "targets", "instruction", source.name)
     if source.kind == "worked":
-        drawn = _draw(source.families, key, source.count, "train", taken)
+        drawn = _draw(source.families, key, source.count, "train", taken | {row.problem for row in earlier})
         tool = _tool_rows(len(drawn), len(source.families), source.tool_share)
         return [_worked_query(source.name, "instruction", p, t) for p, t in zip(drawn, tool, strict=True)]
     before = len(rejects)
+    # Another solution is worth having from another file as from the same one.
+    solved = {(row.problem, row.completion) for row in earlier}
     found = []
     for row in _read(source, source.path, rejects):
-        if row.problem in taken:
-            detail = "also a target's, an evaluation's or an earlier source's problem"
+        if row.problem in taken or (row.problem, row.completion) in solved:
+            whose = (
+                "a target's or an evaluation's"
+                if row.problem in taken
+                else "with its solution an earlier source's"
+            )
+            detail = f"also {whose} problem"
             rejects.append(_reject("taken", f"{source.path}: {row.id}", detail, row.problem))
         else:
             found.append(row)
