@@ -166,3 +166,14 @@ def test_shards_that_are_passed_over_cost_one_pass(tmp_path: Path, count: Counte
     count.clear()
     assert len(reader.sample(40, "fit")) == 40 and count["units"] <= size
     assert len(reader.sample(40, "fit")) == 40 and count["units"] <= size
+
+
+def test_the_plan_of_a_large_corpus_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jz3.scoring.plan.REPORT_SECONDS", 0.0)
+    said: list[str] = []
+    make_plan(runs.make_corpus(tmp_path, 60), ScoreSettings(shard_documents=12), {}, say=said.append)
+    assert said[:3] == [
+        f"plan: {rows} rows counted, file {n} of 3" for rows, n in ((12, 1), (20, 1), (32, 2))
+    ]

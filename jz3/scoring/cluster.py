@@ -13,10 +13,9 @@ from typing import Any
 
 from jz3.errors import Jz3Error
 from jz3.files import write_text
-from jz3.scoring.plan import Plan, load_plan
+from jz3.scoring.plan import REPORT_SECONDS, Plan, load_plan
 from jz3.scoring.request import Request
 from jz3.scoring.workers import (
-    REPORT_SECONDS,
     THREAD_VARIABLES,
     Progress,
     default_threads,

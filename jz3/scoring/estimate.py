@@ -1,6 +1,7 @@
 """What `jz3 score` will cost, measured on a few batches of the corpus or computed on paper."""
 
 import dataclasses
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def print_measured(
     from jz3.scoring.plan import make_plan
     from jz3.scoring.reading import Reader
     from jz3.scoring.shard import Scorer
-    from jz3.scoring.workers import default_threads, default_workers
+    from jz3.scoring.workers import default_threads, default_workers, print_error
     from jz3.stage import peak_memory, reset_peak_memory
 
     workers = run.workers or default_workers()
@@ -148,7 +149,7 @@ def print_measured(
         keep_features=False,
         exact_documents=0,
     )
-    plan = make_plan(corpus, small, targets)
+    plan = make_plan(corpus, small, targets, say=print_error(sys.stderr))
     with tempfile.TemporaryDirectory() as temporary, cpu_threads(small.threads):
         out = Path(temporary)
         job = prepare(out, plan, targets)

@@ -9,8 +9,9 @@ import json
 import os
 import shlex
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ WRITTEN = (
 """Files and folders that a run writes in its own; of several checkpoints also store-N and index-N."""
 PREPARING = ".prepare.lock"
 """Held while the fits are made."""
+REPORT_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def make_plan(
-    corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], out: Path | None = None
+    corpus: Sequence[str],
+    settings: ScoreSettings,
+    targets: dict[str, Path],
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Divide the corpus into shards; every file is read through once, of Parquet only the footer.
 
@@ -192,6 +198,7 @@ def make_plan(
         settings: of the run.
         targets: per target its file.
         out: the run's folder, see `corpus_files`.
+        say: told now and then how far it is, one line each.
 
     Raises:
         Jz3Error: a path matches no file, a file's kind is unknown or a target's file is missing.
@@ -200,14 +207,24 @@ def make_plan(
     if not corpus:
         raise ValueError("no corpus: give files or globs of .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
     files, shards = [], []
-    for number, path in enumerate(corpus_files(corpus, out)):
+    paths = corpus_files(corpus, out)
+    counted, told = 0, time.monotonic()
+    for number, path in enumerate(paths):
         suffixes = [s for s in path.suffixes if s not in COMPRESSED]
         if path.suffix != ".parquet" and (not suffixes or suffixes[-1] not in LINES):
             raise Jz3Error(f"{path}: the name must end in .parquet, .jsonl, .json or .ndjson (.gz, .zst)")
         stat = path.stat()
         files.append(InputFile(os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         divide = _divide_parquet if path.suffix == ".parquet" else _divide_lines
-        parts = list(divide(path, settings)) or [(0, 0, 0, 0)]
+        parts = []
+        for part in divide(path, settings):
+            parts.append(part)
+            counted += part[1]
+            # Of compressed files the reading alone may take hours.
+            if time.monotonic() - told >= REPORT_SECONDS:
+                told = time.monotonic()
+                say(f"plan: {counted:,} rows counted, file {number + 1:,} of {len(paths):,}")
+        parts = parts or [(0, 0, 0, 0)]
         for position, (skip, rows, offset, size) in enumerate(parts):
             last = position == len(parts) - 1
             shards.append(Shard(len(shards), number, skip, rows, offset, size, last))
@@ -274,7 +291,12 @@ def load_plan(out: Path) -> Plan:
 
 
 def open_plan(
-    out: Path, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], threads: int
+    out: Path,
+    corpus: Sequence[str],
+    settings: ScoreSettings,
+    targets: dict[str, Path],
+    threads: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Make the run's plan, or check that the one it has is for the same settings, corpus and targets.
 
@@ -285,6 +307,7 @@ def open_plan(
             machine is fast in; with an old plan they become what they were.
         targets: per target its file.
         threads: CPU threads a worker.
+        say: see `make_plan`.
 
     Raises:
         Jz3Error: the folder is another run's, which has its fits already or is making them; the differences
@@ -292,7 +315,7 @@ def open_plan(
     """
     with locked(out / ".plan.lock"):
         if not (out / "plan.json").is_file():
-            return _write_plan(out, corpus, settings, targets, threads)
+            return _write_plan(out, corpus, settings, targets, threads, say)
         plan = load_plan(out)
         different = _differences(out, plan, corpus, settings, targets)
         if not different:
@@ -301,19 +324,24 @@ def open_plan(
         with locked(out / PREPARING, wait=False) as idle:
             if idle and not (out / "job.json").is_file():
                 shutil.rmtree(out / "fit", ignore_errors=True)
-                return _write_plan(out, corpus, settings, targets, threads)
+                return _write_plan(out, corpus, settings, targets, threads, say)
     raise Jz3Error(f"{out} was made with other settings ({'; '.join(different[:5])}); use another folder")
 
 
 def _write_plan(
-    out: Path, corpus: Sequence[str], settings: ScoreSettings, targets: dict[str, Path], threads: int
+    out: Path,
+    corpus: Sequence[str],
+    settings: ScoreSettings,
+    targets: dict[str, Path],
+    threads: int,
+    say: Callable[[str], None],
 ) -> Plan:
     dtype = best_dtype() if settings.dtype == "auto" else settings.dtype
     products = best_products() if settings.products == "auto" else settings.products
     settings = dataclasses.replace(
         settings, threads=settings.threads or threads, dtype=dtype, products=products
     )
-    plan = make_plan(corpus, settings, targets, out)
+    plan = make_plan(corpus, settings, targets, out, say)
     write_json(out / "plan.json", plan.to_json())
     return plan
 

@@ -40,9 +40,9 @@ class Request:
         choose = ChooseSettings(**table["choose"])
         return cls(tuple(table["corpus"]), targets, ScoreSettings(**settings), choose)
 
-    def plan(self, out: Path, threads: int) -> Plan:
+    def plan(self, out: Path, threads: int, say: Callable[[str], None] = lambda line: None) -> Plan:
         """Make the run's plan, or check that the one it has is for this request; see `open_plan`."""
-        return open_plan(out, self.corpus, self.settings, self.targets, threads)
+        return open_plan(out, self.corpus, self.settings, self.targets, threads, say)
 
     def prepare(
         self, out: Path, threads: int, say: Callable[[str], None] = lambda line: None
@@ -54,5 +54,5 @@ class Request:
         Raises:
             Jz3Error: see `open_plan` and `prepare`.
         """
-        plan = self.plan(out, threads)
+        plan = self.plan(out, threads, say)
         return plan, prepare(out, plan, self.targets, say)

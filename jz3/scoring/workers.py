@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from jz3.errors import Jz3Error
 from jz3.files import locked, read_json
-from jz3.scoring.plan import Plan, load_plan
+from jz3.scoring.plan import REPORT_SECONDS, Plan, load_plan
 from jz3.scoring.shard import lacks_features, scores_path
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-REPORT_SECONDS = 15.0
 USER_ERROR = 2
 """Exit status of a worker whose error another attempt would meet again."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
