@@ -85,6 +85,18 @@ class _RoomyLayer(DynamicLayer):
         self.values = self._extended(1, self.values, value_states)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        length = self.get_seq_length()
+        if not length:
+            return
+        # With their room: else the next step would make another one, and until then a GPU would hold all of the
+        # old rows of every layer beside the new.
+        for which, old in enumerate((self.keys, self.values)):
+            room = self._rooms[which]
+            whole: Any = room if room.data_ptr() == old.data_ptr() else old
+            self._rooms[which] = whole.index_select(0, beam_idx.to(whole.device))
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+
     def _extended(self, which: int, old: Any, new: torch.Tensor) -> torch.Tensor:
         length = old.shape[-2] if old.numel() else 0
         total = length + new.shape[-2]
