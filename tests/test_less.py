@@ -11,7 +11,7 @@ from test_gradients import random_model, random_texts
 from jz3.errors import Jz3Error
 from jz3.features.extract import extract
 from jz3.features.less import AdamDirection, Less
-from jz3.features.lora import Checkpoint, LoraAdapters, LoraShape, WarmUp, learning_rates, warm_up
+from jz3.features.lora import PARTS, Checkpoint, LoraAdapters, LoraShape, WarmUp, learning_rates, warm_up
 from jz3.gradients import Tokens
 from jz3.ops.signs import signs
 
@@ -103,6 +103,17 @@ def test_scores_are_cosines_weighted_by_learning_rate(warmed: Any) -> None:
         assert float(cosine.abs().max()) <= 1.0001
         expected += rate / sum(rates) * cosine
     torch.testing.assert_close(score, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_moments_go_to_the_device_once(warmed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches there are: of large models they take as long as a batch does."""
+    model, paths = warmed
+    asked: list[str] = []
+    monkeypatch.setattr(
+        Checkpoint, "moments", lambda self, n: asked.append(n) or tuple(self.parts[p][n] for p in PARTS[1:])
+    )
+    extract(model, {}, random_texts(6), Less("m", paths[:1], K), batch_tokens=1)
+    assert len(asked) == len(set(asked)) > 0
 
 
 def test_warm_up_is_adamw_on_mean_losses(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ class LessSink:
         if side not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
         self._less, self._checkpoint, self._adam = less, checkpoint, side == "document"
+        self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of the adapters met so far, on their device: those of a 7B model are a gigabyte, too much for every batch."""
         self._values: Any = None
         self._square: Any = None
 
@@ -150,8 +152,10 @@ class LessSink:
 
         full = (g.float().transpose(1, 2) @ kept.float()).flatten(1)
         if self._adam:
-            m, v = (x.to(g.device) for x in self._checkpoint.moments(name))
-            full = self._less.direction(full, m.flatten(), v.flatten(), self._checkpoint.step)
+            if name not in self._moments:
+                m, v = self._checkpoint.moments(name)
+                self._moments[name] = m.flatten().to(g.device), v.flatten().to(g.device)
+            full = self._less.direction(full, *self._moments[name], self._checkpoint.step)
         part = sign_project(full, self._less.k_each, seed=self._less.seed, name=name)
         square = full.square().sum(1)
         self._values = part if self._values is None else self._values + part
