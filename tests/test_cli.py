@@ -11,6 +11,7 @@ from jz3.config import load_recipe, shipped_recipe
 from jz3.estimate import StageEstimate, estimate
 from jz3.evaluation import BenchmarkConfig
 from jz3.pipeline import NAMES
+from jz3.scoring.estimate import ACTIVATIONS_7B
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "jz3" / "recipes").glob("*.toml"))
 
@@ -110,6 +111,11 @@ def test_the_papers_recipe_uses_all_gpus() -> None:
         assert settings.method == "full"
         assert {"--num_processes=8", "--use_fsdp"} <= set(settings.launch) and settings.batch_packs % 8 == 0
     assert recipe.synthesis.engine.tensor_parallel == 8
+
+
+def test_the_papers_features_fit_on_a_gpu() -> None:
+    """Beside the weights of 7.2e9 parameters, with a share left for the fit and what a batch of logits takes."""
+    assert shipped_recipe("paper-7b").features.batch_tokens * ACTIVATIONS_7B + 2 * 7.2e9 < 0.8 * 80e9
 
 
 def test_the_papers_synthesiser_reads_about_32_rows_a_step() -> None:

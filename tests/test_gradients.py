@@ -5,6 +5,7 @@ import gc
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from jz3 import backend
+from jz3.errors import Jz3Error
 from jz3.explain import token_values
 from jz3.gradients import (
     GradientPass,
@@ -340,6 +342,20 @@ def test_texts_longer_than_what_positions_there_are_for_are_told() -> None:
         ValueError, match=r"GPT2LMHeadModel has learned 16 positions, .* 20 tokens .* cut them at 16"
     ):
         list(run_pass(model, linear_layers(model), Whole(), batches))
+
+
+def test_a_batch_that_memory_does_not_hold_is_told() -> None:
+    model = random_model("llama")
+
+    def forward(name: str, a: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    sink: Any = SimpleNamespace(forward=forward)
+    batches = make_batches(random_texts(), 64)
+    with pytest.raises(
+        Jz3Error, match=rf"{batches[0].ids.numel()} tokens \(CUDA.*9 GiB\.\); lower batch_tokens"
+    ):
+        next(run_pass(model, linear_layers(model), sink, batches, fast=False))
 
 
 def test_adapters_that_do_not_run_are_told() -> None:

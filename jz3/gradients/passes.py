@@ -245,7 +245,20 @@ class GradientPass:
 
         Raises:
             ValueError: none of the layers is a part of the computation.
+            Jz3Error: a GPU's memory is too small for the batch.
         """
+        import torch
+
+        try:
+            return self._run(batch)
+        except torch.OutOfMemoryError as error:
+            raise Jz3Error(
+                f"the GPU's memory does not hold a pass over {batch.ids.numel():,} tokens "
+                f"({str(error).splitlines()[0]}); lower batch_tokens (of a fit: fit_batch_tokens), or the tokens of a "
+                "text if the batch is a single one"
+            ) from error
+
+    def _run(self, batch: Batch) -> PassResult:
         import torch
 
         from jz3.ops.ce_hidden_grad import ce_hidden_grad
