@@ -167,10 +167,12 @@ class _EnergySink:
 
         self._left, self._right = left, right
         shapes = {n: (left[n].shape[1], right[n].shape[1]) for n in left}
-        self.sums = {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()}
-        self.energies = [
-            {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()} for _ in range(groups)
-        ]
+
+        def zeros() -> dict[str, torch.Tensor]:
+            # Beside the bases: a GPU would be waited for at every layer of a batch.
+            return {n: torch.zeros(s, dtype=torch.float64, device=left[n].device) for n, s in shapes.items()}
+
+        self.sums, self.energies = zeros(), [zeros() for _ in range(groups)]
         self.group = 0
         self.inverse: Any = None
         """[B] 1 / norm of the batch's texts; 0 for those that are left out."""
@@ -180,10 +182,10 @@ class _EnergySink:
 
     def backward(self, name: str, kept: "torch.Tensor", g: "torch.Tensor") -> None:
         rows = (g @ self._left[name].to(g)).float().transpose(1, 2)
-        good = self.inverse > 0
-        blocks = (rows @ kept)[good] * self.inverse[good][:, None, None]
-        self.sums[name] += blocks.sum(0).double().cpu()
-        self.energies[self.group][name] += blocks.square().sum(0).double().cpu()
+        inverse = self.inverse[:, None, None]
+        blocks = (rows @ kept).masked_fill(inverse == 0, 0) * inverse
+        self.sums[name] += blocks.sum(0).double()
+        self.energies[self.group][name] += blocks.square().sum(0).double()
 
 
 def fit_adapted(
@@ -266,14 +268,14 @@ def fit_adapted(
             advance(len(batch.positions))
     count = sum(int((torch.isfinite(n) & (n > 0)).sum()) for n in norms)
 
-    energies = moments.energies
+    sums, *energies = [{n: t.cpu() for n, t in m.items()} for m in (moments.sums, *moments.energies)]
     flat = torch.cat(
         [
             _worth([e[n] / len(texts) for e, texts in zip(energies, groups, strict=True)]).flatten()
             for n in kept
         ]
     )
-    first = torch.cat([moments.sums[n].flatten() for n in kept])
+    first = torch.cat([sums[n].flatten() for n in kept])
     second = torch.cat([sum(e[n] for e in energies).flatten() for n in kept])  # pyright: ignore[reportAttributeAccessIssue]
     top = torch.topk(flat, min(k, len(flat))).indices.sort().values
     mean = first[top] / count

@@ -31,7 +31,7 @@ class RangeFinder:
         self.rank = {"left": rank + rank // 2, "right": rank - rank // 2}
         self.omega: dict[tuple[str, str], torch.Tensor] = {}
         self.sketch: dict[tuple[str, str], torch.Tensor] = {}
-        self.energy: dict[tuple[int, str], float] = {}
+        self.energy: dict[tuple[int, str], torch.Tensor] = {}
         for name, layer in layers.items():
             device: Any = layer.weight.device
             self.device = device
@@ -48,12 +48,15 @@ class RangeFinder:
 
         good = torch.isfinite(square) & (square > 0)
         share = torch.where(good, weight / square, torch.zeros_like(square))
+        # Asked once for all layers, as a GPU is waited for at every answer.
+        whole = bool(good.all())
         for name, (a, aa, g, gg) in factors.items():
-            if not bool(good.all()):
+            if not whole:
                 a, g = torch.where(good[:, None, None], a, 0), torch.where(good[:, None, None], g, 0)
                 aa, gg = torch.where(good[:, None, None], aa, 0), torch.where(good[:, None, None], gg, 0)
-            mine = torch.where(good, squares[name] * share, torch.zeros_like(share)).sum()
-            self.energy[group, name] = self.energy.get((group, name), 0.0) + float(mine)
+            mine = torch.where(good, squares[name] * share, torch.zeros_like(share)).sum().double()
+            before = self.energy.get((group, name))
+            self.energy[group, name] = mine if before is None else before + mine
             lengths = aa.diagonal(dim1=1, dim2=2)
             # The trace of sum_t |a_t|^2 g_t g_t^T; that of G G^T is the layer's square.
             alone = (lengths * gg.diagonal(dim1=1, dim2=2)).sum(1)
@@ -69,7 +72,7 @@ class RangeFinder:
         """Return the layers with the most energy and their eigenvectors (Nystroem)."""
         names = list(dict.fromkeys(name for _, name in self.energy))
         groups = {group for group, _ in self.energy}
-        weight = {n: math.prod(self.energy[group, n] for group in groups) for n in names}
+        weight = {n: math.prod(float(self.energy[group, n]) for group in groups) for n in names}
         if not any(weight.values()):
             raise ValueError("no text of the fit's sample has a finite, non-zero gradient")
         chosen = set(sorted(names, key=lambda n: -weight[n])[:max_layers])

@@ -15,7 +15,9 @@ import transformers
 from jz3.embed import Adapted, Less, Sketch, featurize
 from jz3.engines import EngineConfig, Request, Sampling
 from jz3.engines.transformers_engine import TransformersEngine
+from jz3.features.adapted import fit_adapted
 from jz3.features.lora import LoraShape, WarmUp
+from jz3.gradients import linear_layers, tokenize_text
 from jz3.models import load_tokenizer
 from virtual_gpu import device_waits
 
@@ -56,6 +58,14 @@ def compare(model: Any, tokenizer: Any, kind: Callable[[Path], Any]) -> list[flo
     return [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(*results, strict=True)]
 
 
+def waits_of_fit(model: Any, tokenizer: Any, count: int) -> int:
+    """Return how often the host waits in a fit to `count` texts, each a batch of its own."""
+    texts = [tokenize_text(tokenizer, str(i), text, 64) for i, text in enumerate(TEXTS[:count])]
+    before = device_waits()
+    fit_adapted(model, "", linear_layers(model), texts[:1], texts[1:], k=1 << 20, rank=4, batch_tokens=1)
+    return device_waits() - before
+
+
 def adapted(_: Path) -> Any:
     return Adapted(k=48, rank=8, layers=6, documents=10, completion=8)
 
@@ -74,14 +84,16 @@ def main(folder: Path) -> None:
         for kind in kinds:
             errors = compare(small_model(name, len(tokenizer)), tokenizer, kind)
             print(json.dumps({"case": f"{name} {kind.__name__}", "errors": errors}), flush=True)
-    waits = {}
+    waits: dict[str, dict[int, int]] = {"encode": {}, "fit": {}}
     for layers in (1, 3):
         model = small_model("llama", len(tokenizer), layers).to("cuda")
         features = featurize(model, tokenizer, TEXTS, sketch(folder), batch_tokens=128)
         before = device_waits()
         features.encode(QUERIES)
-        waits[layers] = device_waits() - before
-    print(json.dumps({"case": "waits", "waits": waits}), flush=True)
+        waits["encode"][layers] = device_waits() - before
+        few, many = (waits_of_fit(model, tokenizer, count) for count in (3, 9))
+        waits["fit"][layers] = many - few
+    print(json.dumps({"case": "waits", **waits}), flush=True)
     engine = TransformersEngine(EngineConfig(batch_size=2), folder, "float32")
     made = engine.generate(
         [Request(id=str(i), prompt=f"{i} + 1 =") for i in range(3)],
