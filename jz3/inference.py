@@ -91,9 +91,10 @@ class _RoomyLayer(DynamicLayer):
             return
         # With their room: else the next step would make another one, and until then a GPU would hold all of the
         # old rows of every layer beside the new.
+        old: Any
         for which, old in enumerate((self.keys, self.values)):
             room = self._rooms[which]
-            whole: Any = room if room.data_ptr() == old.data_ptr() else old
+            whole = room if room.data_ptr() == old.data_ptr() else old
             self._rooms[which] = whole.index_select(0, beam_idx.to(whole.device))
         self.keys, self.values = (room[..., :length, :] for room in self._rooms)
 

@@ -71,6 +71,7 @@ def test_a_cache_with_room_holds_what_a_plain_one_does() -> None:
         assert roomy.get_seq_length() == plain.get_seq_length()
         if kept:
             chosen, rows = torch.tensor(kept), len(kept)
+            cache: Any
             for cache in (roomy, plain):
                 (cache.batch_select_indices if rows == 1 else cache.reorder_cache)(chosen)
     step(300)
@@ -88,11 +89,11 @@ def test_a_step_copies_nothing_while_there_is_room() -> None:
 
 def test_rows_that_are_picked_out_keep_their_room() -> None:
     """Else all layers' old rows would be held beside the new ones until the next step, which would copy those again."""
-    cache = roomy_cache(config())
+    cache: Any = roomy_cache(config())
     prompt, new = torch.randn(3, HEADS, 9, WIDTH), torch.randn(2, HEADS, 1, WIDTH)
     cache.update(prompt, prompt, 0)
-    cache.reorder_cache(torch.tensor([2, 0]))  # pyright: ignore[reportArgumentType]
-    place = cache.layers[0].keys.data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+    cache.reorder_cache(torch.tensor([2, 0]))
+    place = cache.layers[0].keys.data_ptr()
     keys = cache.update(new, new, 0)[0]
     assert keys.data_ptr() == place and torch.equal(keys, torch.cat([prompt[[2, 0]], new], 2))
 
