@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from test_gradients import random_model, random_texts
 
 from jz3.errors import Jz3Error
+from jz3.features import exact
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import coding_of, extract, model_hash
@@ -25,6 +26,20 @@ def fit_all(model: Any, queries: list[Tokens], documents: list[Tokens]) -> Adapt
     layers = linear_layers(model)
     total = sum(int(m.weight.numel()) for m in layers.values())  # pyright: ignore[reportCallIssue]
     return fit_adapted(model, "m", layers, queries, documents, k=total, rank=10**6, max_layers=10**6)
+
+
+def test_exact_cosines_hold_the_queries_that_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+    layers, texts, queries = linear_layers(model), random_texts(5), random_texts(3)
+    whole = exact.exact_cosines(model, layers, texts, queries)
+    groups: list[int] = []
+    done: list[int] = []
+    close = exact.ExactSink.close
+    monkeypatch.setattr(exact, "_memory", lambda _: 1)
+    monkeypatch.setattr(exact.ExactSink, "close", lambda s, o: (groups.append(len(o)), close(s, o)))
+    found = exact.exact_cosines(model, layers, texts, queries, batch_tokens=20, advance=done.append)
+    torch.testing.assert_close(found, whole)
+    assert groups == [1, 1, 1] and sum(done) == len(texts)
 
 
 def test_adapted_with_all_directions_is_the_exact_cosine() -> None:

@@ -1,17 +1,20 @@
 """Exact gradient cosines on a small sample: the yardstick of every feature kind."""
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jz3.gradients import Tokens, make_batches, run_pass
+from jz3.gradients import Tokens, layer_shape, make_batches, run_pass
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-CHUNK = 1 << 15
-"""Entries of a layer's gradients that a CPU widens to float32 at a time: they stay in its cache."""
+CHUNK, GPU_CHUNK = 1 << 15, 1 << 21
+"""Entries of a layer's gradients that are widened to float32 at a time: what stays in a CPU's cache; what keeps a
+GPU busy, where a whole matrix of a 7B model is 0.2 GB a text in float32, and as much again squared."""
 
 
 class ExactSink:
@@ -80,7 +83,7 @@ def _products(full: "torch.Tensor", queries: "torch.Tensor") -> tuple["torch.Ten
     wide = torch.float64 if full.dtype == torch.float64 else torch.float32
     products = torch.zeros(len(full), len(queries), dtype=wide, device=full.device)
     square = torch.zeros(len(full), dtype=wide, device=full.device)
-    step = CHUNK if full.device.type == "cpu" else max(1, full.shape[1])
+    step = CHUNK if full.device.type == "cpu" else GPU_CHUNK
     for start in range(0, full.shape[1], step):
         part = full[:, start : start + step].to(wide)
         square += part.square().sum(1)
@@ -101,7 +104,8 @@ def exact_cosines(
     """Return cos(G_i, G_q) for every document i and query q, gradients formed whole.
 
     The queries' gradients are held in memory: (parameters of the layers) x (queries) numbers in the
-    model's precision, 1.7 GB for 8 queries of SmolLM2-135M in bfloat16.
+    model's precision, 1.7 GB for 8 queries of SmolLM2-135M in bfloat16. Where those of all would take more than a
+    quarter of it, the documents run once per group of queries: 14 GB are one query of a 7B model.
 
     Args:
         model: in evaluation mode.
@@ -117,17 +121,36 @@ def exact_cosines(
     """
     import torch
 
-    sink = ExactSink()
+    size = sum(math.prod(layer_shape(m)) for m in layers.values()) * next(model.parameters()).dtype.itemsize
+    at_once = max(1, _memory(next(model.parameters()).device) // 4 // size)
+    groups = [queries[i : i + at_once] for i in range(0, len(queries), at_once)]
     exact: Any = {"reduction": reduction, "products": "exact"}
-    norms, order = [], []
-    for batch, _ in run_pass(model, layers, sink, make_batches(queries, batch_tokens), **exact):
-        norms.append(sink.take()[1])
-        order += batch.positions
-    sink.close(order)
-    norm = torch.cat(norms)[torch.tensor(order).argsort()]
-    rows, order = [], []
-    for batch, _ in run_pass(model, layers, sink, make_batches(documents, batch_tokens), **exact):
-        rows.append(sink.take()[0] / norm)
-        order += batch.positions
-        advance(len(batch.positions))
-    return torch.cat(rows)[torch.tensor(order).argsort()]
+    batches = make_batches(documents, batch_tokens)
+    columns, done = [], 0
+    for group in groups:
+        sink = ExactSink()
+        norms, order = [], []
+        for batch, _ in run_pass(model, layers, sink, make_batches(group, batch_tokens), **exact):
+            norms.append(sink.take()[1])
+            order += batch.positions
+        sink.close(order)
+        norm = torch.cat(norms)[torch.tensor(order).argsort()]
+        rows, order = [], []
+        for batch, _ in run_pass(model, layers, sink, batches, **exact):
+            rows.append(sink.take()[0] / norm)
+            order += batch.positions
+            before, done = done, done + len(batch.positions)
+            advance(done // len(groups) - before // len(groups))
+        columns.append(torch.cat(rows)[torch.tensor(order).argsort()])
+        # Before the next group's are made.
+        del sink
+    return torch.cat(columns, 1)
+
+
+def _memory(device: "torch.device") -> int:
+    """Return the bytes of a device's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -386,7 +386,8 @@ def _write_exact(
                 layers,
                 documents,
                 queries,
-                batch_tokens=config.batch_tokens,
+                # Like the fit it holds a batch's layer inputs.
+                batch_tokens=min(config.batch_tokens, config.fit_batch_tokens),
                 reduction=config.reduction,
                 advance=advance,
             )
