@@ -1,13 +1,10 @@
-"""The typed rows that travel between stages, and their Arrow schemas."""
+"""The typed rows that travel between stages."""
 
 import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    import pyarrow
+from typing import Any, TypeVar
 
 R = TypeVar("R", bound="Record")
 
@@ -41,14 +38,6 @@ class Record:
                 )
         return cls(**row)
 
-    @classmethod
-    def arrow_schema(cls) -> "pyarrow.Schema":
-        """Return the Arrow schema of the row; dictionaries become maps."""
-        import pyarrow as pa
-
-        hints = typing.get_type_hints(cls)
-        return pa.schema([(f.name, _arrow(hints[f.name])) for f in dataclasses.fields(cls)])  # pyright: ignore[reportArgumentType]
-
 
 def _name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
@@ -71,22 +60,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
-
-
-def _arrow(hint: Any) -> Any:
-    import pyarrow as pa
-
-    simple = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    if hint in simple:
-        return simple[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _arrow(next(a for a in arguments if a is not type(None)))
-    if origin is list:
-        return pa.list_(_arrow(arguments[0]))
-    if origin is dict:
-        return pa.map_(pa.string(), _arrow(arguments[1]) if arguments[1] is not Any else pa.string())
-    raise TypeError(f"no Arrow type for {hint!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
