@@ -26,7 +26,7 @@ from typing import Any
 K, BITS, SHARD = 2048, 4, 2048
 WINDOW = 512
 """Documents whose features are made and coded together, as in `jz3 score`."""
-TOPICS, RANK = 256, 64
+TOPICS = 256
 STEPS = ("write", "open", "verify", "scan", "choose", "index", "query")
 COMPARED = ("write", "verify", "scan", "index")
 """Steps whose time grows with the documents."""

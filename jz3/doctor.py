@@ -87,21 +87,21 @@ def _compilers() -> Iterator[Check]:
     compiler = os.environ.get("CXX", "").split(" ")[0] or next(
         filter(shutil.which, ("g++", "clang++", "c++")), ""
     )
-    version = _first_line(compiler, "--version")
+    version = _version_line(compiler)
     remedy = "" if version else "install g++ (Debian: apt install g++), then reinstall jz3: compiled CPU ops"
     yield Check(
         name="C++ compiler", status="ok" if version else "info", found=version or "none", remedy=remedy
     )
-    version = _first_line("nvcc", "--version", line=-1)
+    version = _version_line("nvcc", -1)
     remedy = "" if version else "install the CUDA toolkit, then reinstall jz3 (only for a GPU)"
     yield Check(name="nvcc", status="ok" if version else "info", found=version or "none", remedy=remedy)
 
 
-def _first_line(program: str, flag: str, line: int = 0) -> str:
+def _version_line(program: str, line: int = 0) -> str:
     if not program or shutil.which(program) is None:
         return ""
     try:
-        done = subprocess.run([program, flag], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     lines = done.stdout.strip().splitlines()

@@ -101,7 +101,7 @@ def test_the_fused_op_gives_the_same() -> None:
     model, texts = random_model("llama"), random_texts(12, 30)
     layers, fit = linear_layers(model), fitted(model, texts, k=200, rank=16)
     parts = extract(model, layers, texts, fit)
-    sink = AdaptedSink(fit, torch.float64, torch.device("cpu"))
+    sink = AdaptedSink(fit, torch.device("cpu"))
     sink._fused = True
     fused = extract(model, layers, texts, fit, sink=sink)
     torch.testing.assert_close(fused.norm, parts.norm, atol=0, rtol=1e-6)

@@ -24,7 +24,7 @@ class AdaptedSink:
 
     wide = True
 
-    def __init__(self, fit: "AdaptedFit", dtype: "torch.dtype", device: "torch.device") -> None:
+    def __init__(self, fit: "AdaptedFit", device: "torch.device") -> None:
         import torch
 
         self._fit, self._device = fit, device

@@ -58,11 +58,11 @@ class Extracted:
 def open_sink(projection: Projection, dtype: "torch.dtype", device: "torch.device") -> Any:
     """Return the sink that computes a projection."""
     if isinstance(projection, AdaptedFit):
-        return AdaptedSink(projection, dtype, device)
+        return AdaptedSink(projection, device)
     if isinstance(projection, Sketch):
         return SketchSink(projection, dtype, device)
     if isinstance(projection, Known):
-        return KnownSink(projection, dtype, device)
+        return KnownSink(projection, device)
     if isinstance(projection, (Readout, Less)):
         # They run the model in their own way; see `extract`.
         return None

@@ -82,8 +82,8 @@ class Known:
 class KnownSink:
     """Contracts every text's coordinates with those of the known queries."""
 
-    def __init__(self, known: Known, dtype: "torch.dtype", device: "torch.device") -> None:
-        self._inner = AdaptedSink(known.fit, dtype, device)
+    def __init__(self, known: Known, device: "torch.device") -> None:
+        self._inner = AdaptedSink(known.fit, device)
         self._queries = known.queries
         self.wide: bool = self._inner.wide
         self.begin: Callable[[], None] = self._inner.begin
@@ -108,7 +108,6 @@ def fit_known(
     batch_tokens: int = 1024,
     reduction: str = "mean",
     seed: int = 0,
-    advance: Callable[[int], None] = lambda n: None,
 ) -> Known:
     """Make the projection whose numbers are the cosines with known queries.
 
@@ -126,7 +125,6 @@ def fit_known(
         batch_tokens: padded tokens per pass.
         reduction: see GradientPass.
         seed: of the range finder.
-        advance: called with the number of queries just done (each is seen three times).
 
     Returns:
         The projection.
@@ -155,10 +153,8 @@ def fit_known(
         reduction=reduction,
         seed=seed,
         token_texts=0,
-        advance=advance,
     )
-    weight = next(model.parameters())
-    sink = AdaptedSink(fit, weight.dtype, weight.device)
+    sink = AdaptedSink(fit, next(model.parameters()).device)
     columns = torch.zeros(fit.k, len(texts), dtype=torch.float32)
     for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
         values, norm = sink.take()
@@ -168,7 +164,6 @@ def fit_known(
                     f"the gradient of query {texts[position].id} is {float(norm[row])}; leave it out"
                 )
             columns[:, position] = values[row]
-        advance(len(batch.positions))
     if per == "query":
         return Known(fit, [t.id for t in texts], columns)
     means = columns.split([len(group) for group in queries.values()], 1)

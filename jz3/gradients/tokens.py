@@ -249,7 +249,7 @@ def _scored_tail(key: str, head: list[int], tail: list[int], max_tokens: int) ->
     return Tokens(key, ids[:max_tokens], start, cut=max(0, len(ids) - max_tokens))
 
 
-def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> list[Batch]:
+def make_batches(texts: Sequence[Tokens], batch_tokens: int) -> list[Batch]:
     """Group texts by length into batches of at most `batch_tokens` padded tokens (at least one text).
 
     A batch that is at least half full takes no text that is shorter than 15/16 of its longest. A text that
@@ -261,7 +261,7 @@ def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> li
     order: list[int] = []
     for i in sorted(range(len(texts)), key=lambda i: (-len(texts[i].ids), i)):
         if 0 < texts[i].window < len(texts[i].ids):
-            batches.append(_windows(i, texts[i], pad))
+            batches.append(_windows(i, texts[i]))
         else:
             order.append(i)
     while order:
@@ -272,7 +272,7 @@ def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> li
                 break
             count += 1
         rows, order = order[:count], order[count:]
-        ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
         for r, i in enumerate(rows):
             ids[r, : len(texts[i].ids)] = torch.tensor(texts[i].ids)
         lengths = torch.tensor([len(texts[i].ids) for i in rows])
@@ -281,7 +281,7 @@ def make_batches(texts: Sequence[Tokens], batch_tokens: int, pad: int = 0) -> li
     return batches
 
 
-def _windows(position: int, text: Tokens, pad: int) -> Batch:
+def _windows(position: int, text: Tokens) -> Batch:
     """Cut a long text into windows that overlap by one token, which predicts the next window's first."""
     import torch
 
@@ -289,7 +289,7 @@ def _windows(position: int, text: Tokens, pad: int) -> Batch:
         raise ValueError(f"a window must hold at least 2 tokens, got {text.window}")
     begins = range(0, len(text.ids) - 1, text.window - 1)
     parts = [text.ids[b : b + text.window] for b in begins]
-    ids = torch.full((len(parts), text.window), pad, dtype=torch.int64)
+    ids = torch.zeros(len(parts), text.window, dtype=torch.int64)
     for r, part in enumerate(parts):
         ids[r, : len(part)] = torch.tensor(part)
     starts = torch.tensor([max(1, text.start - b) for b in begins])

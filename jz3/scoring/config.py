@@ -136,7 +136,7 @@ class ScoreSettings:
         """Return (model, weight) of every checkpoint, the weights summing to 1."""
         if not self.checkpoint:
             return [(self.model, 1.0)]
-        pairs = [split_pair(text, "--checkpoint", "PATH=WEIGHT") for text in self.checkpoint]
+        pairs = [split_weight(text) for text in self.checkpoint]
         try:
             weights = [float(value) for _, value in pairs]
         except ValueError as error:
@@ -236,11 +236,11 @@ class RunSettings:
         return int(number), int(count)
 
 
-def split_pair(text: str, option: str, form: str) -> tuple[str, str]:
-    """Split NAME=VALUE at the last `=` for a checkpoint's weight, which paths may also hold."""
+def split_weight(text: str) -> tuple[str, str]:
+    """Split a checkpoint's PATH=WEIGHT at the last `=`, as paths may hold others."""
     left, sign, right = text.rpartition("=")
     if not (sign and left and right):
-        raise ValueError(f"{option} takes {form}, got {text!r}")
+        raise ValueError(f"--checkpoint takes PATH=WEIGHT, got {text!r}")
     return left, right
 
 

@@ -2,15 +2,13 @@
 
 All work on unit-norm features F [N, K] of candidates, so that F_i . F_j is the cosine of two texts'
 gradients, and on queries Q [M, K] of one target. A corpus that doesn't fit is scanned first: the exact
-scan keeps some thousand candidates (`jz3.ops.score_topk`), and the set is chosen among these.
+scan keeps some thousand candidates (`jz3.ops.score_topk`), and the set is chosen among these. Choosers
+yield rows in the order of choice; stop asking when the budget is spent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-
-Chooser = Callable[[np.ndarray, np.ndarray], Iterator[int]]
-"""Features and queries to rows in the order of choice; stop asking when the budget is spent."""
 
 
 def matching(features: np.ndarray, queries: np.ndarray) -> Iterator[int]:
