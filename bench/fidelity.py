@@ -50,7 +50,7 @@ from jz3.gradients import (
 )
 from jz3.influence import agreement
 from jz3.machine import PRODUCTS, best_products, products_obstacle
-from jz3.models import EMBEDDED, ModelConfig, best_device, load_model, load_tokenizer, resolve_model
+from jz3.models import EMBEDDED, ModelConfig, load_model, load_on_device, load_tokenizer, resolve_model
 from jz3.ops.signs import signs
 from jz3.stage import progress_bar
 from jz3.store.format import decode_rows, encode_rows
@@ -162,10 +162,9 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder = resolve_model(ModelConfig(name=arguments.model))
         self.tokenizer = load_tokenizer(self.folder)
-        model: Any = load_model(self.folder, arguments.dtype)
-        self.model = model.to(best_device())
-        self.layers = linear_layers(model)
-        self.weight = next(model.parameters())
+        self.model = load_on_device(self.folder, arguments.dtype)
+        self.layers = linear_layers(self.model)
+        self.weight = next(self.model.parameters())
         self.batch_tokens = arguments.batch_tokens
 
     def several(
@@ -202,7 +201,7 @@ class Bench:
 
     def sinks(self, projections: dict[str, Projection]) -> dict[str, Any]:
         """Open the projections' sinks, the peer's and the exact one."""
-        opened = {n: open_sink(p, self.weight.dtype, self.weight.device) for n, p in projections.items()}
+        opened = {n: open_sink(p, self.model) for n, p in projections.items()}
         return {**opened, "random": Peer(self.layers, self.weight.dtype, self.weight.device)}
 
     def seconds(self, sample: Sequence[Tokens], sink: Any, documents: int) -> float:
@@ -340,7 +339,7 @@ def measure(bench: Bench, texts: Texts, arguments: argparse.Namespace) -> Iterat
     )
     fit_seconds += float(sampled["seconds"].sum())
 
-    small = open_sink(fit.top(LARGEST), bench.weight.dtype, bench.weight.device)
+    small = open_sink(fit.top(LARGEST), bench.model)
     pass_seconds = bench.seconds(sample, small, many)
     for k, bits in ADAPTED:
         part = fit.top(k)

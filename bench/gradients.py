@@ -230,8 +230,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
 
     fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
-    weight = next(model.parameters())
-    sink = open_sink(fit, weight.dtype, weight.device)
+    sink = open_sink(fit, model)
     kinds = list(dict.fromkeys(["exact", set_products(model, "auto")]))
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
     wanted = [p for p in peers.PEERS if p.name in arguments.peers]

@@ -95,7 +95,7 @@ def _by_model(
     """Explain a text by a model, or by that of a run of the loop."""
     from jz3.explain import explain as values_of
     from jz3.files import read_jsonl
-    from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+    from jz3.models import load_on_device, load_tokenizer, resolve_model
     from jz3.templates import prompt_for
 
     reduction, prompt = "mean", ""
@@ -115,8 +115,7 @@ def _by_model(
         pairs = [(row["prompt"], row["completion"]) for row in rows]
         about = f"{len(pairs)} queries of {task or 'all tasks'} of {where}"
     folder = resolve_model(config)
-    model: Any = load_model(folder, config.dtype)
-    model = model.to(best_device())
+    model = load_on_device(folder, config.dtype)
     tokenizer, options = load_tokenizer(folder), {"max_tokens": max_tokens, "reduction": reduction}
     return values_of(model, tokenizer, text, pairs, prompt=prompt, **options), about
 
@@ -127,7 +126,7 @@ def _by_scored_run(
     """Explain a text as a run of `jz3 score` scores it: by the mean over its checkpoints by weight."""
     from jz3.explain import pieces_of, token_values
     from jz3.gradients import RefusedText, linear_layers, tokenize_query, tokenize_text
-    from jz3.models import best_device, load_model, load_tokenizer
+    from jz3.models import load_on_device, load_tokenizer
     from jz3.scoring.collection import ScoredCollection
     from jz3.templates import prompt_for
 
@@ -152,8 +151,7 @@ def _by_scored_run(
     values = [0.0] * len(tokens.ids)
     for member, weight in enumerate(run.weights):
         encoding = run.encoding(member)
-        model: Any = load_model(encoding.model, encoding.dtype)
-        model = model.to(best_device())
+        model = load_on_device(encoding.model, encoding.dtype)
         found_values = token_values(model, linear_layers(model), tokens, asked, reduction=encoding.reduction)
         values = [v + weight * w for v, w in zip(values, found_values.mean(0).tolist(), strict=True)]
     return list(zip(pieces_of(tokenizer, text, prompt, len(values)), values, strict=True)), about

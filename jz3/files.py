@@ -174,7 +174,31 @@ def write_tensors(path: Path, tensors: dict[str, Any], about: dict[str, Any] | N
             raise
 
 
-def about_tensors(metadata: dict[str, str] | None) -> dict[str, Any]:
+def read_tensors(path: Path, wanted: str, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the tensors of a file of `write_tensors` and what it holds about them.
+
+    Args:
+        path: the file.
+        wanted: the `format` that it must be of.
+        remedy: what to do where it can't be read.
+
+    Raises:
+        Jz3Error: it can't be read or is of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = _about_tensors(file.metadata())
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise Jz3Error(f"{path} can't be read ({error}); {remedy}") from error
+    if about.get("format") != wanted:
+        raise Jz3Error(f"{path} has the format {about.get('format')!r}, expected {wanted!r}")
+    return tensors, about
+
+
+def _about_tensors(metadata: dict[str, str] | None) -> dict[str, Any]:
     """Return what `write_tensors` kept in a file's metadata, nothing if that isn't by `write_tensors`."""
     with contextlib.suppress(ValueError):
         about = json.loads((metadata or {}).get("jz3", ""))

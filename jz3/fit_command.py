@@ -56,7 +56,7 @@ def fit(
     from jz3.features.adapted import fit_adapted
     from jz3.features.extract import model_hash
     from jz3.gradients import linear_layers, set_products, tokenize_query, tokenize_text
-    from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
+    from jz3.models import ModelConfig, load_on_device, load_tokenizer, resolve_model
     from jz3.stage import progress_bar
 
     if queries is None and documents is None:
@@ -90,8 +90,7 @@ def fit(
         ),
         (prompt_field,) if prompt_field else (),
     )
-    loaded: Any = load_model(folder, dtype)
-    loaded = loaded.to(best_device())
+    loaded = load_on_device(folder, dtype)
     set_products(loaded, products)
     with progress_bar(2 * (len(asked) + len(texts)), "fit: texts") as advance:
         made = fit_adapted(

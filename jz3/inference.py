@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from jz3.errors import Jz3Error
-from jz3.models import best_device, load_model
+from jz3.models import load_on_device
 
 ROWS = 16
 """Rows of a product that weights are laid out for; one that fits them is as fast with thousands."""
@@ -54,8 +54,7 @@ def load_for_inference(folder: Path, dtype: str = "auto") -> Any:
     Returns:
         The model in evaluation mode. Its packed weights can't be trained, moved or saved.
     """
-    model: Any = load_model(folder, dtype)
-    model = model.to(best_device())
+    model = load_on_device(folder, dtype)
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
         _pack(model)
     return model

@@ -129,6 +129,14 @@ def load_model(folder: Path, dtype: str = "auto") -> "PreTrainedModel":
     return model.eval()
 
 
+def load_on_device(folder: Path, dtype: str = "auto") -> Any:
+    """Load a model as `load_model` does, onto the GPU where there is one."""
+    import torch
+
+    model: Any = load_model(folder, dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _not_loaded(folder: Path, what: str, error: Exception) -> Jz3Error:
     from safetensors import SafetensorError
 
@@ -138,13 +146,6 @@ def _not_loaded(folder: Path, what: str, error: Exception) -> Jz3Error:
     elif isinstance(error, SafetensorError):
         reason += DAMAGED
     return Jz3Error(f"{folder} can't be loaded as a {what}: {reason}")
-
-
-def best_device() -> str:
-    """Return `cuda` where a GPU is, else `cpu`."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _prepared(name: str, build: Any) -> Path:

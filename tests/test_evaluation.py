@@ -338,7 +338,7 @@ def test_stage_counts_everything_and_resumes_to_the_same_files(
         raise AssertionError("a finished evaluation must not load a model")
 
     monkeypatch.setattr("jz3.engines.on_demand.open_engine", refuse)
-    monkeypatch.setattr("jz3.inference.load_model", refuse)
+    monkeypatch.setattr("jz3.inference.load_on_device", refuse)
     assert run(context) == summary
 
 

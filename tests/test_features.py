@@ -129,7 +129,7 @@ def test_fit_is_deterministic_and_refuses_another_model(tmp_path: Path) -> None:
     with pytest.raises(Jz3Error, match="fitted for model m"):
         AdaptedFit.load(tmp_path / "0.st", "another")
     (tmp_path / "0.st").write_bytes(b"nonsense")
-    with pytest.raises(Jz3Error, match="no readable fit"):
+    with pytest.raises(Jz3Error, match="can't be read"):
         AdaptedFit.load(tmp_path / "0.st", "m")
     for strange in ({"jz3": "{"}, {"jz3": "[]"}, {"other": "1"}):
         save_file({"mean": torch.zeros(1)}, tmp_path / "1.st", strange)

@@ -50,8 +50,7 @@ def test_a_sink_is_fit_for_use_after_a_pass_that_broke_off(kind: str) -> None:
     projection: Any = fit_known(model, "m", layers, {"t": texts[:2]}, rank=4)
     if kind != "known":
         projection = projection.fit if kind == "adapted" else Sketch.of("m", layers, 64, 8, 8, 0)
-    weight = next(model.parameters())
-    sink = open_sink(projection, weight.dtype, weight.device)
+    sink = open_sink(projection, model)
     assert getattr(sink, "wide", False) == (kind != "sketch")
     next(run_pass(model, layers, sink, make_batches(texts[:3], 1000)))
     again = extract(model, layers, texts[3:5], projection, sink=sink)

@@ -240,7 +240,9 @@ def test_ray_cluster(reference: tuple[Path, list[str], Any], tmp_path: Path) -> 
     assert runs.score_files(tmp_path / "out") == runs.score_files(out)
     runs.start(tmp_path / "broken", corpus, targets)
     (tmp_path / "broken" / "fit" / "0" / "fit.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(Jz3Error, match=r"2 of 2 Ray tasks failed \(0, 1\); task 0: .*no readable fit"):
+    with pytest.raises(
+        Jz3Error, match=r"2 of 2 Ray tasks failed \(0, 1\); task 0: .*fit.safetensors can't be read"
+    ):
         cluster.run_ray(tmp_path / "broken", asked(corpus, targets), 2, "local")
 
 

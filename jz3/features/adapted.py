@@ -15,7 +15,7 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.features.range_finder import RangeFinder
-from jz3.files import about_tensors, hash_file, write_tensors
+from jz3.files import hash_file, read_tensors, write_tensors
 from jz3.gradients import Batch, Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -94,21 +94,10 @@ class AdaptedFit:
     @classmethod
     def load(cls, path: Path, model_hash: str) -> "AdaptedFit":
         """Read a fit and refuse one that was made for another model."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = about_tensors(file.metadata())
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise Jz3Error(f"{path} is no readable fit ({error}); run `jz3 features` again") from error
-        if metadata.get("format") != FORMAT:
-            raise Jz3Error(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}")
-        if metadata["model_hash"] != model_hash:
-            raise Jz3Error(
-                f"{path} was fitted for model {metadata['model_hash']}, this model is {model_hash}"
-            )
-        layers = metadata["layers"]
+        tensors, about = read_tensors(path, FORMAT, "run `jz3 features` again")
+        if about["model_hash"] != model_hash:
+            raise Jz3Error(f"{path} was fitted for model {about['model_hash']}, this model is {model_hash}")
+        layers = about["layers"]
         parts = {
             side: {name: tensors[f"{side}/{name}"] for name in layers}
             for side in ("left", "right", "coordinates")

@@ -55,14 +55,15 @@ class Extracted:
     """[N, d] float32, see PassResult."""
 
 
-def open_sink(projection: Projection, dtype: "torch.dtype", device: "torch.device") -> Any:
-    """Return the sink that computes a projection."""
+def open_sink(projection: Projection, model: "PreTrainedModel") -> Any:
+    """Return the sink that computes a projection of the model's gradients, on its device."""
+    weight = next(model.parameters())
     if isinstance(projection, AdaptedFit):
-        return AdaptedSink(projection, device)
+        return AdaptedSink(projection, weight.device)
     if isinstance(projection, Sketch):
-        return SketchSink(projection, dtype, device)
+        return SketchSink(projection, weight.dtype, weight.device)
     if isinstance(projection, Known):
-        return KnownSink(projection, device)
+        return KnownSink(projection, weight.device)
     if isinstance(projection, (Readout, Less)):
         # They run the model in their own way; see `extract`.
         return None
@@ -109,8 +110,7 @@ def extract(
 
     if side not in SIDES:
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
-    weight = next(model.parameters())
-    sink = sink or open_sink(projection, weight.dtype, weight.device)
+    sink = sink or open_sink(projection, model)
     count, width = len(texts), model.config.get_text_config().hidden_size
     values, norm = (
         torch.zeros(count, projection.k, dtype=torch.float32),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
-from jz3.files import about_tensors, hash_file, write_tensors
+from jz3.files import hash_file, read_tensors, write_tensors
 from jz3.gradients import Tokens, make_batches, run_pass
 
 if TYPE_CHECKING:
@@ -63,20 +63,11 @@ class Known:
     @classmethod
     def load(cls, path: Path, model_hash: str) -> "Known":
         """Read what `save` wrote and refuse that of another model."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                about = about_tensors(file.metadata())
-                queries = file.get_tensor("queries")
-        except (OSError, SafetensorError) as error:
-            raise Jz3Error(f"{path} can't be read ({error}); fit the known queries again") from error
-        if about.get("format") != FORMAT:
-            raise Jz3Error(f"{path} has the format {about.get('format')!r}, expected {FORMAT!r}")
+        tensors, about = read_tensors(path, FORMAT, "fit the known queries again")
         fit = _fit_path(path)
         if not fit.is_file() or hash_file(fit) != about["fit"]:
             raise Jz3Error(f"{fit} is not the fit that {path} was made with; fit the known queries again")
-        return cls(AdaptedFit.load(fit, model_hash), about["names"], queries)
+        return cls(AdaptedFit.load(fit, model_hash), about["names"], tensors["queries"])
 
 
 class KnownSink:

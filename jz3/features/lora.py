@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import about_tensors, write_tensors
+from jz3.files import read_tensors, write_tensors
 from jz3.gradients import GradientPass, Tokens, layer_shape, linear_layers, make_batches
 from jz3.seeding import rng, seed_for
 
@@ -195,16 +195,7 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path, model_hash: str) -> "Checkpoint":
         """Read a checkpoint and refuse one of another model."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                about = about_tensors(file.metadata())
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise Jz3Error(f"{path} is no readable checkpoint ({error}); warm up again") from error
-        if about.get("format") != FORMAT:
-            raise Jz3Error(f"{path} has the format {about.get('format')!r}, expected {FORMAT!r}")
+        tensors, about = read_tensors(path, FORMAT, "warm up again")
         if about["model_hash"] != model_hash:
             raise Jz3Error(f"{path} was trained on model {about['model_hash']}, this model is {model_hash}")
         shape = about["shape"]

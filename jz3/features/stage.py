@@ -31,7 +31,7 @@ from jz3.gradients import (
     tokenize_query,
     tokenize_text,
 )
-from jz3.models import best_device, load_model, load_tokenizer, resolve_model
+from jz3.models import load_on_device, load_tokenizer, resolve_model
 from jz3.records import Doc, Query, Reject
 from jz3.seeding import rng
 from jz3.stage import StageContext, release_memory, trim_heap
@@ -63,8 +63,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     documents = tokenize_documents(ctx, tokenizer, rejects)
     queries = tokenize_queries(ctx, tokenizer, rejects)
     _check_kept(ctx, documents, queries)
-    model: Any = load_model(folder, ctx.recipe.model.dtype)
-    model = model.to(best_device())
+    model = load_on_device(folder, ctx.recipe.model.dtype)
     products = set_products(model, config.products if config.kind in BY_PRODUCTS else "exact")
     layers = linear_layers(model)
     name = model_hash(folder)
@@ -98,8 +97,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     lost = {i for i, norm in zip(names, arrays["norm"], strict=True) if not np.isfinite(norm)}
     rejects += [Reject(id=i, stage="features", reason="gradient_not_finite") for i in sorted(lost)]
 
-    weight = next(model.parameters())
-    sink = open_sink(projection, weight.dtype, weight.device)
+    sink = open_sink(projection, model)
     coding = coding_of(projection, config.bits)
     unusable = 0
     with ctx.progress(len(documents), "documents") as advance:

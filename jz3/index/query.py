@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jz3.corpus.readers import open_lines
 from jz3.errors import Jz3Error
@@ -20,7 +20,7 @@ from jz3.index.build import describe
 from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
 from jz3.machine import products_obstacle
-from jz3.models import best_device, load_model, load_tokenizer
+from jz3.models import load_on_device, load_tokenizer
 from jz3.printable import printable
 from jz3.records import Doc
 from jz3.templates import prompt_for
@@ -60,13 +60,11 @@ class Encoder:
     def __init__(self, encoding: Encoding, projection: Projection) -> None:
         """Load the model."""
         self.encoding, self.projection = encoding, projection
-        model: Any = load_model(encoding.model, encoding.dtype)
-        self.model = model.to(best_device())
+        self.model = load_on_device(encoding.model, encoding.dtype)
         # Exact problems fit documents of any products, should this machine not have these.
         set_products(self.model, "exact" if products_obstacle(encoding.products) else encoding.products)
         self.layers = linear_layers(self.model)
-        weight = next(self.model.parameters())
-        self._sink = open_sink(projection, weight.dtype, weight.device)
+        self._sink = open_sink(projection, self.model)
 
     def features(self, problems: Sequence[Tokens]) -> "torch.Tensor":
         """Return the features [Q, K] float32 of tokenised problems; rows that have none are not finite."""

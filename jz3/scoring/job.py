@@ -39,7 +39,7 @@ from jz3.gradients import (
     tokenize_query,
 )
 from jz3.influence import agreement
-from jz3.models import ModelConfig, best_device, load_model, load_tokenizer, resolve_model
+from jz3.models import ModelConfig, load_on_device, load_tokenizer, resolve_model
 from jz3.records import Query, Reject
 from jz3.scoring.config import ScoreSettings
 from jz3.scoring.plan import PREPARING, Plan
@@ -224,8 +224,7 @@ def _prepare_checkpoint(
         rejects += refused if not number else []
         if not tokens[task]:
             raise Jz3Error(f"target {task!r} has no query with anything to score ({summary(refused)})")
-    model: Any = load_model(folder, settings.dtype)
-    model = model.to(best_device())
+    model = load_on_device(folder, settings.dtype)
     products = set_products(model, settings.products if settings.kind in BY_PRODUCTS else "exact")
     _check_vocabulary(model, tokenizer, name)
     identity = model_hash(folder)

@@ -18,7 +18,7 @@ from jz3.errors import Jz3Error
 from jz3.features.extract import coding_of, extract, open_sink
 from jz3.files import atomic_path, canonical_json, hash_text, raise_trouble, write_json, write_jsonl
 from jz3.gradients import RefusedText, Tokens, linear_layers, set_products
-from jz3.models import best_device, load_model, load_tokenizer
+from jz3.models import load_on_device, load_tokenizer
 from jz3.records import Reject
 from jz3.scoring.job import PROJECTIONS, Job
 from jz3.scoring.plan import Plan, Shard, split_place
@@ -104,11 +104,9 @@ class Scorer:
             folder = out / "fit" / str(number)
             file, kind = PROJECTIONS[c.kind]
             projection = kind.load(folder / file, c.model_hash)
-            model: Any = load_model(Path(c.model), settings.dtype)
-            model = model.to(best_device())
+            model = load_on_device(Path(c.model), settings.dtype)
             set_products(model, c.products)
-            weight = next(model.parameters())
-            sink = open_sink(projection, weight.dtype, weight.device)
+            sink = open_sink(projection, model)
             tasks = load_file(folder / "tasks.safetensors")
             self.models.append((model, linear_layers(model), projection, sink, tasks))
         self.bm25 = Bm25.load(out / "bm25.json") if "bm25" in settings.baselines else None
