@@ -175,7 +175,9 @@ def featurize(
     """
     kind = kind or Adapted()
     if not isinstance(kind, (Adapted, Sketch, Less)):
-        raise TypeError(f"kind must be an Adapted, Sketch or Less, got {kind!r:.60}; for example jz3.Sketch()")
+        raise TypeError(
+            f"kind must be an Adapted, Sketch or Less, got {kind!r:.60}; for example jz3.Sketch()"
+        )
     if isinstance(docs, str):
         raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
     docs = list(docs)

@@ -20,7 +20,8 @@ from jz3.kernels.encode import decode, encode
 from jz3.kernels.score_topk import score_topk
 from jz3.kernels.sketch import sketch
 from jz3.ops.encode import CODEBOOKS, decode_reference, encode_reference
-from jz3.ops.score_topk import fold_queries, score_topk_reference
+from jz3.ops.score_queries import fold_queries
+from jz3.ops.score_topk import score_topk_reference
 from jz3.ops.sketch import sketch_reference
 
 

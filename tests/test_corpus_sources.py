@@ -18,7 +18,8 @@ import pytest
 
 from jz3.corpus import SourceConfig, read_texts, readers
 from jz3.corpus.docstrings import Docstring, docstrings, source_files, topic_of
-from jz3.corpus.readers import ParquetReader, SourceText
+from jz3.corpus.parquet import ParquetReader, read_parquet_file
+from jz3.corpus.readers import SourceText
 from jz3.corpus.sources import open_source
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
@@ -229,7 +230,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damaged_file(tmp_path, monkeypatch
 
     monkeypatch.setattr(readers, "open_lines", lambda _: io.BufferedReader(Stale(b'{"text": "one"}\n{"te')))
     monkeypatch.setattr(pq, "ParquetFile", stale)
-    read = readers.read_parquet_file if kind == "parquet" else readers.read_jsonl_file
+    read = read_parquet_file if kind == "parquet" else readers.read_jsonl_file
     found = []
     with pytest.raises(OSError, match="Stale file handle; the same command goes on from here") as caught:
         found.extend(read(path, SourceConfig(name="a", kind=kind, paths=(str(path),))))

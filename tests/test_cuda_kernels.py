@@ -16,9 +16,9 @@ from simulated_cuda import SimulatedCuda, build_launchers, install
 from jz3 import backend
 from jz3.ops.best import chunk_topk, top_k
 from jz3.ops.encode import CODEBOOKS, encode
+from jz3.ops.score_queries import fold_queries
 from jz3.ops.score_topk import (
     _score_topk_cuda,
-    fold_queries,
     score_topk,
     score_topk_reference,
 )

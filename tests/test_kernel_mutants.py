@@ -14,7 +14,8 @@ from gpu_without_gpu.ptxsim import Device, Kernel, Module, PtxError, to_bf16
 from simulated_ptx import struct
 
 from jz3.ops.encode import CODEBOOKS, encode
-from jz3.ops.score_topk import fold_queries, fragments, level_words
+from jz3.ops.score_queries import fold_queries
+from jz3.ops.score_topk import fragments, level_words
 from jz3.ops.sign_project import sign_project_reference
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"

@@ -21,7 +21,7 @@ from kernel_cases import KERNELS, Case, compiled, mutant, shipped
 from jz3.kernels import cdiv
 from jz3.ops.ce_hidden_grad import ce_hidden_grad_reference
 from jz3.ops.encode import CODEBOOKS, decode_reference, encode_reference
-from jz3.ops.score_topk import fold_queries
+from jz3.ops.score_queries import fold_queries
 from jz3.ops.segment_project import segment_project_reference
 from jz3.ops.sign_project import sign_project_reference
 from jz3.ops.signs import sign_bits_reference

@@ -8,7 +8,8 @@ from test_ce_hidden_grad import by_autograd
 from jz3 import backend
 from jz3.ops.ce_hidden_grad import ce_hidden_grad
 from jz3.ops.encode import CODEBOOKS, decode_reference, encode_reference
-from jz3.ops.score_topk import fold_queries, score_topk_reference
+from jz3.ops.score_queries import fold_queries
+from jz3.ops.score_topk import score_topk_reference
 from jz3.ops.sketch import sketch_reference
 
 pytestmark = [

@@ -13,7 +13,8 @@ from jz3.errors import Jz3Error
 from jz3.ops import score_checkpoints
 from jz3.ops.encode import encode
 from jz3.ops.score_checkpoints import CheckpointCodes, score_topk_checkpoints
-from jz3.ops.score_topk import check_and_fold, score_codes_reference, score_topk
+from jz3.ops.score_queries import check_and_fold
+from jz3.ops.score_topk import score_codes_reference, score_topk
 from jz3.store import (
     CheckpointStore,
     Coding,

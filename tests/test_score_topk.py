@@ -10,8 +10,8 @@ from jz3 import backend
 from jz3.ops.best import merge_topk
 from jz3.ops.encode import CODEBOOKS, decode, encode, unpack_codes
 from jz3.ops.score_checkpoints import score_codes_cpu
+from jz3.ops.score_queries import fold_queries
 from jz3.ops.score_topk import (
-    fold_queries,
     score_codes_reference,
     score_topk,
     score_topk_cpu,

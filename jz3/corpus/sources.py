@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from jz3.corpus import docstrings, readers
+from jz3.corpus import docstrings, parquet, readers
 from jz3.corpus.config import SourceConfig
 from jz3.corpus.readers import SourceText, check_text, reject
 from jz3.errors import Jz3Error
@@ -55,7 +55,7 @@ def open_source(source: SourceConfig, seed: int) -> list[Unit]:
                 read=lambda n: readers.read_huggingface(data, source, n),
             )
         ]
-    read = readers.read_parquet_file if source.kind == "parquet" else readers.read_jsonl_file
+    read = parquet.read_parquet_file if source.kind == "parquet" else readers.read_jsonl_file
     units = []
     for path in readers.find_files(source):
         try:

@@ -16,14 +16,8 @@ from jz3 import backend
 from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 from jz3.ops.checks import check_tensors
 from jz3.ops.encode import CODEBOOKS
-from jz3.ops.score_topk import (
-    Folded,
-    check_and_fold,
-    fold_queries,
-    score_codes_cuda,
-    score_codes_reference,
-    unsupported,
-)
+from jz3.ops.score_queries import Folded, check_and_fold, fold_queries
+from jz3.ops.score_topk import score_codes_cuda, score_codes_reference, unsupported
 
 if TYPE_CHECKING:
     import torch

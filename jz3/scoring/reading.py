@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from jz3.corpus.readers import LineReader, ParquetReader, SourceText
+from jz3.corpus.parquet import ParquetReader
+from jz3.corpus.readers import LineReader, SourceText
 from jz3.records import Reject
 from jz3.scoring.plan import Plan, Shard, split_place
 from jz3.seeding import rng
