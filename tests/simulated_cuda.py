@@ -8,19 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from simulated_ptx import struct
 
 from jz3 import backend
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-
-
-def struct(*fields: tuple[str, Any, Any]) -> np.ndarray:
-    """Return a C structure as a kernel's parameter."""
-    kinds = np.dtype([(name, kind) for name, kind, _ in fields], align=True)
-    out = np.zeros((), kinds)
-    for name, _, value in fields:
-        out[name] = value
-    return out
 
 
 def memory(address: int, kind: Any, count: int) -> np.ndarray:

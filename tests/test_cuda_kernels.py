@@ -12,6 +12,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 from simulated_cuda import SimulatedCuda, build_launchers, install
+from simulated_ptx import struct
 
 from jz3 import backend
 from jz3.ops.best import chunk_topk, top_k
@@ -45,15 +46,6 @@ def modules() -> dict:
         for name in ("sign_project", "score_topk")
         for arch in ("sm_80", "sm_90a")
     }
-
-
-def struct(*fields: tuple[str, Any, Any]) -> np.ndarray:
-    """Return a C structure as a kernel's parameter."""
-    kinds = np.dtype([(name, kind) for name, kind, _ in fields], align=True)
-    out = np.zeros((), kinds)
-    for name, _, value in fields:
-        out[name] = value
-    return out
 
 
 @needs_nvcc

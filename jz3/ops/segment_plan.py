@@ -110,16 +110,3 @@ def plan_segments(bounds: np.ndarray, limit: int, tile: int) -> Plan:
         np.array(partials, np.int64),
         np.array(documents, np.int64),
     )
-
-
-def bytes_moved(plan: Plan, width: int, outputs: int, columns: int) -> tuple[int, int]:
-    """Return what the kernels move between memory and chip, and the least that any could, in bytes.
-
-    For at most 128 outputs and columns and 16-bit numbers: g, a and L read, the blocks written; beyond that the
-    tables, and partial blocks written and read.
-    """
-    tokens, block = int((plan.slots >= 0).sum()), 4 * outputs * columns
-    documents = len(plan.documents) + int((plan.pieces[:, 2] >= 0).sum())
-    least = 2 * tokens * (width + columns) + 2 * width * outputs + documents * block
-    tables = (plan.slots, plan.pieces, plan.tiles, plan.groups, plan.partials, plan.documents)
-    return least + sum(table.nbytes for table in tables) + 2 * int(plan.partials[-1]) * block, least
