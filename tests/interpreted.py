@@ -1,27 +1,17 @@
 """What the interpreted tests share; imported in a process with TRITON_INTERPRET=1, read when kernels are decorated."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
+from gpu_without_gpu import triton_interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
-DTYPES = [torch.float32, torch.float16]
-triton_interpreter: Any = None
-if importlib.util.find_spec("gpu_without_gpu"):  # without its patch the interpreter computes on bf16's bits
-    from gpu_without_gpu import triton_interpreter
-
-    triton_interpreter.install()
-    DTYPES.append(torch.bfloat16)
-
-needs_guard = pytest.mark.skipif(
-    triton_interpreter is None, reason="the guard of gpu_without_gpu is not importable"
-)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+triton_interpreter.install()  # without its patch the interpreter computes on bf16's bits
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
-from interpreted import DTYPES, guarded, needs_guard
+from interpreted import DTYPES, guarded
 
 from jz3 import backend
 from jz3.kernels.segment_project import segment_project
@@ -79,7 +79,6 @@ def test_strides_and_emptiness() -> None:
     assert segment_project(a, g, left, torch.tensor([3])).shape == (0, 8, 8)
 
 
-@needs_guard
 def test_every_access_is_in_bounds() -> None:
     a, g, left, x = normal(0, 67, 9), normal(1, 67, 33), normal(2, 33, 5), normal(3, 3, 300)
     with guarded():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
-from interpreted import DTYPES, far_apart, guarded, needs_guard
+from interpreted import DTYPES, far_apart, guarded
 from kernel_cases import mutant
 from test_ce_hidden_grad import by_autograd
 
@@ -192,7 +192,6 @@ def test_scores_of_far_rows_of_nothing_and_of_long_rows(monkeypatch: pytest.Monk
     assert float(values) == float(torch.tensor(-128.0 * 127 * dim + 1, dtype=torch.float64).float())
 
 
-@needs_guard
 def test_every_access_is_in_bounds() -> None:
     h, weight, y, weights = ce_inputs(37, 83, 21, torch.float32)
     values, mean, scale = normal(0, 5, 131), normal(1, 131), normal(2, 131).abs()
@@ -208,7 +207,6 @@ def test_every_access_is_in_bounds() -> None:
     assert all(torch.isfinite(x).all() for x in results)
 
 
-@needs_guard
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [

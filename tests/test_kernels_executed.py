@@ -27,13 +27,7 @@ from jz3.ops.sign_project import sign_project_reference
 from jz3.ops.signs import sign_bits_reference
 from jz3.ops.sketch import sketch_reference
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gpu_without_gpu") is None,
-        reason="the package gpu_without_gpu is not importable",
-    ),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ARCHS = pytest.mark.parametrize("arch", [80, 90])
 SCHEDULES = ({"async_mode": "lazy", "race": True}, {"async_mode": "eager"}, {"order": 1})
 
