@@ -24,6 +24,17 @@ def tiny_model() -> Path:
     return resolve_model(ModelConfig(name=TINY))
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the random two-layer model up to its index and scores."""
+    from jz3.cli import main
+
+    folder = tmp_path_factory.getbasetemp() / "small_run"
+    assert main(["run", "tiny", "--until", "index", "--out", str(folder)]) == 0
+    assert main(["influence", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="module")
 def modules_frozen() -> Iterator[None]:
     """Leave what has been imported out of the searches for cycles between stages, which take a second with it."""

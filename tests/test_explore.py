@@ -34,16 +34,6 @@ from jz3.records import Doc
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the random two-layer model up to its index and scores; shared with test_index."""
-    folder = tmp_path_factory.getbasetemp() / "small_run"
-    if not (folder / "influence" / "manifest.json").is_file():
-        assert main(["run", "tiny", "--until", "index", "--out", str(folder)]) == 0
-        assert main(["influence", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> ScoreTable:
     import pyarrow as pa
     import pyarrow.parquet as pq

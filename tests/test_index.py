@@ -357,16 +357,6 @@ def test_table_follows_the_file(tmp_path: Path) -> None:
         docs(tmp_path, 60)
 
 
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the random two-layer model up to its index and scores; shared with test_explore."""
-    folder = tmp_path_factory.getbasetemp() / "small_run"
-    if not (folder / "influence" / "manifest.json").is_file():
-        assert main(["run", "tiny", "--until", "index", "--out", str(folder)]) == 0
-        assert main(["influence", str(folder)]) == 0
-    return folder
-
-
 def test_query_a_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in (small_run / "corpus" / "docs.jsonl").read_text().splitlines()]
     file = tmp_path / "problems.jsonl"
