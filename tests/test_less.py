@@ -142,6 +142,18 @@ def test_warm_up_is_adamw_on_mean_losses(tmp_path: Path) -> None:
         torch.testing.assert_close(moved[sure], step[sure], atol=1e-5, rtol=1e-3)
 
 
+def test_layers_with_one_input_widen_it_once() -> None:
+    """A gradient pass keeps every adapter's input: of a 7B model's q, k and v alone gigabytes."""
+    model = random_model("llama").bfloat16()
+    with LoraAdapters(model, SHAPE, seed=3) as adapters, torch.no_grad():
+        seen: dict[str, torch.Tensor] = {}
+        for name, layer in adapters.layers.items():
+            layer.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0]}))
+        model(torch.tensor([[1, 2, 3]]))
+    inputs = [seen[f"model.layers.1.self_attn.{x}_proj.lora_A"] for x in "qkvo"]
+    assert len({x.data_ptr() for x in inputs}) == 2 and inputs[0].dtype == torch.float32
+
+
 def test_warm_up_goes_on_after_the_last_epoch_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model, texts = random_model("llama"), random_texts(16)
     shape = LoraShape(rank=3, alpha=12.0, dropout=0.3)

@@ -110,6 +110,7 @@ class LoraAdapters:
         """Adapter layers (`<layer>.lora_A`, `<layer>.lora_B`), for a GradientPass."""
         self.dropout = 0.0
         self._hooks: list[Any] = []
+        self._wide: Any = (None, None)
         if weights is not None:
             check_names("weight", weights, sizes)
         device = next(model.parameters()).device
@@ -138,7 +139,10 @@ class LoraAdapters:
         second: Any = self.layers[f"{name}.lora_B"]
 
         def hook(_layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            x = inputs[0].to(first.weight.dtype)
+            if self._wide[0] is not inputs[0]:
+                # Once for q, k and v: a gradient pass keeps it.
+                self._wide = inputs[0], inputs[0].to(first.weight.dtype)
+            x = self._wide[1]
             if self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout)
             return output + (second(first(x)) * scale).to(output.dtype)
@@ -151,6 +155,7 @@ class LoraAdapters:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._wide = (None, None)
 
 
 @dataclass(frozen=True, slots=True)
