@@ -18,6 +18,15 @@ class BenchmarkConfig:
     """A JSON-lines file in the field layout of the original."""
     limit: int = 0
     """Only so many problems, spread evenly over the file; 0 is all."""
+    tolerance: float = 0.0
+    """Up to what relative difference a number is the right one, where a file's own answers are rounded (1e-4 in the
+    paper's grader, for all)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance <= 0.01:
+            raise ValueError(
+                f"benchmark {self.name!r}: tolerance must lie between 0 and 0.01, got {self.tolerance}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,7 @@ def _solve(
     """Return a row per problem: its Result or its Reject, the tokens written, the sandbox's levels."""
     config = ctx.recipe.evaluation
     sampling = Sampling(max_new_tokens=config.max_new_tokens, stop=(STOP,))
+    tolerances = {benchmark.name: benchmark.tolerance for benchmark in config.benchmarks}
 
     def work(part: list[Query]) -> list[dict[str, Any]]:
         requests = [
@@ -181,7 +183,7 @@ def _solve(
             ]
         else:
             replies = [*engine.get().generate(requests, sampling)]
-        verdicts = grade(part, [reply.text for reply in replies], grader.get())
+        verdicts = grade(part, [reply.text for reply in replies], grader.get(), tolerances)
         rows = []
         for query, reply, (correct, prediction) in zip(part, replies, verdicts, strict=True):
             unread = reply.finish == "too_long" and not reply.text
@@ -221,12 +223,15 @@ def _model_key(ctx: StageContext, model: str) -> str:
     return ctx.training_key("training") if model == "trained" else ""
 
 
-def grade(queries: list[Query], outputs: list[str], grader: "Grader") -> list[tuple[bool, str]]:
+def grade(
+    queries: list[Query], outputs: list[str], grader: "Grader", tolerances: Mapping[str, float] | None = None
+) -> list[tuple[bool, str]]:
     """Return for every output whether it is right, and the answer extracted from it.
 
-    A multiple-choice problem is graded by the letter chosen, any other by mathematical equality.
+    A multiple-choice problem is graded by the letter chosen, any other by mathematical equality, or within the
+    relative tolerance that a task has in `tolerances`.
     """
-    from jz3.grading.answer import extract_answer
+    from jz3.grading.answer import extract_answer, numbers_near
 
     predictions = [extract_answer(output) for output in outputs]
     verdicts: list[tuple[bool, str]] = [(False, prediction) for prediction in predictions]
@@ -240,7 +245,9 @@ def grade(queries: list[Query], outputs: list[str], grader: "Grader") -> list[tu
             plain.append(i)
     equal = grader.equal_many([(queries[i].answer, predictions[i]) for i in plain])
     for i, same in zip(plain, equal, strict=True):
-        verdicts[i] = (same, predictions[i])
+        tolerance = (tolerances or {}).get(queries[i].task, 0.0)
+        near = tolerance > 0 and numbers_near(queries[i].answer, predictions[i], tolerance)
+        verdicts[i] = (same or near, predictions[i])
     return verdicts
 
 

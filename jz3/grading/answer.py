@@ -203,6 +203,12 @@ def _same_number(answer: str, printed: str) -> bool:
     return (None not in exact and exact[0] == exact[1]) or _printed_equal(answer, printed)
 
 
+def numbers_near(gold: str, prediction: str, tolerance: float) -> bool:
+    """Tell whether two answers are numbers whose difference is at most `tolerance` times the first."""
+    a, b = (plain_number(_UNIT.sub("", tidy_answer(text)).strip()) for text in (gold, prediction))
+    return a is not None and b is not None and abs(a - b) <= Fraction(tolerance) * abs(a)
+
+
 def plain_number(text: str) -> Fraction | None:
     r"""Return the value of a number or fraction (`1,234.5`, `\frac{3}{4}`, `1 1/2`, `2 \times 10^{3}`), else None."""
     text = text.replace("\u2212", "-").strip()
