@@ -258,7 +258,7 @@ def read(text):
             if not value.free_symbols:  # Math-Verify's symbols differ from SymPy's plain ones
                 return [value]
         except Exception:
-            pass  # not Python's notation: read as LaTeX below
+            pass  # not Python's notation, of which SymPy's parser may raise anything: read as LaTeX below
     if "\\" not in text:
         text = re.sub(r"\boo\b", r"\\infty ", re.sub(r"\bpi\b", r"\\pi ", text.replace("**", "^")))
     return parse("$" + text + "$", parsing_timeout=None)
