@@ -3,12 +3,15 @@
 The bound is the larger of reading the codes once at the speed of a plain read of them, and of one product of int8
 per code and query (2 N K Q operations) at the speed of a loop in registers; both are measured in this process, as
 are the peers: torch's bfloat16 product with topk, and faiss.IndexFlatIP, both on the decoded vectors (decoding is
-not counted). Times are the least of several runs.
+not counted). All are timed in turn, round by round, because what a shared machine gives changes from one to the next:
+ratios and fractions are of the same round. What is printed are medians of the rounds.
 """
 
 import argparse
+import contextlib
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ from jz3.ops.score_topk import score_topk
 
 FEW = (1, 2, 4, 8)
 BLOCK = 8192
+SPINNING = 0.1
+"""Seconds after which a peer's threads no longer wait on the processors."""
 
 
 def cases(device: str) -> Iterator[dict[str, Any]]:
@@ -55,23 +60,11 @@ def cases(device: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def least(function: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the fastest of some calls, after one to warm up."""
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def peaks(codes: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Return int8 operations per second in registers and bytes per second of reading `codes`."""
-    module, threads = backend.extension(), backend.threads()
-    operations = max(module.peak_int8(-1, threads, 0.2) for _ in range(repeats))
-    seconds = least(lambda: module.read_all(codes.data_ptr(), codes.numel(), threads), repeats)
-    return operations, codes.numel() / seconds
+    return time.perf_counter() - start
 
 
 def peak_memory(function: Callable[[], Any]) -> float:
@@ -114,14 +107,6 @@ def flat_search(vectors: torch.Tensor, queries: torch.Tensor, k: int) -> Callabl
     return lambda resources=resources: index.search(asked, k)  # the index doesn't keep them alive
 
 
-def flat_seconds(vectors: torch.Tensor, queries: torch.Tensor, k: int, repeats: int) -> float | None:
-    """Return the seconds of a search by faiss.IndexFlatIP, or None where faiss isn't installed."""
-    try:
-        return least(flat_search(vectors, queries, k), repeats)
-    except ImportError:
-        return None
-
-
 def measure(kind: str, rows: int, dim: int, count: int, k: int, repeats: int) -> dict[str, Any]:
     """Time one kind of codes against its bound and its peers."""
     mean, scale = torch.zeros(dim), torch.ones(dim)
@@ -134,32 +119,47 @@ def measure(kind: str, rows: int, dim: int, count: int, k: int, repeats: int) ->
     def scan(some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return score_topk(codes, mean, scale, kind, some, k)
 
-    operations, reading = peaks(codes, repeats)
-    ours = least(lambda: scan(queries), repeats)
-    few = {q: least(lambda q=q: scan(queries[:q]), repeats) for q in FEW}
     memory = peak_memory(lambda: scan(queries))
-    again = peaks(codes, repeats)
-    operations, reading = max(operations, again[0]), max(reading, again[1])
+    module, threads = backend.extension(), backend.threads()
     vectors = decode(codes, mean, scale, kind)
     expected = (queries @ vectors.T).topk(k).indices
-    flat = flat_seconds(vectors, queries, k, repeats)
+    calls: dict[str, Callable[[], Any]] = {
+        "read": lambda: module.read_all(codes.data_ptr(), codes.numel(), threads),
+        "all": lambda: scan(queries),
+        **{str(q): lambda q=q: scan(queries[:q]) for q in FEW},
+    }
+    with contextlib.suppress(ImportError):
+        calls["faiss"] = flat_search(vectors, queries, k)
     narrow, few_bits = vectors.bfloat16(), queries.bfloat16()
     del vectors
-    torch_seconds = least(lambda: (few_bits @ narrow.T).topk(k), repeats)
-    bound = max(codes.numel() / reading, 2 * rows * dim * count / operations)
+    calls["torch"] = lambda: (few_bits @ narrow.T).topk(k)
+    for call in calls.values():
+        call()
+    rounds: list[dict[str, float]] = []
+    for _ in range(repeats):
+        time.sleep(SPINNING)
+        operations = module.peak_int8(-1, threads, 0.2)
+        seconds = {name: seconds_of(call) for name, call in calls.items()}
+        product = 2 * rows * dim * count / operations
+        rounds.append({**seconds, "product": product, "bound": max(seconds["read"], product)})
+
+    def median(over: str, under: str = "") -> float:
+        return statistics.median(each[over] / (each[under] if under else 1) for each in rounds)
+
+    has_flat = "faiss" in calls
     return {
-        "seconds": ours,
-        "seconds_of_few": few,
-        "seconds_torch_bf16": torch_seconds,
-        "seconds_faiss_flat": flat,
-        "peak_int8_operations": operations,
-        "read_bytes_per_second": reading,
+        "seconds": median("all"),
+        "seconds_of_few": {q: median(str(q)) for q in FEW},
+        "seconds_torch_bf16": median("torch"),
+        "seconds_faiss_flat": median("faiss") if has_flat else None,
+        "peak_int8_operations": 2 * rows * dim * count / median("product"),
+        "read_bytes_per_second": codes.numel() / median("read"),
         "memory_bytes": memory,
-        "fraction_of_bound": bound / ours,
-        "ratio_vs_torch_bf16": torch_seconds / ours,
-        "ratio_vs_faiss_flat": None if flat is None else flat / ours,
+        "fraction_of_bound": median("bound", "all"),
+        "ratio_vs_torch_bf16": median("torch", "all"),
+        "ratio_vs_faiss_flat": median("faiss", "all") if has_flat else None,
         "recall_at_100": recall(scan(queries)[1], expected),
-        "fraction_of_bandwidth": {q: codes.numel() / reading / seconds for q, seconds in few.items()},
+        "fraction_of_bandwidth": {q: median("read", str(q)) for q in FEW},
     }
 
 

@@ -187,7 +187,6 @@ Kernels avx2_kernels(int bits, int64_t queries) {
   (queries <= 1 ? choose_pair<1> : queries <= 2 ? choose_pair<2> : choose_pair<4>)(k, bits);
   k.any_width = k.biased = k.wide = true;
   k.single = single_avx2;
-  k.norm = norm_avx2;
   k.choose = choose_avx2;
   if (bits == 4) k.unpack = unpack_4bit;
   if (queries > MOST_DIRECT) k.codes = nullptr;

@@ -85,14 +85,33 @@ JZ3_INLINE int64_t sum_of(__m256i lanes) {
   return sum;
 }
 
+JZ3_AVX2 double norm_of(const uint8_t* bytes, int64_t columns) {
+  const __m256i offset = _mm256_set1_epi8(-128);
+  double sum = 0;
+  for (int64_t begin = 0; begin < columns; begin += SPAN) {
+    const int64_t end = std::min(begin + SPAN, columns);
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int64_t c = begin; c < end; c += 32) {
+      const __m256i levels = _mm256_xor_si256(load(bytes + c), offset);  // minus 128
+      const __m256i x = even_words(levels), y = _mm256_srai_epi16(levels, 8);
+      even = _mm256_add_epi32(even, _mm256_madd_epi16(x, x));
+      odd = _mm256_add_epi32(odd, _mm256_madd_epi16(y, y));
+    }
+    sum += double(sum_of(even) + sum_of(odd));
+  }
+  return sum;
+}
+
 }  // namespace
 
 JZ3_AVX2 void multiply_tiles_avx2(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
-                                  int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums) {
+                                  int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums,
+                                  double* norms) {
   const int64_t blocks = (queries + TILE_QUERIES - 1) / TILE_QUERIES, width = blocks * TILE_QUERIES;
   const int64_t steps = columns / STEP * blocks * (TILE_ROWS / ROWS);
   Ahead next{ahead, ahead + ahead_bytes, (ahead_bytes / std::max<int64_t>(steps, 1) + 63) / 64 * 64};
   std::fill_n(sums, TILE_ROWS * width, 0.0);
+  for (int64_t r = 0; norms && r < TILE_ROWS; ++r) norms[r] += norm_of(bytes + r * stride, columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const bool half = queries - block * TILE_QUERIES <= TILE_QUERIES / 2;
     const int64_t rows = half ? 2 * ROWS : ROWS;
@@ -116,23 +135,6 @@ JZ3_AVX2 int64_t single_avx2(const uint8_t* bytes, const int8_t* digits, int64_t
       odd = _mm256_add_epi32(odd, _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(d, 8)));
     }
     sum += sum_of(even) + sum_of(odd);
-  }
-  return sum;
-}
-
-JZ3_AVX2 double norm_avx2(const uint8_t* bytes, int64_t columns) {
-  const __m256i offset = _mm256_set1_epi8(-128);
-  double sum = 0;
-  for (int64_t begin = 0; begin < columns; begin += SPAN) {
-    const int64_t end = std::min(begin + SPAN, columns);
-    __m256i even = _mm256_setzero_si256(), odd = even;
-    for (int64_t c = begin; c < end; c += 32) {
-      const __m256i levels = _mm256_xor_si256(load(bytes + c), offset);  // minus 128
-      const __m256i x = even_words(levels), y = _mm256_srai_epi16(levels, 8);
-      even = _mm256_add_epi32(even, _mm256_madd_epi16(x, x));
-      odd = _mm256_add_epi32(odd, _mm256_madd_epi16(y, y));
-    }
-    sum += double(sum_of(even) + sum_of(odd));
   }
   return sum;
 }

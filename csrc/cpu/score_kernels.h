@@ -27,6 +27,7 @@ struct RowPair {
   int64_t width;         // bytes of each
   const uint8_t* ahead;  // what to prefetch, `ahead_step` bytes with every step: at most 128
   int64_t ahead_step;
+  bool near;  // it is used soon, and once
 };
 
 // sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels or a little more
@@ -36,14 +37,14 @@ using PairKernel = void (*)(const RowPair& rows, const int8_t* queries, const Le
                             double* norms[2]);
 
 // What turns the first plane's sum of a query into a score and bounds what the other planes add to it:
-// row_scale * (sum * step + offset), give or take |row_scale| * (norm * rest + slack).
+// row_scale * (sum * step + offset), give or take |row_scale| * (norm * rest + slack). Zeros fill the last eight up.
 struct Bounds {
   const double *step, *offset, *rest, *slack;
 };
 
 // The first plane's sums of some rows with all queries, and the rows' squared norms or a little more.
 struct Products {
-  const double* sums;  // [rows][width]
+  const double* sums;  // [rows][width] and seven more
   const double* norms;
   const float* row_scale;
   int64_t rows, queries, width;
@@ -63,16 +64,16 @@ struct Kernels {
   bool any_width;        // `bytes` takes widths that are no multiple of a step
   bool biased;           // the products are with level + 128 instead of the level
   bool wide;             // up to two planes are multiplied as one number, in at most WIDE_COLUMNS columns at a time
+  bool roomy;            // up to ROOMY bytes of digits and some rows fit the first-level cache together
   // one row of whole steps and one query, its columns in a row
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
-  // the squared norm of the levels of a row of bytes, or a little more
-  double (*norm)(const uint8_t* bytes, int64_t columns);
-  // writes all that is open, by row and query, and returns how many
+  // writes all that is open, row by row, and returns how many; the limits of eight queries are filled up with infinity
   int64_t (*choose)(const Products& products, const Bounds& bounds, const double* limit, Open* open);
   // row_bytes of codes to level + 128
   void (*unpack)(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes);
 };
 
+constexpr int64_t ROOMY = 32 << 10;
 constexpr int64_t WIDE_COLUMNS = 2048;  // whose sums fit 32 bits, whatever the planes
 
 // For `isa`, which is none of the tile kinds, codes of `bits` and that many queries.
@@ -84,19 +85,18 @@ constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
 
 // For many queries where there are no tiles: 32 rows of bytes with blocks of 16 queries, the last filled up, stored
 // [block][columns / 64][16][16][4] (step, quad of columns, query, column of the quad): sums[row * 16 * blocks + query]
-// is set. `ahead` as above, for all 32 rows. Beside `wide` kernels two neighbouring digits of a query, the first at an
+// is set, and norms[row] += the squared norm of its levels or a little more (unless null). `ahead` as above, for all 32 rows. Beside `wide` kernels two neighbouring digits of a query, the first at an
 // even column, are at most NEIGHBOURS together, whatever their signs.
 using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
-                            int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+                            int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums, double* norms);
 constexpr int NEIGHBOURS = 128;
 // Null where rows in pairs are faster.
 TileKernel choose_tile_kernel(Isa isa, int64_t queries);
 void multiply_tiles_avx2(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns, int64_t queries,
-                         const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+                         const uint8_t* ahead, int64_t ahead_bytes, double* sums, double* norms);
 void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
-                           int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums);
+                           int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums, double* norms);
 int64_t single_avx2(const uint8_t* bytes, const int8_t* digits, int64_t columns);
-double norm_avx2(const uint8_t* bytes, int64_t columns);
 
 // The rows of the tile kernel: codes as they lie, and their columns, a multiple of 2 * STEP.
 struct CodeRows {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/score_kernels.h"
 
 namespace jz3 {
@@ -30,10 +31,13 @@ class Lines {
   std::vector<Line> lines_;
 };
 
+constexpr int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 // `Bounds` of some queries.
 class QueryBounds {
  public:
-  explicit QueryBounds(int64_t queries) : step_(size_t(queries)), offset_(step_), rest_(step_), slack_(step_) {}
+  explicit QueryBounds(int64_t queries)
+      : step_(size_t(rounded_up(queries, 8))), offset_(step_), rest_(step_), slack_(step_) {}
 
   // For sums with digits in units of `unit`, `excess` too large, where these and what is left of the numbers have the
   // squared norms `square` and `left`.
@@ -48,8 +52,6 @@ class QueryBounds {
  private:
   std::vector<double> step_, offset_, rest_, slack_;
 };
-
-constexpr int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 class Queries {
  public:
@@ -66,7 +68,7 @@ class Queries {
   QueryBounds first, whole;        // from the first or the coarse digits; from all, for coarse ones
 
   // `together` blocks of 16 for the tile kernels, next to each other in every step; 0 for the others
-  Queries(const ScoreArguments& a, int64_t together, const Kernels& kernels)
+  Queries(const ScoreArguments& a, int64_t together, const Kernels& kernels, int threads)
       : columns(rounded_up(std::max<int64_t>(a.row_bytes, 1) * (8 / a.bits),
                            a.bits == 4 || together == CODE_BLOCKS ? 2 * STEP : STEP)),
         block(kernels.block),
@@ -83,9 +85,24 @@ class Queries {
         unit(size_t(coarse ? a.queries : 0)),
         first(a.queries),
         whole(coarse ? a.queries : 0) {
+    parallel(a.queries, planes * columns, threads,
+             [&](int64_t, int64_t begin, int64_t end) { put(a, together, begin, end); });
+  }
+
+  int64_t digit_bytes() const { return wide ? 2 : 1; }
+
+  // Whether numbers of both planes leave no more than 8 bits beside their coarse digits.
+  static bool can_split(const ScoreArguments& a) {
+    for (int64_t i = 0; a.planes_count == 2 && i < a.queries * a.dim; ++i)
+      if (std::abs(128 * a.planes[i] + a.planes[a.queries * a.dim + i]) > 128 * 127) return false;
+    return true;
+  }
+
+ private:
+  void put(const ScoreArguments& a, int64_t together, int64_t first_query, int64_t last_query) {
     std::vector<int16_t> line(static_cast<size_t>(columns));
     std::vector<double> below(static_cast<size_t>(columns));  // what the first digits leave, as one number
-    for (int64_t q = 0; q < a.queries; ++q) {
+    for (int64_t q = first_query; q < last_query; ++q) {
       double power = std::ldexp(1.0, int(7 * (planes - 1))), square = 0, left = 0;
       int64_t sum = 0;
       std::fill(below.begin(), below.end(), 0.0);
@@ -115,16 +132,6 @@ class Queries {
     }
   }
 
-  int64_t digit_bytes() const { return wide ? 2 : 1; }
-
-  // Whether numbers of both planes leave no more than 8 bits beside their coarse digits.
-  static bool can_split(const ScoreArguments& a) {
-    for (int64_t i = 0; a.planes_count == 2 && i < a.queries * a.dim; ++i)
-      if (std::abs(128 * a.planes[i] + a.planes[a.queries * a.dim + i]) > 128 * 127) return false;
-    return true;
-  }
-
- private:
   // How many blocks of 16 queries; with four of them together, the last three are four.
   static int64_t tiles_of(int64_t queries, int64_t together) {
     const int64_t count = (queries + TILE_QUERIES - 1) / TILE_QUERIES;

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t CACHED = 16 << 10;  // digits of a block of queries that stay in the L1 cache
 constexpr int64_t TILE_BYTES = 128 << 10, MOST_ROWS = 128;
+constexpr int64_t NEAR = 8 << 10;  // bytes from what is multiplied to what is prefetched to be used once
 constexpr int64_t PAIRS_AHEAD = 1 << 10;  // rows before coarse digits are tried again
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
@@ -85,6 +86,7 @@ struct Plan {
   TileKernel tiles;   // for many queries, or null
   CodeKernel packed;  // by tiles, or null
   bool direct;                          // rows are used where they lie
+  bool once;                            // and mostly once, so that no tile has to stay in a cache
   int64_t rows;                         // of a tile
   std::vector<Shared> best;  // [group]
 };
@@ -94,15 +96,16 @@ class Scan {
   explicit Scan(Plan& plan)
       : p_(plan),
         a_(plan.a),
-        sums_(size_t(p_.rows * p_.queries.width)),
+        sums_(size_t(p_.rows * p_.queries.width + 7)),
         norms_(size_t(p_.rows)),
         open_(size_t(a_.scores ? 0 : p_.rows * a_.queries + 1)),
-        limit_(size_t(a_.queries), -INFINITE),
+        limit_(size_t(rounded_up(a_.queries, 8)), INFINITE),
         worst_(size_t(a_.count), -std::numeric_limits<float>::infinity()),
         highest_(size_t(a_.count)),
         seen_(size_t(a_.count), -1),
         members_(size_t(a_.count)),
         bytes_((p_.direct ? 1 : p_.rows) * p_.queries.columns, 128) {
+    std::fill_n(limit_.begin(), a_.queries, -INFINITE);
     for (int64_t q = 0; a_.groups && q < a_.queries; ++q) members_[a_.groups[q]].push_back(q);
   }
 
@@ -213,7 +216,9 @@ class Scan {
     const bool codes = p_.direct && a_.bits < 8;
     const int64_t most = CACHED / queries.block / queries.digit_bytes();  // columns
     const int64_t per_byte = codes ? 8 / a_.bits : 1;
-    const int64_t span = (queries.wide ? std::min(most, WIDE_COLUMNS) : most) / per_byte;
+    // All queries in one pass over rows that lie behind one another: then these needn't be kept.
+    const bool near = p_.once && source.stride == source.width && queries.columns * queries.block <= ROOMY;
+    const int64_t span = near ? source.width : (queries.wide ? std::min(most, WIDE_COLUMNS) : most) / per_byte;
     const int64_t calls = queries.blocks * ((count + 1) / 2) * ((source.width + span - 1) / span);
     const int64_t steps = std::max<int64_t>(calls * ((std::min(span, source.width) + STEP - 1) / STEP), 1);
     // Spread evenly, so that the kernel never waits for the prefetches themselves.
@@ -229,7 +234,8 @@ class Scan {
         for (int64_t r = 0; r < count; r += 2) {
           const int64_t second = std::min(r + 1, count - 1);
           RowPair rows{source.bytes + r * source.stride + begin, source.bytes + second * source.stride + begin,
-                       std::min(span, source.width - begin), ahead_, ahead_step};
+                       std::min(span, source.width - begin), ahead_, ahead_step, near};
+          if (near) rows.ahead = rows.first + NEAR, rows.ahead_step = 2 * STEP;
           ahead_ += (rows.width + STEP - 1) / STEP * ahead_step;
           double spare_norm;
           double* const to[2] = {sums + r * queries.width + block * width,
@@ -252,11 +258,9 @@ class Scan {
     const Queries& queries = p_.queries;
     const int8_t* const digits = queries.tiled.digits() + plane * queries.width * queries.columns;
     const int64_t share = plane ? 0 : (ahead_end_ - ahead_) * TILE_ROWS / p_.rows;
-    for (int64_t r = 0; norms && r < count; ++r)
-      norms[r] = p_.kernels.norm(source.bytes + r * source.stride, source.width);
     for (int64_t r = 0; r < count; r += TILE_ROWS)
       p_.tiles(source.bytes + r * source.stride, source.stride, digits, queries.columns, a_.queries,
-               ahead_ + r / TILE_ROWS * share, share, sums + r * queries.width);
+               ahead_ + r / TILE_ROWS * share, share, sums + r * queries.width, norms ? norms + r : nullptr);
   }
 
   // Returns how many pairs of a row and a query may be among the best.
@@ -339,13 +343,14 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   // Wide kernels give whole scores at once.
   const bool pairs = packed || narrow || (kernels.wide && (a.scores || !Queries::can_split(a)));
   const TileKernel tiles = pairs ? nullptr : choose_tile_kernel(plain, a.queries);
-  const Queries queries(a, packed ? CODE_BLOCKS : tiles ? 1 : 0, kernels);
+  const Queries queries(a, packed ? CODE_BLOCKS : tiles ? 1 : 0, kernels, threads);
   const Levels levels(a.levels, a.bits);
   const bool fits = kernels.any_width || a.row_bytes % STEP == 0;
   const bool direct = packed || (!tiles && (a.bits == 8 ? fits : kernels.codes != nullptr));
   const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
-  Plan plan{a, queries, levels, kernels, tiles, packed, direct, std::max(rows, TILE_ROWS),
+  const bool once = direct && !packed && isa == plain && kernels.roomy && queries.blocks == 1 && !a.scores;
+  Plan plan{a, queries, levels, kernels, tiles, packed, direct, once, std::max(rows, TILE_ROWS),
             std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
   for (Shared& shared : plan.best) shared.best = Best(a.k);
   parallel(a.rows, queries.columns * (a.queries + 2) / 32, threads,
