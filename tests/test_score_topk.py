@@ -81,6 +81,7 @@ def test_every_instruction_set_is_exact(instructions: int, kind: str) -> None:
         (700, 256, 20, 8),
         (5000, 64, 5, 40),
         (5000, 64, 900, 25),
+        (300, 64, 2, 1050),  # more than 64 blocks of eight
     ]:
         codes, mean, scale = table(rows, dim, kind)
         codes[rows // 2 :: 3] = codes[0].clone()

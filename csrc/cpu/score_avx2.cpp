@@ -173,6 +173,19 @@ JZ3_AVX2 void unpack_4bit(const uint8_t* codes, const Levels& levels, int64_t ro
   step(last, bytes + 2 * b);
 }
 
+// The numbers' bits are spread over four bytes in two turns.
+JZ3_AVX2 void unpack_2bit(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes) {
+  const __m256i table = table_of(levels), halves = _mm256_set1_epi32(0x000F000F), twos = _mm256_set1_epi32(0x03030303);
+  int64_t b = 0;
+  for (; b + 8 <= row_bytes; b += 8) {
+    const __m256i whole = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + b)));
+    const __m256i half = _mm256_and_si256(_mm256_or_si256(whole, _mm256_slli_epi32(whole, 12)), halves);
+    const __m256i two = _mm256_and_si256(_mm256_or_si256(half, _mm256_slli_epi32(half, 6)), twos);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + 4 * b), _mm256_shuffle_epi8(table, two));
+  }
+  for (; b < row_bytes; ++b) std::memcpy(bytes + 4 * b, levels.bytes[codes[b]], 4);
+}
+
 template <int N>
 void choose_pair(Kernels& k, int bits) {
   k.block = N;
@@ -189,6 +202,7 @@ Kernels avx2_kernels(int bits, int64_t queries) {
   k.single = single_avx2;
   k.choose = choose_avx2;
   if (bits == 4) k.unpack = unpack_4bit;
+  if (bits == 2) k.unpack = unpack_2bit;
   if (queries > MOST_DIRECT) k.codes = nullptr;
   return k;
 }

@@ -338,6 +338,20 @@ JZ3_AVX512 void unpack_4bit_avx512(const uint8_t* codes, const Levels& levels, i
   }
 }
 
+// The numbers' bits are spread over four bytes in two turns.
+JZ3_AVX512 void unpack_2bit_avx512(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes) {
+  constexpr int either_and = 0xA8;  // (a | b) & c
+  const __m512i table = table_of(levels.byte), halves = _mm512_set1_epi32(0x000F000F), twos = _mm512_set1_epi32(0x03030303);
+  int64_t b = 0;
+  for (; b + 16 <= row_bytes; b += 16) {
+    const __m512i whole = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + b)));
+    const __m512i half = _mm512_ternarylogic_epi32(whole, _mm512_slli_epi32(whole, 12), halves, either_and);
+    const __m512i two = _mm512_ternarylogic_epi32(half, _mm512_slli_epi32(half, 6), twos, either_and);
+    _mm512_storeu_si512(bytes + 4 * b, _mm512_shuffle_epi8(table, two));
+  }
+  for (; b < row_bytes; ++b) std::memcpy(bytes + 4 * b, levels.bytes[codes[b]], 4);
+}
+
 JZ3_AVX512 void unpack_1bit_avx512(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes) {
   const __m512i unset = _mm512_set1_epi8(char(levels.byte[0])), set = _mm512_set1_epi8(char(levels.byte[1]));
   int64_t b = 0;
@@ -462,6 +476,7 @@ Kernels avx512_kernels(int bits, int64_t queries) {
   k.single = single_avx512;
   k.choose = choose_avx512;
   if (bits == 4) k.unpack = unpack_4bit_avx512;
+  if (bits == 2) k.unpack = unpack_2bit_avx512;
   if (bits == 1) k.unpack = unpack_1bit_avx512;
   return k;
 }
