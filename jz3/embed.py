@@ -92,7 +92,7 @@ class Features:
     completion: Completion | None = field(default=None, repr=False)
     """What completes queries, of Adapted."""
     products: str = "exact"
-    """In what the passes multiplied, and do for queries: `exact`, `int8` or `int16`."""
+    """In what the passes multiplied, and do for queries."""
 
     @plain_modes()
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
@@ -162,8 +162,9 @@ def featurize(
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
-        products: in what the passes multiply: `exact` (the model's dtype); `int8` or `int16` (8 or 16 bits, of
-            Llama-like models on a CPU with AVX-512 VNNI or AVX2); or `auto`, what is fastest here.
+        products: in what the passes multiply: `exact` (the model's dtype); of Llama-like models on a CPU also
+            `int8_backward` (8 bits on the way back, with AVX-512 VNNI), `int8` (8 bits, faster and coarser) or `int16`
+            (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
 
     Returns:
         The features, in the texts' order.
@@ -171,7 +172,7 @@ def featurize(
     Raises:
         TypeError: `kind` is none of the three, a text is no str, or a query no pair of them.
         ValueError: there is no text, one is too short, or its gradient is not finite.
-        Jz3Error: a checkpoint that Less names doesn't fit, or `int8` or `int16` can't be had.
+        Jz3Error: a checkpoint that Less names doesn't fit, or the products can't be had.
     """
     kind = kind or Adapted()
     if not isinstance(kind, (Adapted, Sketch, Less)):

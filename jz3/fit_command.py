@@ -50,7 +50,7 @@ def fit(
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
         dtype: `bfloat16`, `float32` or `auto`, of the model.
-        products: `exact`, `int8`, `int16` or `auto`, as in `jz3 score`.
+        products: as in `jz3 score`.
         seed: of the draw and of the range finder.
     """
     from jz3.features.adapted import fit_adapted

@@ -114,7 +114,7 @@ class GradientPass:
                 wherever it can and agrees with the model's own code.
             packed: put a batch's texts behind one another in one row instead of padding them. By
                 default with FlashAttention 2, which then runs over the texts' own lengths.
-            products: `exact`, `int8` or `int16` instead of what `set_products` chose for the model
+            products: one of PRODUCTS but `auto` instead of what `set_products` chose for the model
                 (`exact` if nobody did).
 
         Raises:
@@ -401,7 +401,7 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         products: one of PRODUCTS.
 
     Returns:
-        `exact`, `int8` or `int16`: what its passes will use. A model that runs on its own code is always exact.
+        What its passes will use. A model that runs on its own code is always exact.
 
     Raises:
         ValueError: `products` is unknown.

@@ -77,7 +77,7 @@ class Checkpoint:
     fidelity: dict[str, float]
     """How features compare with exact gradients, see `jz3.influence.agreement`; empty if not measured."""
     products: str = "exact"
-    """In what the passes multiply: `exact`, `int8` or `int16`."""
+    """In what the passes multiply, settled."""
 
 
 @dataclass(frozen=True, slots=True)
