@@ -4,8 +4,8 @@ SmolLM2-135M, real texts of at most 512 tokens (the folder `../shared/data` besi
 installed packages), norms over all linear layers of the blocks, `adapted` features of 2,048 numbers. The floor is
 4 N floating point operations per token for N parameters (forward, and backward to the activations) at the fastest
 product of two 2048 x 2048 matrices in this process, in whatever number format of these is the faster: products in 8
-or 16 bits may be below it. Ours with exact products, with the fastest and with those that `auto` chooses, bergson's runs
-and the peak take turns.
+or 16 bits may be below it. Ours with exact products, with the fastest and with those that `auto` chooses, bergson's
+runs and the peak take turns.
 
 Peers run in environments of their own, named by JZ3_PEER_PYTHON; see bench/peers.py. Without it they are "absent".
 """
