@@ -23,15 +23,15 @@ void bind_block(py::module_& module, const std::string& type) {
   module.def(m("rms_norm").c_str(), [](uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t sum, uintptr_t y,
                                        uintptr_t scale, int64_t rows, int64_t width, float epsilon, int threads) {
     py::gil_scoped_release release;
-    jz3::rms_norm<T>({at<const T>(x), at<const T>(add), at<const T>(weight), at<T>(sum), at<T>(y), at<float>(scale),
-                      rows, width, epsilon},
+    jz3::rms_norm<T>({at<const float>(x), at<const T>(add), at<const T>(weight), at<float>(sum), at<T>(y),
+                      at<float>(scale), rows, width, epsilon},
                      threads);
   });
   module.def(m("rms_norm_backward").c_str(),
              [](uintptr_t x, uintptr_t weight, uintptr_t dy, uintptr_t add, uintptr_t scale, uintptr_t dx,
                 int64_t rows, int64_t width, int threads) {
                py::gil_scoped_release release;
-               jz3::rms_norm_backward<T>({at<const T>(x), at<const T>(weight), at<const T>(dy), at<const T>(add),
+               jz3::rms_norm_backward<T>({at<const float>(x), at<const T>(weight), at<const T>(dy), at<const T>(add),
                                           at<const float>(scale), at<T>(dx), rows, width},
                                          threads);
              });

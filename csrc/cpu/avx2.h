@@ -50,7 +50,6 @@ inline Vec zeros() { return _mm256_setzero_ps(); }
 inline Vec all(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
-inline Vec rounded(const float*, Vec x) { return x; }
 
 // Past the caches is for tiles, whose products wait for memory.
 inline void put(float* p, Vec x, bool) { store(p, x); }

@@ -36,12 +36,6 @@ inline void store(bf16* p, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// What a stored number comes back as.
-inline __m512 rounded(const float*, __m512 x) { return x; }
-inline __m512 rounded(const bf16*, __m512 x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
-}
-
 inline Vec mul_add(Vec x, Vec y, Vec z) { return _mm512_fmadd_ps(x, y, z); }         // x y + z
 inline Vec mul_subtract(Vec x, Vec y, Vec z) { return _mm512_fmsub_ps(x, y, z); }    // x y - z
 inline Vec subtract_from(Vec z, Vec x, Vec y) { return _mm512_fnmadd_ps(x, y, z); }  // z - x y

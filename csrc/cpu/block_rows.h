@@ -8,11 +8,11 @@ namespace {
 template <class T>
 void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end, bool streamed) {
   for (int64_t row = begin; row < end; ++row) {
-    const T *x = a.x + row * a.width, *add = a.add ? a.add + row * a.width : nullptr;
-    T *sum = a.sum + row * a.width, *y = a.y + row * a.width;
-    const auto total = [&](int64_t c) {
-      return add ? rounded(add, load(x + c) + load(add + c)) : load(x + c);
-    };
+    const float* x = a.x + row * a.width;
+    const T* add = a.add ? a.add + row * a.width : nullptr;
+    float* sum = a.sum + row * a.width;
+    T* y = a.y + row * a.width;
+    const auto total = [&](int64_t c) { return add ? load(x + c) + load(add + c) : load(x + c); };
     Vec square = zeros();
     for (int64_t c = 0; c < a.width; c += LANES) {
       const Vec v = total(c);
@@ -30,8 +30,8 @@ void norm_rows(const NormArguments<T>& a, int64_t begin, int64_t end, bool strea
 template <class T>
 void norm_backward_rows(const NormBackwardArguments<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T *x = a.x + row * a.width, *dy = a.dy + row * a.width;
-    const T* add = a.add ? a.add + row * a.width : nullptr;
+    const float* x = a.x + row * a.width;
+    const T *dy = a.dy + row * a.width, *add = a.add ? a.add + row * a.width : nullptr;
     T* dx = a.dx + row * a.width;
     Vec dot = zeros();
     for (int64_t c = 0; c < a.width; c += LANES)

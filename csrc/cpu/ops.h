@@ -109,11 +109,14 @@ void segment_project(const SegmentArguments& arguments, int unit, int threads);
 // The parts of a Llama block (jz3/gradients/llama.py) on rows of T, float or bfloat16 (as uint16_t); they may be called
 // only where vector_unit() isn't none, with rows of bfloat16 only where it is avx512.
 
-// sum = x + add (x and sum are one if add is null), y = sum / rms(sum) * weight; scale = 1 / rms(sum).
+// sum = x + add (x and sum are one if add is null), y = sum / rms(sum) * weight; scale = 1 / rms(sum). The sums, which
+// every block adds to, are float32 throughout: their roundings would be most of the error of bfloat16 passes.
 template <class T>
 struct NormArguments {
-  const T *x, *add, *weight;  // [rows][width], the same, [width]; width is a multiple of 16
-  T *sum, *y;
+  const float* x;           // [rows][width], a multiple of 16
+  const T *add, *weight;    // the same, [width]
+  float* sum;
+  T* y;
   float* scale;  // [rows]
   int64_t rows, width;
   float epsilon;
@@ -124,7 +127,8 @@ void rms_norm(const NormArguments<T>& arguments, int threads);
 // dx = add + the gradient with respect to x of x / rms(x) * weight; add may be null, dx may be dy.
 template <class T>
 struct NormBackwardArguments {
-  const T *x, *weight, *dy, *add;
+  const float* x;
+  const T *weight, *dy, *add;
   const float* scale;
   T* dx;
   int64_t rows, width;

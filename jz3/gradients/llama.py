@@ -163,9 +163,9 @@ class _Native:
     def norm(
         self, x: torch.Tensor, add: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (x + add, its RMSNorm, 1 / rms)."""
+        """Return (x + add in float32, as x is, its RMSNorm, 1 / rms)."""
         total = x if add is None else torch.empty_like(x)
-        y, scale = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32)
+        y, scale = torch.empty_like(x, dtype=weight.dtype), torch.empty(len(x), dtype=torch.float32)
         pointers = (x, add, weight, total, y, scale)
         self._run["rms_norm"](*map(_address, pointers), *x.shape, epsilon, backend.threads())
         return total, y, scale
@@ -386,7 +386,7 @@ class Run:
         ]
         self.saved: list[dict[str, Any]] = []
         with torch.no_grad():
-            add = None
+            x, add = x.float(), None
             for block, name in zip(self.blocks, names, strict=True):
                 x, add = self._forward(block, name, x, add)
             self.states, y, self.scale = self.native.norm(x, add, model.norm, model.epsilon)
@@ -414,7 +414,7 @@ class Run:
         q, k, v, o, gate, up, down = PARTS
         kept = self._offer(y, [name[p] for p in (q, k, v) if p in name])
         qkv = block.qkv.forward(y)
-        mixed = x.new_empty(len(x), own.heads * own.width)
+        mixed = y.new_empty(len(y), own.heads * own.width)
         statistics = torch.empty(self.rows, own.heads, self.tokens, dtype=torch.float32)
         sizes = (self.rows, self.tokens, own.heads, own.key_heads, own.width)
         self.native.attention(qkv, *self.angles, mixed, statistics, None, None, sizes=sizes, scale=own.scale)
