@@ -269,8 +269,17 @@ def mutant(kernel: str, name: str) -> str:
     return text.replace(old, new) + "}\n"
 
 
+def every_mutant() -> list[Any]:
+    """Return all, of which those without a wait, a barrier or a stride are slow: every one is compiled."""
+    return [
+        pytest.param(k, name, marks=() if re.search("wait|barrier|stride", name) else pytest.mark.slow)
+        for k in MUTANTS
+        for name in MUTANTS[k]
+    ]
+
+
 @simulated
-@pytest.mark.parametrize(("kernel", "name"), [(k, name) for k in MUTANTS for name in MUTANTS[k]])
+@pytest.mark.parametrize(("kernel", "name"), every_mutant())
 def test_mutants_are_caught(
     modules: dict[str, Any], launchers: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, name: str
 ) -> None:
