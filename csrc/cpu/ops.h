@@ -113,8 +113,8 @@ void segment_project(const SegmentArguments& arguments, int unit, int threads);
 // every block adds to, are float32 throughout: their roundings would be most of the error of bfloat16 passes.
 template <class T>
 struct NormArguments {
-  const float* x;           // [rows][width], a multiple of 16
-  const T *add, *weight;    // the same, [width]
+  const float* x;         // [rows][width]; width is a multiple of 16
+  const T *add, *weight;  // the same, [width]
   float* sum;
   T* y;
   float* scale;  // [rows]

@@ -6,8 +6,8 @@
 // How the next tile is prefetched was measured on Zen 4. For many queries into the L1 cache, whence it sinks into the
 // L2 cache: prefetched into the latter, rows in pages of 4 KiB cost the products a tenth of their speed (and none in
 // huge pages). For few queries into the L2 cache: 31 GB/s instead of 20. On Zen 5, whose L1 cache holds the digits of
-// eight queries and some rows, these come 8 KB ahead of their use into that alone: 0.9 to 1.0 of a plain read's speed for
-// one query and 0.7 to 0.8 for eight, where the next tile came with 0.8 and 0.6 to 0.75.
+// eight queries and some rows, these come 8 KB ahead of their use into that alone: 0.9 of a plain read's speed for one
+// query and 0.7 to 0.8 for eight, where the next tile came with 0.8 and 0.6 to 0.75.
 #include "cpu/score_avx512.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -216,8 +216,8 @@ void pair_avx512(const RowPair& rows, const int8_t* queries, const Levels& level
     multiply_pair<BITS, false, N>(rows, queries, levels, sums, norms);
 }
 
-// Of N rows, what their bounds are made of, and the blocks of eight queries of which one is open; the bit i is that of the
-// blocks i, i + 64, ..
+// Of N rows, what their bounds are made of, and the blocks of eight queries of which one is open; the bit i is that of
+// the blocks i, i + 64, ..
 template <int N>
 struct RowBounds {
   __m512d scale, size, norm;
@@ -341,7 +341,8 @@ JZ3_AVX512 void unpack_4bit_avx512(const uint8_t* codes, const Levels& levels, i
 // The numbers' bits are spread over four bytes in two turns.
 JZ3_AVX512 void unpack_2bit_avx512(const uint8_t* codes, const Levels& levels, int64_t row_bytes, uint8_t* bytes) {
   constexpr int either_and = 0xA8;  // (a | b) & c
-  const __m512i table = table_of(levels.byte), halves = _mm512_set1_epi32(0x000F000F), twos = _mm512_set1_epi32(0x03030303);
+  const __m512i table = table_of(levels.byte);
+  const __m512i halves = _mm512_set1_epi32(0x000F000F), twos = _mm512_set1_epi32(0x03030303);
   int64_t b = 0;
   for (; b + 16 <= row_bytes; b += 16) {
     const __m512i whole = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + b)));
@@ -447,7 +448,7 @@ void multiply_tiles_avx512(const uint8_t* bytes, int64_t stride, const int8_t* d
       const int8_t* const first = digits + block * block_bytes + begin * TILE_QUERIES;
       for (int64_t r = 0; r < TILE_ROWS; r += ROWS)
         multiply(bytes + r * stride + begin, stride, first, first + block_bytes, std::min(span, columns - begin), next,
-                 sums + r * width + block * TILE_QUERIES, width, norms + r);
+                 sums + r * width + block * TILE_QUERIES, width, norms ? norms + r : nullptr);
     }
   }
 }

@@ -85,8 +85,9 @@ constexpr int64_t TILE_ROWS = 32, TILE_QUERIES = 16;
 
 // For many queries where there are no tiles: 32 rows of bytes with blocks of 16 queries, the last filled up, stored
 // [block][columns / 64][16][16][4] (step, quad of columns, query, column of the quad): sums[row * 16 * blocks + query]
-// is set, and norms[row] += the squared norm of its levels or a little more (unless null). `ahead` as above, for all 32 rows. Beside `wide` kernels two neighbouring digits of a query, the first at an
-// even column, are at most NEIGHBOURS together, whatever their signs.
+// is set, and norms[row] += the squared norm of its levels or a little more (unless null). `ahead` as above, for all 32
+// rows. Beside `wide` kernels two neighbouring digits of a query, the first at an even column, are at most NEIGHBOURS
+// together, whatever their signs.
 using TileKernel = void (*)(const uint8_t* bytes, int64_t stride, const int8_t* digits, int64_t columns,
                             int64_t queries, const uint8_t* ahead, int64_t ahead_bytes, double* sums, double* norms);
 constexpr int NEIGHBOURS = 128;
