@@ -84,6 +84,20 @@ def test_as_accurate_as_the_model_itself(
     assert float((plain_loss.double() - exact_loss).abs().max()) < 2e-2
 
 
+def test_the_residual_stream_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight blocks its roundings would make the error as large as the model's own in bfloat16."""
+    monkeypatch.setattr(llama, "fast_bfloat16_cpu", lambda: True)
+    config = transformers.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": 8})
+    monkeypatch.setitem(CONFIGS, "deep", config)
+    model, texts = small_model("deep", torch.bfloat16), small_texts()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20)
+    fast, plain = (gradients(model, texts, fast=fast)[0] for fast in (True, False))
+    exact, _ = gradients(model.double(), texts, fast=False)
+    error, own = (float(((x - exact).norm(dim=1) / exact.norm(dim=1)).mean()) for x in (fast, plain))
+    assert error < 0.9 * own
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_text_does_not_depend_on_its_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "fast_bfloat16_cpu", lambda: True)
