@@ -162,7 +162,7 @@ def test_gradients(name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest
     assert set_products(model, kind) == kind
     found, loss = gradients(model, texts, fast=True)
     error = (found - exact).norm(dim=1) / exact.norm(dim=1)
-    least, most = {"int8": (1e-3, 0.05), "int8_backward": (1e-3, 0.02), "int16": (1e-5, 0.002)}[kind]
+    least, most = {"int8": (1e-3, 0.05), "int8_backward": (1e-3, 0.015), "int16": (1e-5, 0.002)}[kind]
     assert least < float(error.min()) and float(error.max()) < most
     torch.testing.assert_close(loss, exact_loss, atol=0.4 * most, rtol=0)
     # Forward, only the output layer has 8 bits, of rows in bfloat16.
@@ -279,7 +279,9 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_names_a_run_and_a_store_says_which_products() -> None:
     recipe = shipped_recipe("tiny")
-    assert settled(recipe).features.products == machine.best_products() != "auto"
+    assert settled(recipe).features.products == machine.best_products()
+    # Products in 8 bits on the way forward cost too much to be anybody's default.
+    assert machine.best_products() not in ("auto", "int8")
     stated = replace(recipe, features=replace(recipe.features, products="exact"))
     assert settled(stated).features.products == "exact"
     with pytest.raises(

@@ -89,8 +89,8 @@ class FeaturesConfig:
     products: str = "auto"
     """In what the passes multiply: `exact` (the model's dtype); on a CPU and of a Llama-like model also
     `int8_backward` (8 bits on the way back and in the output layer, with AVX-512 VNNI, for 0.001 of Spearman against
-    gradients in float32), `int8` (on the way forward too: a quarter more texts per second for 0.002 of Spearman on
-    mathematical texts, and up to 0.03 on others) or `int16` (16 bits, with AVX2, closer than bfloat16); or `auto`:
+    gradients in float32), `int8` (on the way forward too: a sixth more texts per second for 0.002 of Spearman on
+    mathematical texts, and 0.02 to 0.07 on others) or `int16` (16 bits, with AVX2, closer than bfloat16); or `auto`:
     the fastest of these but `int8` on the machine that begins the run. The comparison with exact gradients is exact
     in any case."""
     shard_documents: int = 2048

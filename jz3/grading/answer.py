@@ -233,6 +233,7 @@ WARM_UP = r"""
 import logging
 logging.disable(logging.CRITICAL)
 import json, re, sys
+from tokenize import TokenError
 from math_verify import parse, verify
 from sympy import I
 from sympy.parsing import sympy_parser
@@ -243,6 +244,8 @@ CALLS = re.compile(r"(?:[-+*/^(),\[\]\s]|(?<!\w)(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE
     r"sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|factorial|binomial|Abs|floor|ceiling|Matrix|Rational|"
     r"Fraction|Integer|pi|oo|E|I|i)(?!\w))*")
 stringify = sympy_parser.stringify_expr
+# What SymPy's parser raises of texts that are no such notation.
+UNREAD = (SyntaxError, TokenError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError)
 
 def checked(text, *rest):
     if not re.fullmatch(r"[-+*/^,\w\s]*", text) and not CALLS.fullmatch(text):
@@ -257,8 +260,8 @@ def read(text):
             value = sympy_parser.parse_expr(text.replace("^", "**").replace("Fraction(", "Rational("), {"i": I})
             if not value.free_symbols:  # Math-Verify's symbols differ from SymPy's plain ones
                 return [value]
-        except Exception:
-            pass  # not Python's notation, of which SymPy's parser may raise anything: read as LaTeX below
+        except UNREAD:
+            pass  # read as LaTeX below
     if "\\" not in text:
         text = re.sub(r"\boo\b", r"\\infty ", re.sub(r"\bpi\b", r"\\pi ", text.replace("**", "^")))
     return parse("$" + text + "$", parsing_timeout=None)
