@@ -92,7 +92,7 @@ class Features:
     completion: Completion | None = field(default=None, repr=False)
     """What completes queries, of Adapted."""
     products: str = "exact"
-    """In what the passes multiplied, and do for queries."""
+    """In what the documents' passes multiplied."""
 
     @plain_modes()
     def encode(self, queries: Sequence[Pair]) -> np.ndarray:
@@ -162,9 +162,9 @@ def featurize(
         max_tokens: tokens of a text or query.
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
-        products: in what the passes multiply: `exact` (the model's dtype); of Llama-like models on a CPU also
-            `int8_backward` (8 bits on the way back, with AVX-512 VNNI), `int8` (8 bits, faster and coarser) or `int16`
-            (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
+        products: in what the documents' passes multiply: `exact` (the model's dtype); of Llama-like models on a CPU
+            also `int8_mixed` (with AVX-512 VNNI, 8 bits where they cost little), `int8` (everywhere, faster and
+            coarser) or `int16` (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
 
     Returns:
         The features, in the texts' order.

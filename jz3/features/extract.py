@@ -14,7 +14,7 @@ from jz3.features.less import SIDES, Less, less_batches
 from jz3.features.readout import Readout, readout_batches
 from jz3.features.sketch import Sketch, SketchSink
 from jz3.files import hash_file
-from jz3.gradients import Tokens, make_batches, run_pass
+from jz3.gradients import Tokens, make_batches, query_products, run_pass
 from jz3.store import Coding
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def extract(
         projection: what the numbers are.
         batch_tokens: padded tokens per pass.
         reduction: see GradientPass.
-        side: `document` or `query`; only `less` makes a difference between them.
+        side: `document` or `query`; `less` has other features of queries, and products in 8 bits are for documents
+            alone.
         advance: called with the number of texts just done.
         sink: from `open_sink`, to use one for several calls.
 
@@ -129,7 +130,9 @@ def extract(
     elif isinstance(projection, Less):
         less_batches(model, texts, projection, side=side, take=take, **options)
     else:
-        for batch, result in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
+        products = query_products(model) if side == "query" else None
+        batches = make_batches(texts, batch_tokens)
+        for batch, result in run_pass(model, layers, sink, batches, reduction, products=products):
             take(batch.positions, (*sink.take(), result.loss.float().cpu(), result.hidden.cpu()))
     return Extracted(values, norm, loss, hidden)
 

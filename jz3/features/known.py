@@ -14,7 +14,7 @@ from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
 from jz3.files import hash_file, read_tensors, write_tensors
-from jz3.gradients import Tokens, make_batches, run_pass
+from jz3.gradients import Tokens, make_batches, query_products, run_pass
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,8 @@ def fit_known(
     )
     sink = AdaptedSink(fit, next(model.parameters()).device)
     columns = torch.zeros(fit.k, len(texts), dtype=torch.float32)
-    for batch, _ in run_pass(model, layers, sink, make_batches(texts, batch_tokens), reduction):
+    batches, products = make_batches(texts, batch_tokens), query_products(model)
+    for batch, _ in run_pass(model, layers, sink, batches, reduction, products=products):
         values, norm = sink.take()
         for row, position in enumerate(batch.positions):
             if not (torch.isfinite(norm[row]) and norm[row] > 0):

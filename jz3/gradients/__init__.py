@@ -6,7 +6,7 @@ the backward pass computes activation gradients only, and no weight-gradient pro
 """
 
 from jz3.gradients.layers import layer_shape, linear_layers
-from jz3.gradients.passes import GradientPass, PassResult, Sink, run_pass, set_products
+from jz3.gradients.passes import GradientPass, PassResult, Sink, query_products, run_pass, set_products
 from jz3.gradients.tokens import (
     Batch,
     RefusedText,
@@ -28,6 +28,7 @@ __all__ = [
     "layer_shape",
     "linear_layers",
     "make_batches",
+    "query_products",
     "run_pass",
     "set_products",
     "start_tokens",

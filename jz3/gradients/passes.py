@@ -149,9 +149,7 @@ class GradientPass:
         self._fast = (
             None
             if fast is False or self._packed
-            else self._open_fast(
-                core, layers, bool(fast), products or core.__dict__.get("_jz3_products", "exact")
-            )
+            else self._open_fast(core, layers, bool(fast), products or chosen_products(core))
         )
         if share := getattr(sink, "share", None):
             share(self._fast.shared() if self._fast else [])
@@ -420,6 +418,20 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         wanted = "exact"
     core.__dict__["_jz3_products"] = wanted
     return wanted
+
+
+def chosen_products(model: "PreTrainedModel") -> str:
+    """Return in what the gradient passes of a model multiply: what `set_products` chose, `exact` if nobody did."""
+    return str(plain_model(model).__dict__.get("_jz3_products", "exact"))
+
+
+def query_products(model: "PreTrainedModel") -> str:
+    """Return in what the passes of queries multiply: those of 8 bits are for documents.
+
+    A query's error is in all of its scores, and there are so few queries that the exact passes take little time.
+    """
+    chosen = chosen_products(model)
+    return "exact" if chosen.startswith("int8") else chosen
 
 
 def run_pass(
