@@ -233,7 +233,7 @@ def main() -> None:
     fit = fit_adapted(model, "", layers, [], texts[:FIT_TEXTS], batch_tokens=512)
     sink = open_sink(fit, model)
     best = set_products(model, "auto")
-    fastest = "int8" if best == "int8_mixed" else best
+    fastest = "int8" if best == "int8_backward" else best
     kinds: list[str] = list(dict.fromkeys(("exact", fastest, best)))
     ours = {(k, s is sink): Pass(model, layers, s, batches, k) for k in kinds for s in (sink, Nothing())}
     wanted = [p for p in peers.PEERS if p.name in arguments.peers]

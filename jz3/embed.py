@@ -163,8 +163,8 @@ def featurize(
         batch_tokens: padded tokens per pass.
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
         products: in what the documents' passes multiply: `exact` (the model's dtype); of Llama-like models on a CPU
-            also `int8_mixed` (with AVX-512 VNNI, 8 bits where they cost little), `int8` (everywhere, faster and
-            coarser) or `int16` (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
+            also `int8_backward` (8 bits on the way back, with AVX-512 VNNI), `int8` (8 bits, faster and coarser) or
+            `int16` (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
 
     Returns:
         The features, in the texts' order.

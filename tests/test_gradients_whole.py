@@ -152,7 +152,7 @@ def test_a_row_depends_on_nothing_else(
         WholeProduct(torch.eye(64), kind, 16)
 
 
-PASSES = [*DTYPES, ("int8_mixed", torch.bfloat16), ("int8_mixed", torch.float32)]
+PASSES = [*DTYPES, ("int8_backward", torch.bfloat16), ("int8_backward", torch.float32)]
 passes_of = pytest.mark.parametrize("kind, dtype", PASSES, ids=lambda x: str(x).removeprefix("torch."))
 
 
@@ -165,10 +165,11 @@ def test_gradients(name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest
     assert set_products(model, kind) == kind
     found, loss = gradients(model, texts, fast=True)
     error = (found - exact).norm(dim=1) / exact.norm(dim=1)
-    least, most = {"int8": (1e-3, 0.05), "int8_mixed": (1e-3, 0.02), "int16": (1e-5, 0.002)}[kind]
+    least, most = {"int8": (1e-3, 0.05), "int8_backward": (1e-3, 0.015), "int16": (1e-5, 0.002)}[kind]
     assert least < float(error.min()) and float(error.max()) < most
     torch.testing.assert_close(loss, exact_loss, atol=0.4 * most, rtol=0)
-    assert not torch.equal(loss, exact_loss)
+    # Forward, only the output layer has 8 bits, of rows in bfloat16.
+    assert torch.equal(loss, exact_loss) == ((kind, dtype) == ("int8_backward", torch.float32))
     for row, text in enumerate(texts):
         [alone] = gradients(model, [text], fast=True)[0]
         assert float((alone - found[row]).norm() / found[row].norm()) < (
@@ -176,23 +177,6 @@ def test_gradients(name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest
         )
     set_products(model, "exact")
     assert torch.equal(gradients(model, texts, fast=True)[0], exact)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", ["int8_mixed"])
-def test_mixed_products_are_closer(
-    name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llama, "fast_bfloat16_cpu", lambda: dtype == torch.bfloat16)
-    model, texts = small_model(name, dtype), small_texts()
-    exact, _ = gradients(model, texts, fast=True)
-    error = {}
-    for products in ("int8", kind):
-        set_products(model, products)
-        found, _ = gradients(model, texts, fast=True)
-        error[products] = float((found - exact).norm() / exact.norm())
-    assert error[kind] < 0.85 * error["int8"]
 
 
 @kinds
@@ -326,7 +310,9 @@ def test_what_names_a_run_and_a_store_says_which_products() -> None:
     assert machine.best_products() not in ("auto", "int8")
     stated = replace(recipe, features=replace(recipe.features, products="exact"))
     assert settled(stated).features.products == "exact"
-    with pytest.raises(ValueError, match="must be one of auto, exact, int8_mixed, int8, int16, got 'int4'"):
+    with pytest.raises(
+        ValueError, match="must be one of auto, exact, int8_backward, int8, int16, got 'int4'"
+    ):
         FeaturesConfig(products="int4")
     store = StoreInfo(kind="adapted", k=8, bits=4, model_hash="m", projection_hash="p", reduction="mean")
     assert len({replace(store, products=p).identity() for p in ("exact", "int8", "int16")}) == 3

@@ -88,10 +88,10 @@ class FeaturesConfig:
     """Padded tokens per forward and backward pass."""
     products: str = "auto"
     """In what the documents' passes multiply: `exact` (the model's dtype); on a CPU and of a Llama-like model also
-    `int8_mixed` (with AVX-512 VNNI, 8 bits where they cost at most 0.003 of Spearman against gradients in float32),
-    `int8` (everywhere: a twelfth more texts per second for 0.006 of Spearman on mathematical texts and 0.02 on others)
-    or `int16` (16 bits, with AVX2, closer than bfloat16); or `auto`: the fastest of these but `int8` on the machine
-    that begins the run. Queries' features and the comparison with exact gradients have no products in 8 bits."""
+    `int8_backward` (8 bits on the way back and in the output layer, with AVX-512 VNNI, for 0.001 of Spearman), `int8`
+    (on the way forward too: a sixth more texts per second for 0.006 of Spearman on mathematical texts, and 0.02 to
+    0.04 on others) or `int16` (16 bits, with AVX2, closer than bfloat16); or `auto`: the fastest of these but `int8` on
+    the machine that begins the run. Queries' features and the comparison with exact gradients have none in 8 bits."""
     shard_documents: int = 2048
     """Documents per shard of the store: what a kill can lose."""
     query_tokens: int = 512

@@ -44,7 +44,7 @@ PARTS = (
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 """Relative difference from the model's own code, whose rounding errors alone reach 0.015 and 1e-5."""
 
-WHOLE_TOLERANCE = {"exact": 0.0, "int8_mixed": 0.05, "int8": 0.05, "int16": 0.005}
+WHOLE_TOLERANCE = {"exact": 0.0, "int8_backward": 0.05, "int8": 0.05, "int16": 0.005}
 """What products with whole numbers may add to it; in all products of a block they reach 0.03 and 0.002."""
 
 SAMPLE = 256
@@ -225,18 +225,18 @@ def _together(layers: list[Any], dtype: torch.dtype, field: str = "weight") -> A
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _product(matrix: torch.Tensor, products: str, bias: torch.Tensor | None = None) -> Any:
-    return Product(matrix, bias) if products == "exact" else WholeProduct(matrix, products, bias=bias)
+def _forward(matrix: torch.Tensor, products: str, bias: torch.Tensor | None) -> Any:
+    exact = products in ("exact", "int8_backward")
+    return Product(matrix, bias) if exact else WholeProduct(matrix, products, bias=bias)
 
 
-def _most(products: str) -> str:
-    """Return the number format of the products that bear a coarse one: on the way back, in the output layer, and of
-    gate and up, half of the way forward. The others on this way cost `int8` most of its fidelity."""
-    return products.removesuffix("_mixed")
+def _backward(matrix: torch.Tensor, products: str) -> Any:
+    return Product(matrix) if products == "exact" else WholeProduct(matrix, _whole(products))
 
 
-def _others(products: str) -> str:
-    return "exact" if products == "int8_mixed" else products
+def _whole(products: str) -> str:
+    """Return the number format of products on the way back and in the output layer."""
+    return products.removesuffix("_backward")
 
 
 class _Linear:
@@ -244,8 +244,8 @@ class _Linear:
 
     def __init__(self, layers: list[Any], dtype: torch.dtype, products: str) -> None:
         weight = _together(layers, dtype)
-        self.forward: Any = _product(weight.T, _others(products), _together(layers, dtype, "bias"))
-        self.backward: Any = _product(weight, _most(products))
+        self.forward: Any = _forward(weight.T, products, _together(layers, dtype, "bias"))
+        self.backward: Any = _backward(weight, products)
 
 
 class _Mlp:
@@ -262,12 +262,9 @@ class _Mlp:
         if products == "exact" and bias is None and can_gate(both.T):
             self._gated = GatedProducts(both.T, last.T)
         else:
-            self._gate_up, self._back = (
-                _product(both.T, _most(products), bias),
-                _product(last, _most(products)),
-            )
-        self.down: Any = _product(last.T, _others(products), _together([down], dtype, "bias"))
-        self.backward: Any = _product(both, _most(products))
+            self._gate_up, self._back = _forward(both.T, products, bias), _backward(last, products)
+        self.down: Any = _forward(last.T, products, _together([down], dtype, "bias"))
+        self.backward: Any = _backward(both, products)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gate and up of x, and SiLU(gate) * up, which `down` takes."""
@@ -298,7 +295,7 @@ class Blocks:
         self.embedding = model.get_input_embeddings()
         self.rotary = model.model.rotary_emb
         output = model.get_output_embeddings().weight.detach().to(self.dtype)
-        self.output = OutputLayer(output, _most(products))
+        self.output = OutputLayer(output, _whole(products))
         self.norm = model.model.norm.weight.detach().to(self.dtype)
         self.blocks = [self._block(block, products) for block in model.model.layers]
         self.names: list[dict[str, str]] = []

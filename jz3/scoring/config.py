@@ -31,9 +31,9 @@ class ScoreSettings:
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: what the machine that makes the plan multiplies faster."""
     products: str = "auto"
-    """In what the documents' passes multiply: `exact` (the dtype), of Llama-like models on a CPU also `int8_mixed`
-    (with AVX-512 VNNI, 8 bits where they cost little), `int8` (everywhere, faster and coarser) or `int16` (16 bits,
-    with AVX2), or `auto`: the fastest but `int8` on the machine that makes the plan."""
+    """In what the documents' passes multiply: `exact` (the dtype), of Llama-like models on a CPU also `int8_backward`
+    (8 bits on the way back, with AVX-512 VNNI), `int8` (8 bits, faster and coarser) or `int16` (16 bits, with AVX2), or
+    `auto`: the fastest but `int8` on the machine that makes the plan."""
     kind: str = "adapted"
     """`adapted` (fitted to queries and a sample of the corpus), `known` (contracted with the queries in
     the pass; needs no sample), `sketch` (random) or `readout` (random, forward pass only)."""
