@@ -309,6 +309,10 @@ JZ3_INLINE void multiply_step(__m512i& total, const uint8_t* bytes, const int8_t
   add_products(total, _mm512_loadu_si512(bytes + column), _mm512_loadu_si512(query + column));
 }
 
+JZ3_INLINE int64_t sum_of(__m512i x, __m512i y, __m512i z, __m512i w) {
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(x, y), _mm512_add_epi32(z, w)));
+}
+
 JZ3_AVX512 int64_t single_avx512(const uint8_t* bytes, const int8_t* query, int64_t columns) {
   int64_t sum = 0;
   for (int64_t begin = 0; begin < columns; begin += 1 << 15) {
@@ -322,7 +326,34 @@ JZ3_AVX512 int64_t single_avx512(const uint8_t* bytes, const int8_t* query, int6
       multiply_step(fourth, bytes, query, c + 3 * STEP);
     }
     for (; c < end; c += STEP) multiply_step(even, bytes, query, c);
-    sum += _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(even, odd), _mm512_add_epi32(third, fourth)));
+    sum += sum_of(even, odd, third, fourth);
+  }
+  return sum;
+}
+
+JZ3_INLINE void multiply_codes(__m512i& even, __m512i& odd, __m512i bytes, const int8_t* query, __m512i table) {
+  const Codes codes = codes_of(bytes);
+  add_products(even, _mm512_shuffle_epi8(table, codes.low), _mm512_loadu_si512(query));
+  add_products(odd, _mm512_shuffle_epi8(table, codes.high), _mm512_loadu_si512(query + STEP));
+}
+
+JZ3_AVX512 int64_t single_4bit_avx512(const uint8_t* codes, int64_t row_bytes, const int8_t* query,
+                                      const Levels& levels) {
+  const __m512i table = table_of(levels.byte);
+  int64_t sum = 0;
+  for (int64_t begin = 0; begin < row_bytes; begin += 1 << 14) {
+    const int64_t end = std::min<int64_t>(begin + (1 << 14), row_bytes);
+    __m512i even = _mm512_setzero_si512(), odd = even, third = even, fourth = even;
+    int64_t b = begin;
+    for (; b + 2 * STEP <= end; b += 2 * STEP) {
+      multiply_codes(even, odd, _mm512_loadu_si512(codes + b), query + 2 * b, table);
+      multiply_codes(third, fourth, _mm512_loadu_si512(codes + b + STEP), query + 2 * (b + STEP), table);
+    }
+    for (; b < end; b += STEP) {
+      const __mmask64 known = end - b >= STEP ? ~uint64_t(0) : (uint64_t(1) << (end - b)) - 1;
+      multiply_codes(even, odd, _mm512_maskz_loadu_epi8(known, codes + b), query + 2 * b, table);
+    }
+    sum += sum_of(even, odd, third, fourth);
   }
   return sum;
 }
@@ -476,7 +507,7 @@ Kernels avx512_kernels(int bits, int64_t queries) {
   k.roomy = first_cache() >= 48 << 10;
   k.single = single_avx512;
   k.choose = choose_avx512;
-  if (bits == 4) k.unpack = unpack_4bit_avx512;
+  if (bits == 4) k.unpack = unpack_4bit_avx512, k.single_codes = single_4bit_avx512;
   if (bits == 2) k.unpack = unpack_2bit_avx512;
   if (bits == 1) k.unpack = unpack_1bit_avx512;
   return k;

@@ -67,6 +67,8 @@ struct Kernels {
   bool roomy;            // up to ROOMY bytes of digits and some rows fit the first-level cache together
   // one row of whole steps and one query, its columns in a row
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
+  // the same of a row of codes as they are, whose columns are filled up with digits of 0; may be null
+  int64_t (*single_codes)(const uint8_t* codes, int64_t row_bytes, const int8_t* query, const Levels& levels);
   // writes all that is open, row by row, and returns how many; the limits of eight queries are filled up with infinity
   int64_t (*choose)(const Products& products, const Bounds& bounds, const double* limit, Open* open);
   // row_bytes of codes to level + 128

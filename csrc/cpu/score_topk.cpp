@@ -287,7 +287,7 @@ class Scan {
       for (; i < open && open_[i].row == r; ++i) {
         const int64_t q = open_[i].query;
         if (open_[i].most < limit_[q]) continue;
-        if (!bytes && !rest_known && (p_.queries.planes > 1 || p_.queries.coarse)) bytes = unpacked(begin, r, source);
+        if (!bytes && !rest_known && (p_.queries.planes > 1 || p_.queries.coarse)) bytes = one_row(begin, r, source);
         const float value = score(begin, r, q, bytes);
         const int64_t group = a_.groups[q];
         if (seen_[group] != begin + r) {
@@ -306,15 +306,19 @@ class Scan {
     }
   }
 
-  const uint8_t* unpacked(int64_t begin, int64_t r, const Source& source) {
-    if (source.width == p_.queries.columns) return source.bytes + r * source.stride;
+  bool codes_singly() const { return p_.direct && p_.kernels.single_codes; }
+
+  // A row for `single`.
+  const uint8_t* one_row(int64_t begin, int64_t r, const Source& source) {
+    if (source.width == p_.queries.columns || codes_singly()) return source.bytes + r * source.stride;
     unpack(begin + r, bytes_.data());
     return bytes_.data();
   }
 
   int64_t single(const uint8_t* bytes, int64_t plane, int64_t q) const {
-    return p_.kernels.single(
-        bytes, p_.queries.single.digits() + ((plane - 1) * a_.queries + q) * p_.queries.columns, p_.queries.columns);
+    const int8_t* const digits = p_.queries.single.digits() + ((plane - 1) * a_.queries + q) * p_.queries.columns;
+    if (codes_singly()) return p_.kernels.single_codes(bytes, a_.row_bytes, digits, p_.levels);
+    return p_.kernels.single(bytes, digits, p_.queries.columns);
   }
 
   Plan& p_;
