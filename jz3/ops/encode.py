@@ -51,6 +51,8 @@ CODEBOOKS = {
 }
 """Kind -> table. `int8` never uses its index 0 (level -128). The units are the optimal ones rounded to a few
 bits, so that unit * level is exact in float32."""
+LEVELS = {kind: np.array(book.levels, np.int8) for kind, book in CODEBOOKS.items()}
+"""The same as the compiled CPU code reads it."""
 
 
 def codebook(op: str, kind: str) -> Codebook:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jz3 import backend
 from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 from jz3.ops.checks import check_tensors
-from jz3.ops.encode import CODEBOOKS
+from jz3.ops.encode import CODEBOOKS, LEVELS
 from jz3.ops.score_queries import Folded, check_and_fold, fold_queries
 from jz3.ops.score_topk import score_codes_cuda, score_codes_reference, unsupported
 
@@ -156,14 +156,13 @@ def score_codes_cpu(
     """The compiled products; `instructions` as for `score_topk_cpu`."""
     import torch
 
-    book = CODEBOOKS[kind]
-    levels = torch.tensor(book.levels, dtype=torch.int8, device="cpu")
     scores = torch.empty(len(step), len(codes), dtype=torch.float32, device="cpu")
     if codes.stride(1) != 1:
         codes = codes.contiguous()
-    tensors = [x.contiguous() for x in (levels, planes, step, bias, row_scale, scores)]
+    tensors = [x.contiguous() for x in (planes, step, bias, row_scale, scores)]
     backend.extension().score_codes(
         codes.data_ptr(),
+        LEVELS[kind].ctypes.data,
         *(x.data_ptr() for x in tensors),
         len(codes),
         planes.shape[2],
@@ -171,7 +170,7 @@ def score_codes_cpu(
         codes.stride(0),
         planes.shape[1],
         len(planes),
-        book.bits,
+        CODEBOOKS[kind].bits,
         instructions,
         backend.threads(),
     )

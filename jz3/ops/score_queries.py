@@ -46,20 +46,21 @@ def fold_queries(queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Te
     planes = np.empty((PLANES, count, dim), np.int8)
     step, bias = np.empty(count), np.empty(count)
     block = max(1, CACHED // max(dim, 1))
-    for begin in range(0, count, block):
-        some = slice(begin, begin + block)
-        whole = given[some].astype(np.float64)
-        bias[some] = (whole * means).sum(1)
-        whole *= scales
-        largest = np.abs(whole).max(1, initial=0)
-        step[some] = np.where(largest > 0, largest / (127 * 128 ** (PLANES - 1)), 1)
-        whole /= step[some, None]
-        np.rint(whole, out=whole)
-        for plane in range(PLANES - 1, 0, -1):
-            above = np.floor((whole + 64) / 128)
-            planes[plane, some] = whole - 128 * above
-            whole = above
-        planes[0, some] = whole
+    with np.errstate(invalid="ignore"):  # what isn't finite is told by `_check_numbers`
+        for begin in range(0, count, block):
+            some = slice(begin, begin + block)
+            exact = given[some].astype(np.float64)
+            bias[some] = (exact * means).sum(1)
+            exact *= scales
+            largest = np.abs(exact).max(1, initial=0)
+            step[some] = np.where(largest == 0, 1, largest / (127 * 128 ** (PLANES - 1)))
+            exact /= step[some, None]
+            whole = np.rint(exact, out=exact).astype(np.int32)
+            for plane in range(PLANES - 1, 0, -1):
+                above = (whole + 64) >> 7
+                planes[plane, some] = whole - (above << 7)
+                whole = above
+            planes[0, some] = whole
     return Digits(*(torch.from_numpy(x).to(queries.device) for x in (planes, step * unit, bias)))
 
 
@@ -108,14 +109,14 @@ def check_and_fold(
     check_int(op, "the number of coordinates", sizes["K"], 0, MAX_DIM)
     book = codebook(op, kind)
     check_row_bytes(op, kind, sizes["K"], sizes["B"])
-    check_scale(op, mean, scale)
-    for name, value in (("queries", queries), ("row_scale", row_scale)):
-        if value is not None and not _finite(value):
-            raise ValueError(f"{op}: {name} must be finite")
+    if row_scale is not None and not _finite(row_scale):
+        raise ValueError(f"{op}: row_scale must be finite")
     if reduce not in ("mean", "max"):
         raise ValueError(f"{op}: reduce must be mean or max, got {reduce!r}")
     if groups is None:
-        groups = torch.arange(sizes["Q"], device=codes.device)
+        digits = fold_queries(queries, mean, scale, book.unit)
+        _check_numbers(op, queries, mean, scale, digits)
+        return Folded(digits, torch.arange(sizes["Q"], device=codes.device), sizes["Q"])
     groups = groups.long()
     count = int(groups.max()) + 1 if len(groups) else 0
     fits = 0 <= int(groups.min() if len(groups) else 0) and count <= len(groups)
@@ -124,11 +125,26 @@ def check_and_fold(
         raise ValueError(
             f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
         )
+    folded = queries
     if reduce == "mean" and count != sizes["Q"]:
         exact = queries.double()
         sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
-        queries, groups = sums / members[:, None], torch.arange(count, device=codes.device)
-    return Folded(fold_queries(queries, mean, scale, book.unit), groups, count)
+        folded, groups = sums / members[:, None], torch.arange(count, device=codes.device)
+    digits = fold_queries(folded, mean, scale, book.unit)
+    _check_numbers(op, queries, mean, scale, digits)
+    return Folded(digits, groups, count)
+
+
+def _check_numbers(
+    op: str, queries: "torch.Tensor", mean: "torch.Tensor", scale: "torch.Tensor", digits: Digits
+) -> None:
+    """Refuse numbers that aren't finite, which all reach a query's `step` or `bias`, and negative scales."""
+    step, bias, scales = (x.detach().cpu().numpy() for x in (digits.step, digits.bias, scale))
+    if len(step) and np.isfinite(step).all() and np.isfinite(bias).all() and scales.min(initial=0) == 0:
+        return
+    check_scale(op, mean, scale)
+    if not _finite(queries):
+        raise ValueError(f"{op}: queries must be finite")
 
 
 def _finite(x: "torch.Tensor") -> bool:

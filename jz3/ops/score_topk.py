@@ -21,7 +21,7 @@ import numpy as np
 from jz3 import backend
 from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
 from jz3.ops.checks import check_tensors
-from jz3.ops.encode import CODEBOOKS, unpack_codes
+from jz3.ops.encode import CODEBOOKS, LEVELS, unpack_codes
 from jz3.ops.score_queries import check_and_fold, fold_queries
 
 if TYPE_CHECKING:
@@ -197,8 +197,6 @@ def score_topk_cpu(
     """
     import torch
 
-    book = CODEBOOKS[kind]
-    levels = torch.tensor(book.levels, dtype=torch.int8, device="cpu")
     if isinstance(codes, torch.Tensor):
         codes = (codes if codes.stride(1) == 1 else codes.contiguous(),)
     k = min(k, len(ids))
@@ -213,7 +211,7 @@ def score_topk_cpu(
         backend.extension().score_topk(
             addresses.ctypes.data,
             begins.ctypes.data,
-            levels.data_ptr(),
+            LEVELS[kind].ctypes.data,
             planes.data_ptr(),
             step.data_ptr(),
             bias.data_ptr(),
@@ -231,7 +229,7 @@ def score_topk_cpu(
             count,
             k,
             len(planes),
-            book.bits,
+            CODEBOOKS[kind].bits,
             instructions,
             backend.threads(),
         )
