@@ -60,8 +60,8 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
-_choices: dict[tuple[str, str, str], tuple[str, str]] = {}
-_obstacles: dict[tuple[str, str, str, bool], str] = {}
+_choices: dict[tuple[str, str, str, int], tuple[str, str]] = {}
+_obstacles: dict[tuple[str, str, str, bool, int], str] = {}
 _said: set[str] = set()
 
 
@@ -77,20 +77,20 @@ def call(name: str, *arguments: Any) -> Any:
         Jz3Error: `JZ3_BACKEND` forces a back end that can't run.
     """
     op, device = _ops[name], _device(arguments)
-    backend, _ = choose(name, device)
-    refused = []
-    while backend != "reference" and (reason := op.unsupported(backend, arguments)):
-        if forced(name):
-            raise Jz3Error(
-                f"JZ3_BACKEND forces {backend} for {name}, which can't take these arguments: {reason}"
-            )
-        refused.append(f"{backend} can't take {reason}")
-        candidates = (*_candidates(op, device), "reference")
-        later = candidates[candidates.index(backend) + 1 :]
-        backend = next(b for b in later if not _obstacle(name, b, device, wanted=False))
-    if refused:
-        _say_once(logging.INFO, f"{name} on {device} runs on {backend} where {', '.join(refused)}")
     with _current_device(arguments):
+        backend, _ = choose(name, device)
+        refused = []
+        while backend != "reference" and (reason := op.unsupported(backend, arguments)):
+            if forced(name):
+                raise Jz3Error(
+                    f"JZ3_BACKEND forces {backend} for {name}, which can't take these arguments: {reason}"
+                )
+            refused.append(f"{backend} can't take {reason}")
+            candidates = (*_candidates(op, device), "reference")
+            later = candidates[candidates.index(backend) + 1 :]
+            backend = next(b for b in later if not _obstacle(name, b, device, wanted=False))
+        if refused:
+            _say_once(logging.INFO, f"{name} on {device} runs on {backend} where {', '.join(refused)}")
         return implementation(name, backend)(*arguments)
 
 
@@ -103,13 +103,14 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
 def choose(name: str, device: str = "cpu") -> tuple[str, str]:
     """Return the back end that runs an op on a device (`cpu` or `cuda`), and why.
 
-    The first call for an op checks the candidate against the reference on a tiny input.
+    The first call for an op checks the candidate against the reference on a tiny input. `cuda` is the current GPU;
+    a machine's may differ, so that each is asked for itself.
 
     Raises:
         Jz3Error: `JZ3_BACKEND` is malformed or forces a back end that can't run.
     """
     wanted = forced(name)
-    key = (name, device, wanted)
+    key = (name, device, wanted, _gpu(device))
     if key not in _choices:
         _choices[key] = _forced_choice(name, device, wanted) if wanted else _best_choice(name, device)
         chosen, reason = _choices[key]
@@ -164,8 +165,8 @@ def _best_choice(name: str, device: str) -> tuple[str, str]:
 
 
 def _obstacle(name: str, backend: str, device: str, *, wanted: bool) -> str:
-    """Return why a back end can't run an op on a device, or an empty string; found out once."""
-    key = (name, backend, device, wanted)
+    """Return why a back end can't run an op on a device, or an empty string; found out once for each GPU."""
+    key = (name, backend, device, wanted, _gpu(device))
     if key not in _obstacles:
         _obstacles[key] = _find_obstacle(name, backend, device, wanted)
     return _obstacles[key]
@@ -229,13 +230,22 @@ def _first_tensor(arguments: tuple[Any, ...]) -> Any:
 
 
 def _current_device(arguments: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Make the GPU of the arguments the current one: Triton launches there and on its stream."""
+    """Make the GPU of the arguments the current one: it is asked what it can run, and Triton launches there."""
     first = _first_tensor(arguments)
     if first is None or first.device.type != "cuda":
         return contextlib.nullcontext()
     import torch
 
     return torch.cuda.device(first.device)
+
+
+def _gpu(device: str) -> int:
+    """Return the number of the GPU that `cuda` stands for; 0 where there is none."""
+    if device != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def _say_once(level: int, message: str) -> None:

@@ -154,6 +154,67 @@ def test_a_second_gpu_is_made_the_current_device(monkeypatch: pytest.MonkeyPatch
     assert backend.call("sketch", torch.zeros(1), 3) == current
 
 
+def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels aren't built for the second one; nothing is tried on the first in its place."""
+    capabilities, current, tried = [(9, 0), (12, 0)], [0], []
+
+    class On:
+        def __init__(self, number: int) -> None:
+            self.device = torch.device("cuda", number)
+
+        def dim(self) -> int:
+            return 1
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.number = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.number)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    class Module:
+        @staticmethod
+        def runs_on(major: int, minor: int) -> bool:
+            return (major, minor) == (9, 0)
+
+        @staticmethod
+        def archs() -> list[str]:
+            return ["90a"]
+
+    def native(name: str):
+        def run(*arguments: object) -> torch.Tensor:
+            tried.append((name, current[-1], "call" if arguments else "check"))
+            return torch.ones(1)
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[current[-1]])
+    monkeypatch.setattr(backend, "_load", lambda module: (Module, ""))
+    monkeypatch.setattr(backend, "triton_missing", lambda: "")
+    op = backend.Op(
+        name="sketch",
+        reference=lambda: torch.ones(1),
+        native={name: native(name) for name in ("cuda", "triton")},
+        example=lambda device: (),
+    )
+    monkeypatch.setitem(backend._ops, "sketch", op)
+    for number in (1, 0, 1):
+        backend.call("sketch", On(number))
+    assert tried == [
+        ("triton", 1, "check"),
+        ("triton", 1, "call"),
+        ("cuda", 0, "check"),
+        ("cuda", 0, "call"),
+        ("triton", 1, "call"),
+    ]
+
+
 def test_importing_ops_imports_no_torch() -> None:
     import subprocess
 
