@@ -40,6 +40,17 @@ def test_every_row_of_the_launch_table_is_a_case() -> None:
             assert {"num_warps", "num_stages"} < set(constants)
 
 
+def test_what_lies_along_y_is_what_the_ops_refuse_beyond() -> None:
+    """A launch has at most 65,535 blocks along y."""
+    from jz3.kernels import launch
+    from jz3.ops import sign_project, sketch
+
+    for table in launch.TABLE.values():
+        assert sketch.TRITON_MOST == 65_535 * table["sketch/any"]["BB"]
+        widths = {row["BN"] for name, row in table.items() if name.startswith("sign_project/")}
+        assert sign_project.TRITON_MOST == 65_535 * min(widths)
+
+
 def test_inputs_take_rows_that_exist() -> None:
     from jz3.kernels import launch, score_topk, segment_project, sign_project
 

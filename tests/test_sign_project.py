@@ -107,6 +107,14 @@ def test_float64_runs_on_the_reference_and_empty_is_fine() -> None:
     assert torch.equal(sign_project(x[:, :0].float(), 9, seed=0, name="m"), torch.zeros(2, 9))
 
 
+def test_as_many_rows_as_a_launch_reaches() -> None:
+    unsupported = backend._ops["sign_project"].unsupported
+    x = torch.ones(1, 8, dtype=torch.bfloat16).expand(module.CUDA_MOST + 1, -1)
+    assert not unsupported("cuda", (x[1:], 0, 4, 0))
+    assert "8388481 rows" in unsupported("cuda", (x, 0, 4, 0))
+    assert not unsupported("triton", (x, 0, 4, 0))
+
+
 def _key() -> int:
     from jz3.ops.signs import signs_key
 

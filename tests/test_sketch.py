@@ -53,6 +53,16 @@ def test_blocks_add_up_and_names_differ(on: str) -> None:
     assert not torch.equal(sketch(a, "a", 64, seed=0), sketch(a, "a", 64, seed=1))
 
 
+def test_the_most_buckets_go_where_a_launch_reaches_them() -> None:
+    from jz3.ops.sketch import MAX_DIM, TRITON_MOST
+
+    unsupported = backend._ops["sketch"].unsupported
+    block = torch.empty(1, 2, device="meta")
+    assert not unsupported("triton", (block, 0, TRITON_MOST))
+    assert "16777216 buckets" in unsupported("triton", (block, 0, MAX_DIM))
+    assert not unsupported("cpu", (block, 0, MAX_DIM))
+
+
 def test_inner_products_are_kept_on_average(on: str) -> None:
     x, y = normal(0, 1, 500, dtype=torch.float32), normal(1, 1, 500)
     y = y + x

@@ -23,8 +23,9 @@ CUDA_PARTIAL = 256 << 20
 """Columns that a CUDA block sums up, and the bytes of partial sums held at a time."""
 
 GRID = 65_535
-TRITON_MOST = 64 * GRID
-"""The most blocks of a launch along y or z, and so the most projections where these lie along y."""
+TRITON_MOST, CUDA_MOST = 64 * GRID, 128 * GRID
+"""The most blocks of a launch along y or z, and so the most projections of the Triton kernel and rows of the CUDA
+kernel, which lie along y."""
 
 TILE = 4 << 20
 """Numbers of x in float32, or signs where they can't be made as they are used, that the CPU implementation holds
@@ -144,6 +145,8 @@ def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
         return f"{k} projections (it takes up to {TRITON_MOST})"
     if chosen == "cuda" and dtype != "bfloat16":
         return f"{dtype} (it takes bfloat16)"
+    if chosen == "cuda" and len(x) > CUDA_MOST:
+        return f"{len(x)} rows (it takes up to {CUDA_MOST})"
     if chosen == "cuda" and (x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16):
         return "rows that aren't contiguous and aligned to 16 bytes"
     return dtype if dtype == "float64" else ""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIM = 1 << 24
+TRITON_MOST = 256 * 65_535
+"""Buckets of the Triton kernel: a launch has at most 65,535 blocks along y, of 256 buckets."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -114,6 +116,8 @@ def _sketch_triton(block: "torch.Tensor", key: int, dim: int) -> "torch.Tensor":
 def _unsupported(chosen: str, arguments: tuple[Any, ...]) -> str:
     if chosen == "triton" and arguments[0].shape[1] >= 1 << 31:
         return "2^31 coordinates or more"
+    if chosen == "triton" and arguments[2] > TRITON_MOST:
+        return f"{arguments[2]} buckets (it takes up to {TRITON_MOST})"
     return "float64" if str(arguments[0].dtype) == "torch.float64" else ""
 
 
