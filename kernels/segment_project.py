@@ -79,8 +79,9 @@ def segment_project_kernel(
 
 @triton.jit
 def segment_sum_kernel(p_partial, p_first, p_out, n, B: tl.constexpr):
-    segment = tl.program_id(1)
-    j = tl.program_id(0) * B + tl.arange(0, B)
+    parts = tl.cdiv(n, B)
+    segment = tl.program_id(0) // parts
+    j = tl.program_id(0) % parts * B + tl.arange(0, B)
     first, last = tl.load(p_first + segment), tl.load(p_first + segment + 1)
     acc = tl.zeros((B,), tl.float32)
     for chunk in range(first, last):
@@ -145,9 +146,6 @@ def segment_project(
     n = outputs * columns
     first_chunk = torch.tensor(first, dtype=torch.int64, device=a.device)
     summing = launch.parameters("segment_sum/any", a.device)
-    grid = (
-        cdiv(n, summing["B"]),
-        len(first) - 1,
-    )  # a layer's exact gradient has more blocks than y reaches, 65,535
-    segment_sum_kernel[grid](partial, first_chunk, out, n, **summing)
+    # All along x: y reaches 65,535, and a batch may have more documents, a layer's exact gradient more blocks.
+    segment_sum_kernel[(cdiv(n, summing["B"]) * (len(first) - 1),)](partial, first_chunk, out, n, **summing)
     return out

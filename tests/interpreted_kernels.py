@@ -79,6 +79,24 @@ def test_strides_and_emptiness() -> None:
     assert segment_project(a, g, left, torch.tensor([3])).shape == (0, 8, 8)
 
 
+def test_more_documents_than_a_grid_has_rows_are_launchable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: grids.append(self.grid))
+    a = torch.ones(70_000, 1)
+    segment_project(a, a, None, torch.arange(70_001))
+    assert grids == [(70_000, 1, 1), (70_000,)]  # at most 2^31 - 1, 65,535 and 65,535
+
+
+def test_sums_of_several_blocks_of_several_documents() -> None:
+    a, g = normal(0, 700, 40), normal(1, 700, 60)
+    bounds = torch.tensor([0, 300, 300, 600, 650])
+    expected = segment_project_reference(a, g, None, bounds)
+    with guarded():
+        assert torch.allclose(segment_project(a, g, None, bounds), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_every_access_is_in_bounds() -> None:
     a, g, left, x = normal(0, 67, 9), normal(1, 67, 33), normal(2, 33, 5), normal(3, 3, 300)
     with guarded():

@@ -157,7 +157,7 @@ def test_segment_project(arch: int, dense: bool) -> None:
         grid = (len(chunks), cdiv(p_o, blocks(arch, row)["BQ"]), 1)
         machine.run(kernel, grid, *addresses, p_i, o, p_o, 32, 80, 48)
         n, width = p_o * p_i, blocks(arch, "segment_sum/any")["B"]
-        machine.run(summing, (cdiv(n, width), 3), partial, machine.put(np.array(first, np.int64)), out, n)
+        machine.run(summing, (cdiv(n, width) * 3,), partial, machine.put(np.array(first, np.int64)), out, n)
         return [machine.get(out, 3, p_o, p_i)]
 
     (got,) = on_every_schedule(execute)
