@@ -1,4 +1,4 @@
-"""score_topk in Triton: scores of a million rows of codes at a time on the integer tensor cores, the best by torch.
+"""score_topk in Triton: scores of codes on the integer tensor cores, up to a million rows at a time, the best by torch.
 
 A byte of codes holds 1, 2, 4 or 8 coordinates. Its first ones, as int8 levels, are multiplied with the queries' digits
 of just these coordinates, then its second ones, and so on: nothing is unpacked in memory. A query's planes are
@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 
 from jz3.kernels import cdiv, launch
-
-ROWS = 1 << 20
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -169,15 +167,16 @@ def score_topk(
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton implementation of `jz3.ops.score_topk`, with the signature of its reference."""
-    from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
+    from jz3.ops.best import best_of_groups, chunk_topk, merge_topk, rows_at_once
 
     device = codes.device
     best = (
         torch.empty(count, 0, device=device, dtype=torch.float32),
         torch.empty(count, 0, dtype=torch.int64, device=device),
     )
-    for begin in range(0, len(codes) if count else 0, ROWS):
-        rows = slice(begin, begin + ROWS)
+    chunk = rows_at_once(len(step))
+    for begin in range(0, len(codes) if count else 0, chunk):
+        rows = slice(begin, begin + chunk)
         scores = score_rows(codes[rows], kind, planes, step, bias, row_scale[rows])
         best = merge_topk([best, chunk_topk(best_of_groups(scores, groups, count), ids[rows], k)], k)
     return best

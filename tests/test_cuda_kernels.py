@@ -15,11 +15,12 @@ from simulated_cuda import SimulatedCuda, build_launchers, install
 from simulated_ptx import struct
 
 from jz3 import backend
-from jz3.ops.best import chunk_topk, top_k
+from jz3.ops.best import chunk_topk, rows_at_once, top_k
 from jz3.ops.encode import CODEBOOKS, encode
 from jz3.ops.score_queries import fold_queries
 from jz3.ops.score_topk import (
     _score_topk_cuda,
+    score_codes_reference,
     score_topk,
     score_topk_reference,
 )
@@ -130,6 +131,27 @@ def test_scores_are_exact(
             values, found = _score_topk_cuda(*arguments, queries, rows)
         assert extension.launched == [f"jz3_score_{bits}bit_{size}" for size in kernels]
         assert torch.equal(values, expected[0]) and torch.equal(found, expected[1])
+
+
+def test_scores_held_at_a_time_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for queries in (0, 1, 64, 257, 5_000, 1 << 18):
+        assert rows_at_once(queries) % 256 == 0 < rows_at_once(queries) <= 1 << 20
+        assert 4 * rows_at_once(queries) * queries <= max(1 << 30, 4 * 256 * queries)
+    rows, seen = 1100, []
+
+    def scores(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(len(codes))
+        return score_codes_reference(codes, *rest)
+
+    monkeypatch.setattr("jz3.ops.best.MOST_SCORES", 1 << 12)
+    monkeypatch.setattr("jz3.ops.score_topk.score_codes_cuda", scores)
+    digits = fold_queries(normal(3, 8, 16), normal(1, 16), normal(2, 16).abs(), CODEBOOKS["int8"].unit)
+    codes = torch.from_numpy(np.random.default_rng(0).integers(1, 256, (rows, 16), dtype=np.uint8))
+    planes = (digits.planes, digits.step, digits.bias, normal(4, rows))
+    arguments = (codes, "int8", *planes, torch.arange(rows).flip(0), torch.arange(8), 8, 30)
+    for got, expected in zip(_score_topk_cuda(*arguments), score_topk_reference(*arguments), strict=True):
+        assert torch.equal(got, expected)
+    assert seen == [512, 512, 76]
 
 
 def test_chunk_topk_of_nothing_but_nan_is_no_shorter() -> None:

@@ -8,7 +8,7 @@
 // byte permutations: the nibbles of 16 bits select four levels, which for 1- and 2-bit codes are those of every
 // fourth or second code. The eight columns of a product are the two planes of four queries, and a thread has both of a
 // query; it puts them together to one 64-bit integer, and the rest is float64 in the order of the definition. What is
-// written, 4 bytes per row and query, is a small part of what is read; the best are picked from it outside, a
+// written, 4 bytes per row and query, is a small part of what is read; the best are picked from it outside, up to a
 // million rows at a time.
 //
 // More than 64 queries are several layers of blocks. Those of the same rows follow each other, so that the codes

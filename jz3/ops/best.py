@@ -7,6 +7,15 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_ROWS, MOST_SCORES = 1 << 20, 1 << 28
+"""Rows, and scores of rows and queries, that a GPU holds at a time."""
+
+
+def rows_at_once(queries: int) -> int:
+    """Return how many rows a GPU scores at a time: a million for up to 256 queries, fewer for more."""
+    return max(256, min(MOST_ROWS, MOST_SCORES // max(queries, 1)) // 256 * 256)
+
+
 def top_k(values: "torch.Tensor", ids: "torch.Tensor", k: int) -> "tuple[torch.Tensor, torch.Tensor]":
     """Return the k best of every row by (value descending, id ascending), in that order.
 

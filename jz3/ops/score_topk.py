@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jz3 import backend
-from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
+from jz3.ops.best import best_of_groups, chunk_topk, merge_topk, rows_at_once
 from jz3.ops.checks import check_tensors
 from jz3.ops.encode import CODEBOOKS, LEVELS, unpack_codes
 from jz3.ops.score_queries import check_and_fold, fold_queries
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 REFERENCE_ROWS = 4096
-CUDA_ROWS = 1 << 20
 CUDA_MAX_DIM = 1 << 17
 """Coordinates whose integer sums fit 32 bits."""
 
@@ -315,12 +314,13 @@ def _score_topk_cuda(
     count: int,
     k: int,
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Scores by the compiled kernel, a million rows at a time, and the best of them by torch."""
+    """Scores by the compiled kernel, up to a million rows at a time, and the best of them by torch."""
     import torch
 
     best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for begin in range(0, len(codes) if count else 0, CUDA_ROWS):
-        rows = slice(begin, begin + CUDA_ROWS)
+    chunk = rows_at_once(len(step))
+    for begin in range(0, len(codes) if count else 0, chunk):
+        rows = slice(begin, begin + chunk)
         scores = score_codes_cuda(codes[rows], kind, planes, step, bias, row_scale[rows])
         best.append(chunk_topk(best_of_groups(scores, groups, count), ids[rows], k))
         best = [merge_topk(best, k)]
