@@ -38,8 +38,13 @@ def sketch_kernel(p_block, p_first, p_order, p_out, S, K, stride_block, BS: tl.c
 
 
 @functools.lru_cache(maxsize=512)
-def sorted_plan(key: int, n: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def sorted_plan(
+    key: int, n: int, dim: int, device: torch.device, stream: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the coordinates by bucket, ascending in each.
+
+    Every stream has its own: what one drops, torch may give to the next kernels of the stream that it was made on,
+    while another stream still reads it.
 
     Returns:
         first: int32 [dim + 1], where every bucket's coordinates begin.
@@ -59,7 +64,8 @@ def sketch(block: torch.Tensor, key: int, dim: int) -> torch.Tensor:
     if block.stride(1) != 1:
         block = block.contiguous()
     rows, n = block.shape
-    first, order = sorted_plan(key, n, dim, block.device)
+    stream = torch.cuda.current_stream(block.device).cuda_stream if block.is_cuda else 0
+    first, order = sorted_plan(key, n, dim, block.device, stream)
     out = torch.empty(rows, dim, dtype=torch.float32, device=block.device)
     if rows:
         blocks = launch.parameters("sketch/any", block.device)

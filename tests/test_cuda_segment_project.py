@@ -6,6 +6,7 @@ Skipped without nvcc. The marked tests run on a GPU itself.
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,27 @@ def test_tokens_of_documents_in_any_order(
     assert torch.equal(
         got, run(monkeypatch, on_hopper, "sm80", a, g, left, bounds, tokens, None, capability=(9, 0))
     )
+
+
+def test_every_stream_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorded:
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, int]] = []
+
+        def archs(self) -> list[str]:
+            return ["80"]
+
+        def segment_project(self, **x: Any) -> None:
+            self.calls.append((x["stream"], x["slots"]))
+
+    extension, stream = Recorded(), SimpleNamespace(cuda_stream=0)
+    install(monkeypatch, extension, (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    a, g, left, _, _ = example("dense", torch.bfloat16, 72, 16, 8, SHORT[-2:])
+    for stream.cuda_stream in (3, 3, 7, 3):
+        backend.implementation("segment_project", "cuda")(a, g, left, torch.tensor(SHORT[-2:]), None, None)
+    (one, slots), again, (other, others), last = extension.calls
+    assert (one, other) == (3, 7) and again == last == (3, slots) and slots != others
 
 
 def bytes_moved(plan: Plan, width: int, outputs: int, columns: int) -> tuple[int, int]:

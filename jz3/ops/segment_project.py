@@ -329,7 +329,9 @@ def _segment_project_cuda(
     hopper = hopper and kind == DENSE and tokens is None and max(rows, columns) > SMALL
     tile = SLOTS_SM90 if hopper else SLOTS
     limit = piece_limit(width, rows, columns, tile)
-    plan, (slots, *tables) = _plan_on(bounds.numpy().tobytes(), limit, tile, a.device)
+    with torch.cuda.device(a.device):
+        stream = torch.cuda.current_stream().cuda_stream
+    plan, (slots, *tables) = _plan_on(bounds.numpy().tobytes(), limit, tile, a.device, stream)
     if tokens is not None:
         slots = torch.where(slots < 0, -1, tokens[slots.clamp(min=0)]).int()
     pieces, tiles, groups, first, documents = tables
@@ -337,7 +339,6 @@ def _segment_project_cuda(
     partial = torch.empty(int(plan.partials[-1]), rows, columns, device=a.device, dtype=torch.float32)
     a = _aligned(a)
     with torch.cuda.device(a.device):
-        stream = torch.cuda.current_stream().cuda_stream
         module.segment_project(
             a=a.data_ptr(),
             g=g.data_ptr(),
@@ -377,9 +378,13 @@ def _segment_project_cuda(
 
 @functools.lru_cache(maxsize=16)
 def _plan_on(
-    bounds: bytes, limit: int, tile: int, device: "torch.device"
+    bounds: bytes, limit: int, tile: int, device: "torch.device", stream: int
 ) -> "tuple[Plan, tuple[torch.Tensor, ...]]":
-    """Plan once for all modules of a batch."""
+    """Plan once for all modules of a batch.
+
+    Every stream has tables of its own: what one drops, torch may give to the next kernels of the stream that it was
+    made on, while another stream still reads it.
+    """
     import torch
 
     plan = plan_segments(np.frombuffer(bounds, np.int64), limit, tile)
