@@ -104,10 +104,10 @@ def agree(one: Any, other: Any) -> bool:
 def measure(op: str, case: dict[str, Any], device: str, budget: float) -> dict[str, Any]:
     """Time one case and its plain version."""
     ours, plain = seconds(case["run"], device, budget), seconds(case["plain"], device, budget)
-    middle = statistics.median(ours)
+    middle, called = statistics.median(ours), case.get("op", op)
     return {
         "op": op,
-        "backend": backend.choose(case.get("op", op), device)[0],
+        "backend": backend.choose(called, backend.place(called, device))[0],
         **{key: case[key] for key in ("name", "rows", "dim", "dtype")},
         "ms": middle * 1e3,
         "ms_p20": ours[len(ours) // 5] * 1e3,

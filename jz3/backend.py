@@ -120,6 +120,11 @@ def choose(name: str, device: str = "cpu") -> tuple[str, str]:
     return _choices[key]
 
 
+def place(name: str, device: str) -> str:
+    """Return where an op runs for a device: what only the CPU has an implementation of is done there and brought."""
+    return "cpu" if set(_ops[name].native) == {"cpu"} else device
+
+
 def forced(name: str) -> str:
     """Return the back end that `JZ3_BACKEND` forces for an op, or an empty string.
 
@@ -344,8 +349,7 @@ def report(device: str = "") -> dict[str, Any]:
     ops = {}
     for name, module in OPS.items():
         importlib.import_module(f"jz3.ops.{module}")
-        # What only the CPU has an implementation of is done there and brought to the device.
-        chosen, reason = choose(name, "cpu" if set(_ops[name].native) == {"cpu"} else device)
+        chosen, reason = choose(name, place(name, device))
         ops[name] = {"backend": chosen, "reason": reason}
     features = extension().cpu_features() if not extension_missing() else extension_missing()
     return {

@@ -39,6 +39,11 @@ def test_report_names_a_back_end_and_a_reason_for_every_op() -> None:
     assert all(op["backend"] in backend.BACKENDS and op["reason"] for op in report["ops"].values())
 
 
+def test_what_only_the_cpu_can_do_is_done_there_for_a_gpu() -> None:
+    assert backend.place("signs", "cuda") == backend.place("signs", "cpu") == "cpu"
+    assert backend.place("sketch", "cuda") == "cuda"
+
+
 def test_compiled_ops_are_preferred() -> None:
     if backend.extension_missing():
         pytest.skip(backend.extension_missing())
