@@ -299,6 +299,24 @@ def test_gpu_is_used_where_faiss_has_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(opened(tmp_path / "index").search(values_of(0)[:1].numpy(), 5)[1][0]) == 5
 
 
+def test_what_faiss_has_no_gpu_index_for_is_built_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU, PQ64 is refused for its tables in shared memory, and fast scan altogether."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Error in clone_Index: This index type is not implemented on GPU.")
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
+    store = fill(tmp_path / "store", 1)
+    build_index(vectors_of(store), tmp_path / "index", IndexConfig(factory="IVF4,SQ8", probes=4))
+    assert "on the CPU: Error in clone_Index: This index type is not implemented on GPU." in caplog.text
+    assert len(opened(tmp_path / "index").search(values_of(0)[:1].numpy(), 5)[1][0]) == 5
+
+
 def docs(folder: Path, count: int = 50) -> Path:
     rows = [
         Doc(id=f"{(i * 0x9E3779B97F4A7C15) % 2**64:016x}", text=f"text {i} \u00e9\n", source="s", tokens=i)

@@ -8,6 +8,7 @@ Parts are whole or absent, so that a killed build goes on and a grown store give
 ids inside are the documents' own.
 """
 
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from jz3.store import Shard
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 FORMAT = "jz3-index-1"
 HNSW_LINKS = 1024
@@ -280,10 +283,13 @@ def _write_part(
     advance: Callable[[int], None],
 ) -> None:
     index = faiss.read_index(str(folder / "trained.faiss"))
-    on_gpu = bool(faiss.get_num_gpus()) and faiss.try_extract_index_ivf(index) is not None
-    if on_gpu:
-        resources = faiss.StandardGpuResources()
-        index = faiss.index_cpu_to_gpu(resources, 0, index)
+    on_gpu = False
+    if faiss.get_num_gpus() and faiss.try_extract_index_ivf(index) is not None:
+        try:
+            resources = faiss.StandardGpuResources()
+            index, on_gpu = faiss.index_cpu_to_gpu(resources, 0, index), True
+        except RuntimeError as error:  # it has no such index there, as PQ64, or no memory for it
+            log.warning("FAISS adds to the index on the CPU: %s", error)
     ids: dict[int, np.ndarray] = {}
     for shard, start, values in vectors.blocks(shards):
         if shard.number not in ids:
