@@ -171,7 +171,8 @@ def _pieces(codes: "Sequence[torch.Tensor]") -> "torch.Tensor | tuple[torch.Tens
         for piece in codes
         if len(piece)
     ) or (codes[0],)
-    if len(pieces) > 1 and backend.choose("score_topk", pieces[0].device.type)[0] == "cpu":
+    on_cpu = pieces[0].device.type == "cpu"
+    if len(pieces) > 1 and on_cpu and backend.choose("score_topk")[0] == "cpu":
         return pieces
     return torch.cat(pieces)
 
