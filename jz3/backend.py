@@ -217,7 +217,8 @@ def _difference(got: Any, expected: Any, exact: bool) -> str:
     if exact:
         return "" if torch.equal(got, expected) else "the results differ"
     error = float((got.double() - expected.double()).abs().max()) if got.numel() else 0.0
-    allowed = 1e-4 * float(expected.double().abs().max()) if got.numel() else 0.0
+    share = 2e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    allowed = share * float(expected.double().abs().max()) if got.numel() else 0.0
     return "" if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
 
 

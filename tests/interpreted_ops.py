@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, normal
 from interpreted import DTYPES, far_apart, guarded
-from kernel_cases import mutant
+from kernel_cases import Elsewhere, mutant
 from test_ce_hidden_grad import by_autograd
 
 from jz3 import backend
@@ -233,6 +233,17 @@ def test_the_guard_catches_a_dropped_mask(module, old: str, new: str, tmp_path: 
             broken.encode(normal(0, 5, 131), normal(1, 131), normal(2, 131).abs(), "4bit")
         else:
             broken.score_topk(*score_arguments("4bit", 3, 20, 4, 2))
+
+
+@pytest.mark.parametrize(
+    "name", ["ce_hidden_grad", "segment_project", "sign_project", "score_topk", "score_codes"]
+)
+def test_the_check_that_gpus_make_at_the_start_is_passed(name: str) -> None:
+    __import__(f"jz3.ops.{backend.OPS[name]}")
+    op = backend._ops[name]
+    assert backend._self_check(op, "triton", Elsewhere("cpu")) == ""
+    if name == "ce_hidden_grad":
+        assert backend._self_check(op, "cuda", Elsewhere("cpu")) == ""
 
 
 def test_the_ops_run_on_triton_when_told_to(monkeypatch: pytest.MonkeyPatch) -> None:

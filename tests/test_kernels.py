@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BUDGETS, KERNELS, measured, shipped
+from kernel_cases import BUDGETS, KERNELS, Elsewhere, measured, shipped
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 TENSOR_CORES = {80: ("HMMA", "IMMA"), 90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "UTCIMMA")}
@@ -49,6 +49,27 @@ def test_what_lies_along_y_is_what_the_ops_refuse_beyond() -> None:
         assert sketch.TRITON_MOST == 65_535 * table["sketch/any"]["BB"]
         widths = {row["BN"] for name, row in table.items() if name.startswith("sign_project/")}
         assert sign_project.TRITON_MOST == 65_535 * min(widths)
+
+
+def test_what_is_checked_on_a_gpu_at_the_start_is_what_large_inputs_take() -> None:
+    from jz3 import backend
+    from jz3.kernels import launch, score_topk, segment_project, sign_project
+
+    def example(name: str) -> tuple[Any, ...]:
+        importlib.import_module(f"jz3.ops.{backend.OPS[name]}")
+        return backend._ops[name].example(elsewhere)
+
+    elsewhere, half = Elsewhere("cpu"), torch.bfloat16
+    a, _, left, *_ = example("segment_project")
+    case = segment_project.case(left.shape[1], a.shape[1], a.dtype)
+    assert case == segment_project.case(1000, 1000, half) == "segment_project/half/large"
+    x, *_ = example("sign_project")
+    assert sign_project.case(len(x), x.dtype) == sign_project.case(1000, half) == "sign_project/half/128"
+    h, weight, *_ = example("ce_hidden_grad")
+    assert launch.kind(h.dtype) == "half" and h.shape[1] > 64 and len(weight) > 128
+    for name in ("score_topk", "score_codes"):
+        codes, _, planes, *_ = example(name)
+        assert score_topk.case(4, 2 * planes.shape[1]) == "score_codes/wide/128" and len(codes) > 256
 
 
 def test_inputs_take_rows_that_exist() -> None:

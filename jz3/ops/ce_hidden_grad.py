@@ -196,9 +196,19 @@ def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    h, weight, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 6), (11, 6), (5,)))
     y = torch.tensor([0, 10, IGNORE, 3, 3], device=device)
-    return *(torch.from_numpy(x).to(device) for x in (h, weight)), y, torch.from_numpy(weights).to(device)
+    if device == "cpu":
+        h, weight, weights = (
+            torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+            for shape in ((5, 6), (11, 6), (5,))
+        )
+        return h, weight, y, weights
+    # Half precision, as models have on GPUs, and several tiles; logits of small whole numbers are exact in it.
+    h, weight = (
+        torch.from_numpy(rng.integers(-1, 2, shape).astype(np.float32)).to(device, torch.bfloat16)
+        for shape in ((40, 80), (300, 80))
+    )
+    return h, weight, y.repeat(8), torch.from_numpy(rng.random(40, np.float32)).to(device)
 
 
 backend.register(

@@ -195,10 +195,11 @@ def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    codes = torch.from_numpy(rng.integers(0, 256, (50, 32), dtype=np.uint8)).to(device)
+    rows, count = (50, 5) if device == "cpu" else (300, 40)  # as of score_topk
+    codes = torch.from_numpy(rng.integers(0, 256, (rows, 32), dtype=np.uint8)).to(device)
     queries, mean, scale, row_scale = (
         torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
-        for shape in ((5, 64), (64,), (64,), (50,))
+        for shape in ((count, 64), (64,), (64,), (rows,))
     )
     digits = fold_queries(queries, mean, scale.abs(), CODEBOOKS["4bit"].unit)
     return codes, "4bit", digits.planes, digits.step, digits.bias, row_scale

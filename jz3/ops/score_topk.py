@@ -365,17 +365,18 @@ def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    dim = 38 if device == "cpu" else 64
-    codes = torch.from_numpy(rng.integers(0, 256, (50, dim // 2), dtype=np.uint8)).to(device)
+    # On a GPU more rows than a block has, and enough queries for the largest.
+    dim, rows, each = (38, 50, 1) if device == "cpu" else (64, 300, 8)
+    codes = torch.from_numpy(rng.integers(0, 256, (rows, dim // 2), dtype=np.uint8)).to(device)
     codes[7] = codes[3]
     queries, mean, scale, row_scale = (
         torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(device)
-        for shape in ((5, dim), (dim,), (dim,), (50,))
+        for shape in ((5 * each, dim), (dim,), (dim,), (rows,))
     )
     row_scale[7] = row_scale[3]
     digits = fold_queries(queries, mean, scale.abs(), CODEBOOKS["4bit"].unit)
-    ids = torch.arange(50, device=device).flip(0)
-    groups = torch.tensor([1, 0, 0, 2, 1], device=device)
+    ids = torch.arange(rows, device=device).flip(0)
+    groups = torch.tensor([1, 0, 0, 2, 1] * each, device=device)
     return codes, "4bit", digits.planes, digits.step, digits.bias, row_scale, ids, groups, 3, 20
 
 

@@ -441,10 +441,11 @@ def _example(device: str) -> tuple[Any, ...]:
     import torch
 
     rng = np.random.default_rng(0)
-    # Small integers: every sum is exact in every dtype, so that the check bites at any error. More than SMALL
-    # outputs and several tiles: a device's best kernel is the one that is checked.
-    a, g, left = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((300, 8), (300, 16), (16, 72)))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    # Small integers: every sum is exact in every dtype, so that the check bites at any error. On a GPU more outputs
+    # and columns than the largest block has, and several tiles: its best kernel is the one that is checked.
+    outputs, columns, dtype = (72, 8, torch.float32) if device == "cpu" else (136, 136, torch.bfloat16)
+    shapes = ((300, columns), (300, 16), (16, outputs))
+    a, g, left = (rng.integers(-2, 3, shape).astype(np.float32) for shape in shapes)
     bounds = torch.tensor([0, 3, 3, 290])
     return *(torch.from_numpy(x).to(device, dtype) for x in (a, g, left)), bounds, None, None
 
