@@ -41,8 +41,8 @@ POINTER = "import ctypes, torch; ctypes.string_at(torch.ones(3, device='cuda').d
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the virtual GPU")
+    if obstacle := virtual_gpu.obstacle():
+        pytest.skip(obstacle)
     return virtual_gpu.build(tmp_path_factory.mktemp("virtual_gpu"))
 
 
@@ -56,6 +56,14 @@ def run(library: Path, *arguments: str | Path, **environment: str) -> subprocess
 def run_code(library: Path, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     (folder / "code.py").write_text(code)
     return run(library, folder / "code.py")
+
+
+def test_a_torch_for_gpus_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    monkeypatch.setattr(virtual_gpu, "_torch_folder", lambda: tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert "torch is a build for GPUs" in virtual_gpu.obstacle()
 
 
 def test_the_device(library: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ waits of the host for the device. It says nothing about kernels, which the simul
 import contextlib
 import ctypes
 import importlib.util
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,16 @@ MEMORY = 8 << 30
 
 _loaded: list[ctypes.CDLL] = []
 _registered: list[Any] = []  # torch forgets implementations when their library is collected
+
+
+def obstacle() -> str:
+    """Return why there can be no virtual GPU here, or an empty string."""
+    if shutil.which("g++") is None:
+        return "no g++ to build the virtual GPU"
+    if any((_torch_folder() / "lib" / f"libtorch_{kind}.so").exists() for kind in ("cuda", "hip")):
+        # It would end the process: torch's registry takes one set of hooks for CUDA.
+        return "torch is a build for GPUs, whose CUDA device can't be replaced"
+    return ""
 
 
 def build(folder: Path) -> Path:
