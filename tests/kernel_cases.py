@@ -193,8 +193,10 @@ def shipped(arch: int) -> list[Case]:
     ]
 
 
-def compiled(case: Case, module: ModuleType | None = None, **changed: Any):
-    """Compile a case, or that of another copy of its module; `changed` replaces constants or launch parameters."""
+def compiled(case: Case, module: ModuleType | None = None, target: int = 0, **changed: Any):
+    """Compile a case, or that of another copy of its module or for another architecture (`target`); `changed` replaces
+    constants or launch parameters.
+    """
     from gpu_without_gpu.triton_aot import compile_aot
 
     from jz3.kernels import launch
@@ -210,7 +212,7 @@ def compiled(case: Case, module: ModuleType | None = None, **changed: Any):
         function,
         {name: signature[name] for name in function.arg_names},
         constants,
-        arch=case.arch,
+        arch=target or case.arch,
         options=options | {"enable_fp_fusion": launch.fuses(case.row)},
         div16=kernel.aligned,
     )
@@ -231,9 +233,9 @@ def mutant(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> Modul
     return loaded
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """Return what a compiled case takes."""
-    resources = compiled(case).resources
+def measured(case: Case, target: int = 0) -> dict[str, Any]:
+    """Return what a case takes, compiled for its or for another architecture."""
+    resources = compiled(case, target=target).resources
     return {name: resources[name] for name in ("registers", "shared", "spills", "mma")}
 
 

@@ -86,6 +86,17 @@ def test_inputs_take_rows_that_exist() -> None:
             assert score_topk.case(bits, size) in launch.TABLE[80]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", [86, 89, 120])
+def test_devices_without_a_table_have_room_for_the_rows_of_sm_80(target: int) -> None:
+    """Consumer cards: 99 KB of shared memory a block."""
+    for case in shipped(80):
+        took = measured(case, target)
+        assert took["shared"] <= 99 << 10 and took["spills"] <= 4, (case.name, took)
+        assert bool(took["mma"]) == KERNELS[case.kernel].mma, (case.name, took)
+
+
 @pytest.mark.timeout(1200)
 def test_every_configuration_compiles_within_its_budget() -> None:
     """No spills; registers and shared memory as committed; the architecture's own tensor cores where meant."""
