@@ -21,7 +21,9 @@ T* at(uintptr_t address) {
 }
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it, or the next launch would be taken to have failed of it
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 std::vector<std::string> archs() {

@@ -20,6 +20,7 @@ dim3 grid, block;
 size_t shared;
 cudaStream_t stream;
 int allowed = 0, most_shared = 227 << 10;
+cudaError_t last = cudaSuccess;
 std::vector<int64_t> first_queries;  // of each launch of score_topk
 
 CUresult encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
@@ -75,9 +76,17 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void** argum
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) allowed = value;
+  if (allowed > most_shared) last = cudaErrorInvalidValue;
   return allowed <= most_shared ? cudaSuccess : cudaErrorInvalidValue;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last;
+  last = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "another error";
+}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

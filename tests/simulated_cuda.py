@@ -1,8 +1,11 @@
 """Stands in for `jz3._cuda` in tests: runs the PTX of its kernels on the memory of CPU tensors."""
 
 import ctypes
+import importlib.util
 import subprocess
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,25 @@ def build_launchers(folder: Path) -> Any:
     for launcher in (launchers.launch, launchers.launch_sum, launchers.launch_score):
         launcher.restype = ctypes.c_char_p
     return launchers
+
+
+def build_module(folder: Path) -> Any:
+    """Build the extension itself on the runtime that takes notes; `recorded` is the library."""
+    import pybind11
+
+    sources = [Path(__file__).with_name("recorded_launches.cpp"), SOURCES / "cuda_bindings.cpp"]
+    sources += (SOURCES / "cuda").glob("*.cu")
+    path = folder / "_cuda.so"
+    includes = (SOURCES, pybind11.get_include(), sysconfig.get_path("include"))
+    options = ["-O1", "-Xcicc", "-O0", "-std=c++17", "-gencode", "arch=compute_90a,code=compute_90a"]
+    options += [f"-I{include}" for include in includes] + ['-DJZ3_CUDA_ARCHS="90a"']
+    options += ["-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-o", str(path)]
+    subprocess.run(["nvcc", *options, *map(str, sources)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return SimpleNamespace(module=module, recorded=ctypes.CDLL(str(path)))
 
 
 class SimulatedCuda:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
-from simulated_cuda import SimulatedCuda, build_launchers, install
+from simulated_cuda import SimulatedCuda, build_launchers, build_module, install
 from simulated_ptx import struct
 
 from jz3 import backend
@@ -176,6 +176,26 @@ def test_the_extension_loads_without_a_driver_and_knows_its_devices() -> None:
     if set(module.archs()) == {"80", "90a"}:
         expected = {(8, 0): True, (8, 6): True, (9, 0): True, (7, 5): False, (10, 0): False, (9, 1): False}
         assert {device: module.runs_on(*device) for device in expected} == expected
+
+
+@needs_nvcc
+def test_a_launch_is_not_taken_to_fail_of_an_earlier_error(tmp_path: Path) -> None:
+    built = build_module(tmp_path)
+    names = (
+        "a g left out partial slots pieces tiles groups width outputs columns stride_a stride_g stride_left"
+    )
+    arguments = dict.fromkeys(names.split(), 0) | {"width": 64, "outputs": 128, "columns": 128}
+    arguments |= {"kind": 0, "bf16": True, "blocks": 1, "tokens": 16, "sm90": False, "stream": 0}
+
+    def launch() -> None:
+        built.module.segment_project(**arguments, scale=1.0)
+
+    launch()
+    built.recorded.set_shared_memory(48 << 10)
+    with pytest.raises(RuntimeError, match="CUDA: invalid argument"):
+        launch()
+    built.recorded.set_shared_memory(227 << 10)
+    launch()
 
 
 @pytest.mark.gpu
