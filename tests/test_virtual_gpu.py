@@ -36,6 +36,27 @@ for mix in (torch.add, torch.matmul, lambda a, b: torch.cat([a, b]), lambda a, b
     else:
         raise SystemExit(f"{mix} took tensors of two devices")
 """
+TASKS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from jz3.ops.score_topk import score_topk
+
+class InAnyOrder(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert "index_add" not in function.name() or not arguments[0].is_cuda, "a GPU adds in any order"
+        return function(*arguments, **(options or {}))
+
+generator = torch.Generator().manual_seed(0)
+queries, mean, scale = (torch.rand(*size, generator=generator) for size in ((9, 64), (64,), (64,)))
+codes, groups = torch.randint(1, 256, (50, 64), generator=generator, dtype=torch.uint8), torch.arange(9) % 2
+
+def run(place):
+    c, m, s, q, g = (x.to(place) for x in (codes, mean, scale, queries, groups))
+    with InAnyOrder():
+        return [x.cpu() for x in score_topk(c, m, s, "int8", q, 7, groups=g)]
+
+assert all(map(torch.equal, run("cuda"), run("cpu")))
+"""
 POINTER = "import ctypes, torch; ctypes.string_at(torch.ones(3, device='cuda').data_ptr(), 4)"
 
 
@@ -71,6 +92,11 @@ def test_the_device(library: Path, tmp_path: Path) -> None:
     done = run_code(library, tmp_path, DEVICE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert run_code(library, tmp_path, POINTER).returncode == -signal.SIGSEGV
+
+
+def test_tasks_of_several_queries_are_summed_in_order(library: Path, tmp_path: Path) -> None:
+    done = run_code(library, tmp_path, TASKS)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_features_and_engine(library: Path, tiny_model: Path) -> None:

@@ -127,9 +127,11 @@ def check_and_fold(
         )
     folded = queries
     if reduce == "mean" and count != sizes["Q"]:
-        exact = queries.double()
-        sums = exact.new_zeros(count, sizes["K"]).index_add_(0, groups, exact)
-        folded, groups = sums / members[:, None], torch.arange(count, device=codes.device)
+        # On the CPU, as a GPU adds them in another order every time.
+        exact, where, members = (x.detach().cpu() for x in (queries.double(), groups, members))
+        sums = exact.new_zeros(count, sizes["K"]).index_add_(0, where, exact)
+        folded = (sums / members[:, None]).to(codes.device)
+        groups = torch.arange(count, device=codes.device)
     digits = fold_queries(folded, mean, scale, book.unit)
     _check_numbers(op, queries, mean, scale, digits)
     return Folded(digits, groups, count)
