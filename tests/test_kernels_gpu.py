@@ -1,5 +1,7 @@
 """The Triton kernels on a CUDA device: against the references, twice the same bits, and chosen by the dispatch."""
 
+import contextlib
+
 import pytest
 import torch
 from accuracy import assert_as_accurate, normal
@@ -10,7 +12,9 @@ from jz3.ops.ce_hidden_grad import ce_hidden_grad
 from jz3.ops.encode import CODEBOOKS, decode_reference, encode_reference
 from jz3.ops.score_queries import fold_queries
 from jz3.ops.score_topk import score_topk_reference
-from jz3.ops.sketch import sketch_reference
+from jz3.ops.segment_project import segment_project
+from jz3.ops.sign_project import sign_project
+from jz3.ops.sketch import sketch, sketch_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,6 +60,27 @@ def test_ce_hidden_grad_of_a_large_vocabulary_is_dispatched_here() -> None:
     assert torch.cuda.max_memory_allocated() - before < 400 << 20
     exact = torch.nn.functional.cross_entropy((h.float() @ weight.float().T), y, reduction="none")
     assert torch.allclose(loss, exact, atol=1e-2) and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("where", ["a second GPU", "another stream"])
+def test_elsewhere_than_by_default(where: str) -> None:
+    other = where == "a second GPU"
+    if other and torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    x, left = (normal(i, rows, 136, dtype=torch.bfloat16) for i, rows in enumerate((300, 136)))
+
+    def run(device: torch.device) -> list[torch.Tensor]:
+        on, matrix = x.to(device), left.to(device)
+        blocks = segment_project(on, on, matrix, torch.tensor([0, 3, 3, 290]))
+        results = blocks, sign_project(on, 70, seed=0, name="m"), sketch(on, "m", 64, seed=0)
+        return [result.cpu() for result in results]
+
+    expected, device = run(torch.device("cuda:0")), torch.device("cuda", int(other))
+    with contextlib.nullcontext() if other else torch.cuda.stream(torch.cuda.Stream(device)):
+        found = run(device)
+    for one, two in zip(found, expected, strict=True):
+        assert float((one - two).abs().max()) <= 1e-2 * float(two.abs().max())
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("kind", CODEBOOKS)
