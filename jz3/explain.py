@@ -20,6 +20,7 @@ from jz3.gradients import (
     Tokens,
     linear_layers,
     make_batches,
+    query_products,
     run_pass,
     start_tokens,
     tokenize_query,
@@ -120,8 +121,10 @@ def token_values(
             f"texts can't be explained token by token with a mixture of experts: {experts[0]} and "
             f"{len(experts) - 1} more layers see only a part of the tokens; take a dense model"
         )
+    # Of the text too, as there is only one: the passes of either kind want the weights in another layout.
+    own = query_products(model)
     sink = _TextSink()
-    for _ in run_pass(model, layers, sink, make_batches([text], batch_tokens), reduction):
+    for _ in run_pass(model, layers, sink, make_batches([text], batch_tokens), reduction, products=own):
         pass
     if several := [name for name, (a, _) in sink.factors.items() if len(a) != len(text.ids)]:
         raise ValueError(
@@ -130,8 +133,8 @@ def token_values(
         )
     _check_norm(f"text {text.id}", sink.square)
     values = torch.zeros(len(queries), len(text.ids), dtype=torch.float32)
-    products = _QuerySink(sink.factors)
-    for batch, _ in run_pass(model, layers, products, make_batches(queries, batch_tokens), reduction):
+    products, batches = _QuerySink(sink.factors), make_batches(queries, batch_tokens)
+    for batch, _ in run_pass(model, layers, products, batches, reduction, products=own):
         square = products.square
         for row, position in enumerate(batch.positions):
             _check_norm(f"query {queries[position].id}", square[row])

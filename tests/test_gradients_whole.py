@@ -13,6 +13,7 @@ from test_gradients_llama import gradients, small_model, small_texts
 from jz3 import machine
 from jz3.config import settled, shipped_recipe
 from jz3.errors import Jz3Error
+from jz3.explain import token_values
 from jz3.features import FeaturesConfig
 from jz3.features.exact import exact_cosines
 from jz3.features.extract import extract
@@ -190,6 +191,15 @@ def test_products_in_8_bits_are_for_documents(kind: str, dtype: torch.dtype) -> 
     queries = extract(model, layers, texts, projection, side="query").values
     assert not torch.equal(documents, exact)
     assert torch.equal(queries, documents if kind == "int16" else exact)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_backward"])
+def test_explained_texts_and_queries_are_exact(kind: str) -> None:
+    model, texts = small_model("llama", torch.bfloat16), small_texts()
+    layers: dict[str, Any] = linear_layers(model)
+    expected = token_values(model, layers, texts[1], texts[2:])
+    set_products(model, kind)
+    assert torch.equal(token_values(model, layers, texts[1], texts[2:]), expected)
 
 
 @pytest.mark.parametrize("kind", ["int8"])
