@@ -333,6 +333,13 @@ def test_a_pass_needs_no_gradients_around_it(context: Any) -> None:
     assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
 
 
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = random_model("llama")
+    with pytest.raises(ValueError, match="made in inference mode.* outside of it"):
+        GradientPass(model, linear_layers(model), Whole())
+
+
 def test_texts_longer_than_what_positions_there_are_for_are_told() -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=16)

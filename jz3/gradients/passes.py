@@ -118,14 +118,15 @@ class GradientPass:
                 (`exact` if nobody did).
 
         Raises:
-            ValueError: `reduction` is unknown, the model is refused by `check_output_layer`, or `fast` or
-                `packed` asks for what can't be had.
+            ValueError: `reduction` is unknown, the model is refused by `check_output_layer` or has weights of
+                inference mode, or `fast` or `packed` asks for what can't be had.
         """
         from jz3.gradients.experts import ExpertLinear
 
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         core = plain_model(model)
+        _check_weights(core)
         config = core.config.get_text_config()
         check_output_layer(core)
         self.model, self.reduction, self.sink = core, reduction, sink
@@ -389,6 +390,15 @@ def _say_idle(model: str, layers: list[str]) -> None:
     if message not in _said:
         _said.add(message)
         log.warning(message)
+
+
+def _check_weights(model: Any) -> None:
+    """Refuse weights that autograd refuses."""
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f"weights of {type(model).__name__} were made in inference mode, which gradients can't pass through; "
+            "load the model outside of it"
+        )
 
 
 def set_products(model: "PreTrainedModel", products: str) -> str:
