@@ -15,7 +15,15 @@ from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
 from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
 from jz3.files import canonical_json, hash_text
-from jz3.gradients import Tokens, linear_layers, set_products, start_tokens, tokenize_query, tokenize_text
+from jz3.gradients import (
+    Tokens,
+    linear_layers,
+    set_products,
+    set_query_products,
+    start_tokens,
+    tokenize_query,
+    tokenize_text,
+)
 from jz3.gradients.layers import plain_model
 from jz3.modes import plain_modes
 from jz3.seeding import rng
@@ -105,7 +113,7 @@ class Features:
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         # Training may have gone on since: dropout would make features of chance.
         with _borrowed(self.model):
-            set_products(self.model, self.products)
+            set_query_products(self.model, self.products)
             found = extract(
                 self.model,
                 linear_layers(self.model),

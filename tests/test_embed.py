@@ -1,5 +1,6 @@
 """The three calls that pipelines embed."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ def test_queries_are_encoded_without_dropout(tiny_model: Path) -> None:
         layer.self_attn.attention_dropout = 0.5
     model.train()
     assert np.array_equal(features.encode([QUERY]), before)
+
+
+@pytest.mark.parametrize("products", ["int8_backward", "int16"])
+def test_queries_need_no_products_that_this_machine_has_not(
+    tiny_model: Path, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features may have been pickled on another one."""
+    model = load_model(tiny_model, "float32")
+    features = jz3.featurize(model, load_tokenizer(tiny_model), DOCS, jz3.Sketch(k=128), products="exact")
+    expected = features.encode([QUERY])
+    monkeypatch.setattr("jz3.gradients.passes.products_obstacle", lambda kind: "too old" * (kind != "exact"))
+    elsewhere = dataclasses.replace(features, products=products)
+    assert np.array_equal(elsewhere.encode([QUERY]), expected)
 
 
 def unit(values: np.ndarray) -> np.ndarray:

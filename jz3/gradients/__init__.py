@@ -6,7 +6,15 @@ the backward pass computes activation gradients only, and no weight-gradient pro
 """
 
 from jz3.gradients.layers import layer_shape, linear_layers
-from jz3.gradients.passes import GradientPass, PassResult, Sink, query_products, run_pass, set_products
+from jz3.gradients.passes import (
+    GradientPass,
+    PassResult,
+    Sink,
+    query_products,
+    run_pass,
+    set_products,
+    set_query_products,
+)
 from jz3.gradients.tokens import (
     Batch,
     RefusedText,
@@ -31,6 +39,7 @@ __all__ = [
     "query_products",
     "run_pass",
     "set_products",
+    "set_query_products",
     "start_tokens",
     "tokenize_chat",
     "tokenize_query",

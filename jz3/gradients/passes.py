@@ -435,6 +435,16 @@ def chosen_products(model: "PreTrainedModel") -> str:
     return str(plain_model(model).__dict__.get("_jz3_products", "exact"))
 
 
+def set_query_products(model: "PreTrainedModel", products: str) -> str:
+    """Choose the products of a model whose passes are all of queries, to documents of `products`, as `set_products`.
+
+    Exact queries fit documents of any products, should this machine not have these.
+    """
+    return set_products(
+        model, "exact" if products.startswith("int8") or products_obstacle(products) else products
+    )
+
+
 def query_products(model: "PreTrainedModel") -> str:
     """Return in what the passes of queries multiply: those of 8 bits are for documents.
 

@@ -15,11 +15,10 @@ from jz3.errors import Jz3Error
 from jz3.explain import token_values
 from jz3.features.extract import Projection, extract, open_sink
 from jz3.files import read_json
-from jz3.gradients import Tokens, linear_layers, set_products, tokenize_query, tokenize_text
+from jz3.gradients import Tokens, linear_layers, set_query_products, tokenize_query, tokenize_text
 from jz3.index.build import describe
 from jz3.index.collection import Collection, Encoding
 from jz3.index.search import SearchIndex
-from jz3.machine import products_obstacle
 from jz3.models import load_on_device, load_tokenizer
 from jz3.printable import printable
 from jz3.records import Doc
@@ -61,8 +60,7 @@ class Encoder:
         """Load the model."""
         self.encoding, self.projection = encoding, projection
         self.model = load_on_device(encoding.model, encoding.dtype)
-        # Exact problems fit documents of any products, should this machine not have these.
-        set_products(self.model, "exact" if products_obstacle(encoding.products) else encoding.products)
+        set_query_products(self.model, encoding.products)
         self.layers = linear_layers(self.model)
         self._sink = open_sink(projection, self.model)
 
