@@ -313,6 +313,35 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_products(model, "auto") == "exact"
 
 
+@pytest.mark.parametrize("kind", ["int8_backward", "int16"])
+def test_products_that_disagree_with_the_model_are_not_said_to_be_used(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a store names is what its passes used."""
+    model, texts = small_model("llama", torch.float32), small_texts()
+    expected, _ = gradients(model, texts)
+    real = WholeProduct.__call__
+    monkeypatch.setattr(WholeProduct, "__call__", lambda self, x: real(self, x) * 1.5)
+    assert set_products(model, kind) == "exact"
+    assert torch.equal(gradients(model, texts)[0], expected)
+
+
+def test_a_pass_is_refused_products_that_this_machine_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model that was pickled on another one: its instructions would end the process."""
+    model, texts = small_model("llama", torch.float32), small_texts()
+    expected, _ = gradients(model, texts)
+    set_products(model, "int16")
+    monkeypatch.setattr(passes, "products_obstacle", lambda kind: "" if kind == "exact" else "it is too old")
+    with pytest.raises(Jz3Error, match="'int16' can't be had: it is too old; use 'exact'"):
+        gradients(model, texts)
+    with pytest.raises(Jz3Error, match="'int8_backward' can't be had"):
+        gradients(model, texts, products="int8_backward")
+    for wrong in ("auto", "int4"):
+        with pytest.raises(ValueError, match=f"exact, int8_backward, int8, int16, got '{wrong}'"):
+            gradients(model, texts, products=wrong)
+    assert torch.equal(gradients(model, texts, products="exact")[0], expected)
+
+
 def test_what_names_a_run_and_a_store_says_which_products() -> None:
     recipe = shipped_recipe("tiny")
     assert settled(recipe).features.products == machine.best_products()

@@ -118,13 +118,16 @@ class GradientPass:
                 (`exact` if nobody did).
 
         Raises:
-            ValueError: `reduction` is unknown, the model is refused by `check_output_layer` or has weights of
-                inference mode, or `fast` or `packed` asks for what can't be had.
+            ValueError: `reduction` or `products` is unknown, the model is refused by `check_output_layer` or has
+                weights of inference mode, or `fast` or `packed` asks for what can't be had.
+            Jz3Error: the products can't be had.
         """
         from jz3.gradients.experts import ExpertLinear
 
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if products is not None and products not in PRODUCTS[1:]:
+            raise ValueError(f"products must be one of {', '.join(PRODUCTS[1:])}, got {products!r}")
         core = plain_model(model)
         _check_weights(core)
         config = core.config.get_text_config()
@@ -163,6 +166,8 @@ class GradientPass:
         from jz3.gradients import llama
 
         reason = llama.obstacle(core, layers)
+        if not reason:
+            _check_products(products)  # the model may be of another machine
         blocks = None if reason else llama.blocks_of(core, layers, products)
         if wanted and blocks is None:
             raise ValueError(
@@ -401,6 +406,13 @@ def _check_weights(model: Any) -> None:
         )
 
 
+def _check_products(products: str) -> None:
+    """Refuse products that this machine has not."""
+    if reason := products_obstacle(products):
+        raise Jz3Error(f"products {products!r} can't be had: {reason}; use 'exact', or 'auto' in a new run")
+
+
+@plain_modes()
 def set_products(model: "PreTrainedModel", products: str) -> str:
     """Choose in what the gradient passes of a model multiply, as its dtype is chosen when it is loaded.
 
@@ -409,10 +421,11 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
         products: one of PRODUCTS.
 
     Returns:
-        What its passes will use. A model that runs on its own code is always exact.
+        What its passes will use. A model that runs on its own code is always exact, as is one that its products
+        in 8 or 16 bits disagree with, which is looked at here.
 
     Raises:
-        ValueError: `products` is unknown.
+        ValueError: `products` is unknown, or the model has weights of inference mode.
         Jz3Error: 8 or 16 bits are asked for where they can't be had.
     """
     from jz3.gradients import llama
@@ -420,11 +433,13 @@ def set_products(model: "PreTrainedModel", products: str) -> str:
     if products not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     wanted = best_products() if products == "auto" else products
-    if reason := products_obstacle(wanted):
-        raise Jz3Error(f"products {wanted!r} can't be had: {reason}; use 'exact', or 'auto' in a new run")
+    _check_products(wanted)
     core = plain_model(model)
+    _check_weights(core)
     if wanted != "exact" and (reason := llama.obstacle(core, {})):
         llama.say(core, f"{reason}; its products are exact")
+        wanted = "exact"
+    elif wanted != "exact" and llama.blocks_of(core, {}, wanted) is None:  # which has said so
         wanted = "exact"
     core.__dict__["_jz3_products"] = wanted
     return wanted

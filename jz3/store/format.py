@@ -38,7 +38,7 @@ class StoreInfo:
     seed: int | None = None
     """Of the run that made the features; None if it isn't recorded."""
     products: str = "exact"
-    """In what the passes multiplied: `exact`, `int8` or `int16` (jz3.machine)."""
+    """In what the documents' passes multiplied: one of PRODUCTS (jz3.machine) but `auto`."""
 
     def identity(self) -> str:
         """Return the 16 hexadecimal digits that every shard of such a store carries."""
