@@ -374,5 +374,14 @@ def test_scan_of_nothing_and_of_other_rows(tmp_path: Path) -> None:
     open_store(tmp_path, INFO)
     scores, names = scan(Store(tmp_path), CODING, torch.ones(2, 32), 3)
     assert scores.shape == names.shape == (2, 0)
+    for bits, documents in ((16, 0), (16, 3), (4, 3)):
+        coding, folder = Coding(CODING.mean, CODING.scale, bits), tmp_path / f"{bits} {documents}"
+        open_store(folder, dataclasses.replace(INFO, bits=bits))
+        ids = [f"{i:016x}" for i in range(documents)]
+        write_shard(folder, 0, ids, torch.ones(documents, 32), torch.ones(documents), coding)
+        none = torch.zeros(0, dtype=torch.int64)
+        for groups in (None, none):
+            scores, names = scan(Store(folder), coding, torch.ones(0, 32), 3, groups=groups)
+            assert scores.shape == names.shape == (0, documents)
     with pytest.raises(Jz3Error, match="the coding is for 32 of 8 bits"):
         scan(Store(tmp_path), Coding(CODING.mean, CODING.scale, 8), torch.ones(2, 32), 3)

@@ -200,10 +200,14 @@ def _on_cpu(
     import torch
 
     if not best:
-        count = len(queries) if groups is None else int(groups.max()) + 1
+        count = len(queries) if groups is None else _count(groups)
         return torch.empty(count, 0, dtype=torch.float32), np.empty((count, 0), np.uint64)
     values, found_ids = best[0]
     return values.cpu(), found_ids.cpu().numpy().view(np.uint64) ^ SIGN
+
+
+def _count(groups: "torch.Tensor") -> int:
+    return int(groups.max()) + 1 if len(groups) else 0
 
 
 def _blocks(store: Store, rows: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
@@ -243,7 +247,7 @@ def _topk_values(
 
     scores = (queries.double() @ values.double().T).float()
     if groups is not None:
-        count = int(groups.max()) + 1
+        count = _count(groups)
         index = groups.long()[:, None].expand_as(scores)
         empty = torch.zeros(count, scores.shape[1], device=scores.device, dtype=torch.float32)
         kind = "amax" if reduce == "max" else "mean"
