@@ -172,7 +172,7 @@ def featurize(
         reduction: a text's loss is the `mean` or the `sum` over its scored tokens.
         products: in what the documents' passes multiply: `exact` (the model's dtype); of Llama-like models on a CPU
             also `int8_backward` (8 bits on the way back, with AVX-512 VNNI), `int8` (8 bits, faster and coarser) or
-            `int16` (16 bits, with AVX2); or `auto`, the fastest here but `int8`.
+            `int16` (16 bits, with AVX2); or `auto`, the fastest here but `int8`. Less is always exact.
 
     Returns:
         The features, in the texts' order.
@@ -198,7 +198,8 @@ def featurize(
         )
     with _borrowed(model):
         start_tokens.cache_clear()  # the tokenizer may have been set up anew
-        products = set_products(model, products)
+        # Of Less the passes run in a way of their own.
+        products = set_products(model, "exact" if isinstance(kind, Less) else products)
         layers = linear_layers(model)
         texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
         projection: Projection

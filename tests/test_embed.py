@@ -14,6 +14,7 @@ import jz3
 from jz3.features.extract import extract
 from jz3.features.lora import LoraShape, WarmUp
 from jz3.gradients import linear_layers, tokenize_query
+from jz3.machine import products_obstacle
 from jz3.models import load_model, load_tokenizer
 
 DOCS = [f"The sum of {a} and {b} is {a + b}." for a, b in zip(range(3, 15), range(20, 8, -1), strict=True)]
@@ -123,6 +124,16 @@ def wide_model() -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads))  # pyright: ignore[reportArgumentType]
+
+
+def test_less_is_exact_whatever_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    if reason := products_obstacle("int16"):
+        pytest.skip(reason)
+    model, tokenizer = wide_model(), load_tokenizer(tiny_model)
+    warm_up = WarmUp(share=0.5, epochs=1, batch_texts=2)
+    kinds = (jz3.Sketch(k=64), jz3.Less(tmp_path, k=64, shape=LoraShape(rank=4), warm_up=warm_up))
+    found = [jz3.featurize(model, tokenizer, DOCS[:4], kind, products="int16").products for kind in kinds]
+    assert found == ["int16", "exact"]
 
 
 @pytest.mark.parametrize("own_code", [True, False])
