@@ -388,8 +388,7 @@ JZ3_AVX512 void unpack_1bit_avx512(const uint8_t* codes, const Levels& levels, i
   const __m512i unset = _mm512_set1_epi8(char(levels.byte[0])), set = _mm512_set1_epi8(char(levels.byte[1]));
   int64_t b = 0;
   for (; b + 8 <= row_bytes; b += 8) {
-    const __mmask64 bits = _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(codes + b)));
-    _mm512_storeu_si512(bytes + 8 * b, _mm512_mask_blend_epi8(bits, unset, set));
+    _mm512_storeu_si512(bytes + 8 * b, _mm512_mask_blend_epi8(eight(codes + b), unset, set));
   }
   for (; b < row_bytes; ++b)
     for (int i = 0; i < 8; ++i) bytes[8 * b + i] = levels.bytes[codes[b]][i];
