@@ -1,5 +1,6 @@
 """`jz3 score`: every text once, the right score, whatever the files and the shards."""
 
+import dataclasses
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jz3.errors import Jz3Error
 from jz3.features.adapted import AdaptedFit
 from jz3.features.exact import exact_cosines
 from jz3.gradients import linear_layers, tokenize_query, tokenize_text
+from jz3.machine import products_obstacle
 from jz3.models import load_model, load_tokenizer
 from jz3.records import Query
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings, split_targets
@@ -308,6 +310,21 @@ def test_a_text_of_just_the_limit_is_not_cut(
     rows = [SourceText(text=text, source="a", where=f"a.jsonl:{n}") for n, text in enumerate(texts, 1)]
     found = scorer.score(iter(rows))
     assert found.tokens == [limit, limit] and found.cut == 1
+
+
+def test_workers_that_have_other_products_say_so(
+    tmp_path: Path, data: tuple[list[str], dict[str, Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one with a GPU, of a run that was prepared on a CPU."""
+    if reason := products_obstacle("int16"):
+        pytest.skip(reason)
+    plan, job = runs.start(tmp_path / "out", data[0], data[1], products="exact")
+    Scorer(tmp_path / "out", plan, job)
+    assert "products" not in caplog.text
+    [checkpoint] = job.checkpoints
+    job = dataclasses.replace(job, checkpoints=[dataclasses.replace(checkpoint, products="int16")])
+    Scorer(tmp_path / "out", plan, job)  # whose model runs on its own code
+    assert "the run's products are 'int16', and 'exact' is what" in caplog.text
 
 
 def test_memory_does_not_grow_with_the_corpus(

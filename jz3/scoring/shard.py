@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from jz3.scoring.reading import Reader
 from jz3.seeding import seed_for
 from jz3.stage import trim_heap
 from jz3.store import encode_rows, has_shard, open_store, write_codes
+
+log = logging.getLogger(__name__)
 
 STAGE = "score"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -105,7 +108,14 @@ class Scorer:
             file, kind = PROJECTIONS[c.kind]
             projection = kind.load(folder / file, c.model_hash)
             model = load_on_device(Path(c.model), settings.dtype)
-            set_products(model, c.products)
+            if (own := set_products(model, c.products)) != c.products:
+                log.warning(
+                    "the run's products are %r, and %r is what %s has here: its scores differ a little from those of "
+                    "other machines",
+                    c.products,
+                    own,
+                    c.model,
+                )
             sink = open_sink(projection, model)
             tasks = load_file(folder / "tasks.safetensors")
             self.models.append((model, linear_layers(model), projection, sink, tasks))
