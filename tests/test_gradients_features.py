@@ -14,11 +14,13 @@ from jz3.features import adapted
 from jz3.features.adapted import AdaptedFit, fit_adapted
 from jz3.features.adapted_sink import AdaptedSink
 from jz3.features.exact import exact_cosines
-from jz3.features.extract import Extracted, extract
+from jz3.features.extract import Extracted, Projection, coding_of, extract
 from jz3.features.lora import LoraAdapters, LoraShape
+from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.gradients import Tokens, linear_layers, llama, products
 from jz3.ops.signs import signs
+from jz3.store import encode_rows
 
 TOKENS = Path(__file__).parent
 
@@ -79,6 +81,24 @@ def test_torch_s_default_number_format_changes_nothing() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "readout"])
+def test_torch_s_default_number_format_changes_no_random_features(kind: str) -> None:
+    model, texts = random_model("llama"), random_texts(6)
+    layers = linear_layers(model)
+    sketch = Sketch.of("m", layers, 64, 8, 4, 0)
+    projection: Projection = sketch if kind == "sketch" else Readout("m", 64, 16, 0)
+    expected = extract(model, layers, texts, projection)
+    codes = encode_rows(expected.values, coding_of(projection, 4))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = extract(model, layers, texts, projection)
+        again = encode_rows(found.values, coding_of(projection, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.values, expected.values) and torch.equal(found.norm, expected.norm)
+    assert torch.equal(again, codes)
 
 
 def test_adapters_in_a_number_format_of_their_own() -> None:

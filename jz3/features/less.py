@@ -82,7 +82,7 @@ class Less:
         """[K] 1/sqrt(K): the root mean square of a unit vector's coordinates."""
         import torch
 
-        return torch.full((self.k,), self.k**-0.5)
+        return torch.full((self.k,), self.k**-0.5, dtype=torch.float32)
 
     def save(self, path: Path) -> str:
         """Write the description with the checkpoints' names and hashes and return the file's hash.

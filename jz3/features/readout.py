@@ -50,7 +50,7 @@ class Readout:
         """[K] 1/sqrt(K): the root mean square of a unit vector's coordinates."""
         import torch
 
-        return torch.full((self.k,), self.k**-0.5)
+        return torch.full((self.k,), self.k**-0.5, dtype=torch.float32)
 
     def save(self, path: Path) -> str:
         """Write the sketch's description as JSON and return the file's hash."""

@@ -52,7 +52,7 @@ class Sketch:
         """[K] 1/sqrt(K): the root mean square of a unit vector's coordinates."""
         import torch
 
-        return torch.full((self.k,), self.k**-0.5)
+        return torch.full((self.k,), self.k**-0.5, dtype=torch.float32)
 
     def save(self, path: Path) -> str:
         """Write the sketch's description as JSON and return the file's hash."""
@@ -86,7 +86,7 @@ class SketchSink:
         self._right: dict[str, Any] = {}
         for name, (outputs, inputs) in sketch.shapes.items():
             for side, size, width in (("left", outputs, sketch.left), ("right", inputs, sketch.right)):
-                matrix = signs(sketch.seed, f"{name}.{side}", width, size).T
+                matrix = signs(sketch.seed, f"{name}.{side}", width, size).T.float()
                 getattr(self, f"_{side}")[name] = (matrix / width**0.5).to(device, dtype)
         self._values: Any = None
         self._square: Any = None
