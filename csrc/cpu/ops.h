@@ -69,7 +69,9 @@ void encode(const EncodeArguments& arguments, int threads);
 void decode(const uint8_t* codes, const float* mean, const float* scale, const float* table, float* values,
             int64_t rows, int64_t dim, int64_t row_bytes, int bits, int threads);
 
-// Streaming top-k over codes (jz3/ops/score_topk.py), or all scores (score_checkpoints.py); isa as in choose_isa.
+// Streaming top-k over codes (jz3/ops/score_topk.py), or all scores (score_checkpoints.py); isa as in choose_isa. Numbers
+// must be finite and every group of 0 .. count - 1 have a query, as jz3/ops/score_queries.py checks: the scan relies on it
+// that a row's bounds compare, and that every group finds k rows.
 struct ScoreArguments {
   const uint8_t* const* codes;    // [pieces]: the rows' codes, one piece after the other
   const int64_t* begins;          // [pieces + 1]: the first row of every piece, then `rows`
