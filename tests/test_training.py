@@ -2,7 +2,9 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -436,6 +438,26 @@ def test_too_little_memory_of_a_gpu_is_told_with_its_remedies(tiny_model, tmp_pa
     monkeypatch.setattr("jz3.training.trainer.PackTrainer.train", full)
     with pytest.raises(Jz3Error, match=r"2\.00 GiB\.\).*gradient_checkpointing"):
         train(tiny_model, [Phase(name="a", rows=rows(6))], SETTINGS, tmp_path / "a")
+
+
+def test_one_process_trains_on_one_of_several_gpus(tiny_model, tmp_path, monkeypatch, caplog):
+    """The trainer would spread one process's batches over all GPUs, and TRL refuses to."""
+    from transformers import TrainingArguments
+
+    found = TrainingArguments._setup_devices.func
+
+    def two_gpus(arguments):
+        device = found(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    devices = functools.cached_property(two_gpus)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    phases = (Phase(name="first", rows=rows(20)),)
+    summary = train(tiny_model, phases, SETTINGS, tmp_path / "model")
+    assert len(summary.log) == math.ceil(summary.packs / SETTINGS.batch_packs) == summary.steps
+    assert "one of 2 GPUs trains" in caplog.text and "launch" in caplog.text
 
 
 def test_attention_is_chosen_and_named(tiny_model):

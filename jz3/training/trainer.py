@@ -93,7 +93,7 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         accumulation: packs that a process accumulates, over packs_at_once.
         seed: of the adapters' start and of dropout.
     """
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
@@ -120,6 +120,16 @@ def arguments(settings: TrainSettings, folder: Path, steps: int, accumulation: i
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if config.n_gpu > 1:
+        # Else the trainer copies the model to all of them, which TRL refuses, and a step takes more packs.
+        log.warning(
+            "one of %d GPUs trains, as launch names no launcher that starts a process for each, e.g. "
+            '["torchrun", "--nproc_per_node=%d"]',
+            config.n_gpu,
+            config.n_gpu,
+        )
+        config._n_gpu = 1
+    return config
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:
