@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,17 @@ STAGES = (
     Stage(name="report", target="jz3.report:run", needs=("evaluation", "comparison", "index"), extends=True),
 )
 NAMES = tuple(stage.name for stage in STAGES)
+HOW = re.compile(
+    r"distillation\.teacher\.(api_key_env|max_calls|max_usd|usd_per_million_\w+|requests_per_minute|concurrency"
+    r"|retries|backoff_seconds|timeout_seconds|max_failed_share|cache)"
+    r"|(synthesiser|training)\.(launch|save_every|packs_at_once|gradient_checkpointing)"
+    r"|(synthesis|evaluation)\.engine\.(batch_size|tensor_parallel|gpu_memory|cpu_cache_gb|base_url|api_key_env"
+    r"|retries|timeout)"
+    r"|(synthesis|filtering|evaluation)\.sandbox\.workers"
+    r"|evaluation\.nll_batch_tokens"
+)
+"""Settings of how work is done and what it may cost. What comes out depends on them by rounding at most, so that
+what a run has bought and made stays good when they change."""
 
 
 def stages_up_to(name: str) -> list[Stage]:
@@ -217,13 +229,14 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
         return
     done = [s for s in STAGES if (run_dir / s.name).is_dir()]
     # A setting's name and its section's, since a stage may depend on either.
-    changed = {".".join(line.split(":")[0].split(".")[:depth]) for line in different for depth in (1, 2)}
+    binding = [line for line in different if not HOW.fullmatch(line.split(":")[0])]
+    changed = {".".join(line.split(":")[0].split(".")[:depth]) for line in binding for depth in (1, 2)}
     touched = [s for s in done if changed & _depends_on(stages_up_to(s.name))]
     fixed = {s.name: _depends_on([p for p in stages_up_to(s.name) if not p.extends]) for s in touched}
     refused = [s.name for s in touched if changed & fixed[s.name]]
     if refused:
         raise Jz3Error(
-            f"{run_dir} was made with other settings ({'; '.join(different[:5])}), which its {', '.join(refused)} "
+            f"{run_dir} was made with other settings ({'; '.join(binding[:5])}), which its {', '.join(refused)} "
             "depend on; use another folder or delete those"
         )
     for stage in touched:

@@ -268,6 +268,32 @@ def test_other_benchmarks_are_refused_by_finished_filters(tmp_path: Path) -> Non
         run_pipeline(other, tmp_path)
 
 
+def test_a_run_goes_on_with_other_settings_of_how_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the budget is used up, a GPU's memory too, or with fewer GPUs: nothing bought or made is given up."""
+    recipe = settled(shipped_recipe("tiny"))
+    write_json(tmp_path / "recipe.json", dataclasses.asdict(recipe))
+    for stage in STAGES:
+        (tmp_path / stage.name).mkdir()
+    monkeypatch.setattr("jz3.pipeline._run_stage", lambda stage, ctx: {"seconds": 0, "peak_memory": 0})
+    teacher = dataclasses.replace(recipe.distillation.teacher, max_usd=900.0, max_calls=20_000, retries=9)
+    engine = dataclasses.replace(recipe.synthesis.engine, gpu_memory=0.5, tensor_parallel=2, batch_size=4)
+    how = {"launch": ("torchrun",), "save_every": 5, "packs_at_once": 2, "gradient_checkpointing": True}
+    other = dataclasses.replace(
+        recipe,
+        distillation=dataclasses.replace(recipe.distillation, teacher=teacher),
+        synthesiser=dataclasses.replace(recipe.synthesiser, **how),
+        synthesis=dataclasses.replace(recipe.synthesis, engine=engine),
+        training=dataclasses.replace(recipe.training, **how),
+    )
+    run_pipeline(other, tmp_path)
+    assert read_json(tmp_path / "recipe.json")["distillation"]["teacher"]["max_usd"] == 900.0
+    hotter = dataclasses.replace(other, synthesis=dataclasses.replace(other.synthesis, temperature=0.5))
+    with pytest.raises(Jz3Error, match="temperature: 1.0 -> 0.5"):
+        run_pipeline(hotter, tmp_path)
+
+
 def test_broken_benchmark_ends_a_run_before_its_first_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -364,6 +364,40 @@ def test_work_of_another_training_is_not_resumed(uninterrupted, processes, tiny_
     assert contents(out) == expected
 
 
+def test_a_training_goes_on_with_other_packs_at_once(tiny_model, tmp_path, monkeypatch):
+    """After a GPU's memory was too small, say: the packs of a step stay the same."""
+    from jz3.training import trainer
+
+    settings = dataclasses.replace(SETTINGS, precision="float32", batch_packs=4, save_every=2)
+    expected = train(tiny_model, PHASES, settings, tmp_path / "expected", dtype="float32")
+    out = tmp_path / "model"
+    at_once = dataclasses.replace(settings, packs_at_once=2)
+    step = trainer.Watch.on_step_end
+
+    def too_little(watch, args, state, control, **rest):
+        if state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(watch, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Watch, "on_step_end", too_little)
+        with pytest.raises(Jz3Error, match="packs_at_once"):
+            train(tiny_model, PHASES, at_once, out, dtype="float32")
+    resumed = []
+    begin = trainer.Watch.on_train_begin
+
+    def began(watch, args, state, control, **rest):
+        resumed.append(state.global_step)
+        begin(watch, args, state, control, **rest)
+
+    monkeypatch.setattr(trainer.Watch, "on_train_begin", began)
+    less = dataclasses.replace(settings, gradient_checkpointing=True)
+    summary = train(tiny_model, PHASES, less, out, dtype="float32")
+    assert resumed == [2]
+    for a, b in zip(summary.log, expected.log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(tiny_model, tmp_path, monkeypatch):
     """The same global batch, hence the same steps and losses, whatever the number of processes."""

@@ -265,7 +265,7 @@ class _Purchase:
                 if not self._in_flight:
                     self._stop = (
                         f"the budget of {self._config.max_calls} calls and ${self._config.max_usd:g} allows no further "
-                        "request; to go on, raise max_calls or max_usd, delete the distillation folder of the run"
+                        "request; to go on, raise max_calls or max_usd"
                     )
                     break
                 # A call in flight may turn out cheaper than booked and leave room for this one.

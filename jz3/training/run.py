@@ -101,15 +101,14 @@ class Job:
         return {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(TrainSettings)}
 
     def key(self) -> str:
-        """Hash all that the trained weights depend on."""
+        """Hash all that the trained weights depend on, but for rounding."""
+        how = ("launch", "save_every", "packs_at_once", "gradient_checkpointing")
         weights = {
             p.name: hash_file(p)
             for p in sorted(self.model.iterdir())
             if p.suffix in (".safetensors", ".json")
         }
-        settings = {
-            name: value for name, value in self.table().items() if name not in ("launch", "save_every")
-        }
+        settings = {name: value for name, value in self.table().items() if name not in how}
         rows = []
         for phase in self.phases:
             digest = xxhash.xxh3_64()
@@ -134,7 +133,8 @@ def train(
     The loss of a step is the mean cross-entropy over the predicted tokens of its packs. Checkpoints
     and packs lie in `<out>.work` until the model is whole. Killed at any moment and called again
     with the same arguments, it goes on from the last whole checkpoint and ends with the same bytes
-    (with the same number of threads or GPUs); called once more, it returns the stored summary.
+    (with the same number of threads or GPUs, packs_at_once and gradient_checkpointing, else up to rounding);
+    called once more, it returns the stored summary.
 
     With `settings.launch` the training runs in the processes that the launcher starts, for example
     `["torchrun", "--nproc_per_node=8"]`, or, with the weights sharded over the GPUs,
