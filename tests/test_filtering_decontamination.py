@@ -7,6 +7,7 @@ import pytest
 
 from jz3.errors import Jz3Error
 from jz3.files import read_jsonl, write_jsonl
+from jz3.filtering import decontaminate
 from jz3.filtering.config import EvaluationFile, FilteringConfig
 from jz3.filtering.decontaminate import DecontaminationIndex, build_index, evaluation_questions, words_of
 
@@ -66,6 +67,19 @@ def test_a_tiny_question_must_be_the_whole_text() -> None:
     assert [(h.suite, h.question, h.share) for h in tiny.find("find 2 + 3")] == [("suite", 0, 1.0)]
     assert tiny.find("To find 2 + 3 we add.") == tiny.find("Find 2 + 4.") == tiny.find("!") == []
     assert dict(tiny.ignored) == {"suite": 2} and tiny.questions() == {"suite": 2}
+
+
+def test_a_text_that_shares_nothing_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for every length that a question's phrases have: millions of rows are read."""
+    made = index(*(" ".join(QUESTION.split()[:count]) for count in range(6, 20)))
+    hashed = []
+    real = decontaminate._hash
+    monkeypatch.setattr(
+        decontaminate, "_hash", lambda *asked: hashed.append(asked) or real(*asked)
+    )
+    assert not made.find(" ".join(f"word{i}" for i in range(1000))) and not hashed
+    text = "so we are asked. " + QUESTION + " The end, as we know."
+    assert made.find(text)[0].share == 1.0 and len(hashed) < 20 * len(words_of(QUESTION))
 
 
 def test_evaluation_files(tmp_path: Path) -> None:

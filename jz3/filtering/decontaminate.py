@@ -73,7 +73,8 @@ class DecontaminationIndex:
     ignored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _phrases: dict[int, list[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(list))
     _short: dict[tuple[str, ...], tuple[str, int]] = field(default_factory=dict)
-    _sizes: set[int] = field(default_factory=set)
+    _begins: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Lengths of the phrases that begin with these words: of a long text few places begin any."""
     _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, suite: str, question: str) -> None:
@@ -89,9 +90,14 @@ class DecontaminationIndex:
             return
         size = min(self.n, len(words))
         self.lengths[suite, number] = len(words)
-        self._sizes.add(size)
+        first = self._first()
         for start in range(len(words) - size + 1):
+            self._begins[" ".join(words[start : start + first])].add(size)
             self._phrases[_hash(words, start, size)].append((suite, number, start))
+
+    def _first(self) -> int:
+        """Return how many words every phrase has at least."""
+        return min(self.n, self.min_words)
 
     def questions(self) -> dict[str, int]:
         """Return how many questions each set has."""
@@ -103,8 +109,11 @@ class DecontaminationIndex:
         if len(words) < self.min_words and (short := self._short.get(tuple(words))):
             return [Hit(suite=short[0], question=short[1], phrases=1, share=1.0, span=" ".join(words))]
         found: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)
-        for size in self._sizes:
-            for start in range(len(words) - size + 1):
+        first = self._first()
+        for start in range(len(words) - first + 1):
+            for size in self._begins.get(" ".join(words[start : start + first]), ()):
+                if start + size > len(words):
+                    continue
                 for suite, number, place in self._phrases.get(_hash(words, start, size), ()):
                     if min(self.n, self.lengths[suite, number]) == size:
                         found[suite, number][place] = start
