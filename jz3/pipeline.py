@@ -87,7 +87,7 @@ HOW = re.compile(
     r"|(synthesiser|training)\.(launch|save_every|packs_at_once|gradient_checkpointing)"
     r"|(synthesis|evaluation)\.engine\.(batch_size|tensor_parallel|gpu_memory|cpu_cache_gb|base_url|api_key_env"
     r"|retries|timeout)"
-    r"|(synthesis|filtering|evaluation)\.sandbox\.workers"
+    r"|(synthesis|filtering|evaluation)\.sandbox\.workers|filtering\.workers"
     r"|evaluation\.nll_batch_tokens"
 )
 """Settings of how work is done and what it may cost. What comes out depends on them by rounding at most, so that

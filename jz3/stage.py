@@ -3,13 +3,16 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib
 import logging
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 INPUTS = "inputs"
 """The only key of a shard's first line."""
+AHEAD = 256
+"""Shards that a pool is given before the first of them is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,7 @@ class StageContext:
         work: Callable[[list[T]], list[dict[str, Any]]],
         label: str,
         beside: str = "",
+        pool: Executor | None = None,
     ) -> list[dict[str, Any]]:
         """Map `work` over `items` in shards that survive a kill.
 
@@ -143,20 +149,35 @@ class StageContext:
             work: inputs of one shard to its output rows; must not depend on other shards.
             label: what the items are, for the progress bar.
             beside: what the rows depend on beside the items and the recipe, such as the model that writes them.
+            pool: does the work of several shards at a time, if it is given; `work` must be what it can send.
 
         Returns:
             The rows of all shards, in order.
         """
         rows: list[dict[str, Any]] = []
+        begun: deque[tuple[Path, str, int, Callable[[], list[dict[str, Any]]]]] = deque()
+
+        def finish() -> None:
+            path, inputs, count, made = begun.popleft()
+            if inputs:
+                write_jsonl(path, [{INPUTS: inputs}, *made()])
+            rows.extend(row for row in read_jsonl(path) if row.keys() != {INPUTS})
+            advance(count)
+
         with self.progress(len(items), label) as advance:
             for number, start in enumerate(range(0, len(items), size)):
                 part = list(items[start : start + size])
                 path = self.out / folder / f"{number:06d}.jsonl"
                 inputs = _hash_of(beside, part)
-                if not _made_from(path, inputs):
-                    write_jsonl(path, [{INPUTS: inputs}, *work(part)])
-                rows.extend(row for row in read_jsonl(path) if row.keys() != {INPUTS})
-                advance(len(part))
+                if _made_from(path, inputs):
+                    begun.append((path, "", len(part), list))
+                else:
+                    made = pool.submit(work, part).result if pool else functools.partial(work, part)
+                    begun.append((path, inputs, len(part), made))
+                while len(begun) > (AHEAD if pool else 0):
+                    finish()
+            while begun:
+                finish()
         return rows
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 import time
 import types
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig, EvaluationConfig
 from jz3.evaluation.benchmarks import questions_hash
 from jz3.files import read_jsonl, write_jsonl
-from jz3.filtering import run
+from jz3.filtering import run, stage
 from jz3.filtering.config import EvaluationFile, FilteringConfig
 from jz3.filtering.crosscheck import cross_check
 from jz3.filtering.execute import Executor, computes, program
@@ -381,6 +383,39 @@ def test_the_stage_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     assert calls == [2, 1, 1]  # the finished shard isn't executed again
     for name in ("kept.jsonl", "verdicts.jsonl", "rejects.jsonl", "decontamination.json"):
         assert (whole.out / name).read_bytes() == (broken.out / name).read_bytes()
+
+
+def test_many_rows_are_read_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One takes half a day for the paper's six million, beside idle GPUs."""
+    alone = context(tmp_path / "alone", ROWS, [], small())
+    taught = Query(
+        id="i0", task="t", problem=FARMER, prompt="p", completion="It is 36.", role="instruction"
+    )
+    write_jsonl(tmp_path / "alone" / "targets" / "instruction.jsonl", [taught.to_json()])
+    run(alone)
+    monkeypatch.setattr(stage, "READ_SHARD", 2)
+    monkeypatch.setattr(stage, "FEW", 4)
+    monkeypatch.setattr("jz3.stage.AHEAD", 2)
+    monkeypatch.setattr(stage, "read_rows", None)  # of this process
+    several = context(tmp_path / "several", ROWS, [], small(workers=2))
+    write_jsonl(tmp_path / "several" / "targets" / "instruction.jsonl", [taught.to_json()])
+    run(several)
+    assert len(list((several.out / "read").iterdir())) == 4
+    for name in ("kept.jsonl", "verdicts.jsonl", "rejects.jsonl", "decontamination.json"):
+        assert (alone.out / name).read_bytes() == (several.out / name).read_bytes()
+
+
+def killed(rows: list[Problem]) -> list[dict[str, Any]]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+def test_a_killed_reader_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "FEW", 0)
+    monkeypatch.setattr(stage, "_read_part", killed)
+    ctx = context(tmp_path, ROWS, [], small(workers=2))
+    with pytest.raises(Jz3Error, match="reads rows was killed.*fewer filtering.workers than 2"):
+        run(ctx)
 
 
 def test_no_rows_at_all(tmp_path: Path) -> None:

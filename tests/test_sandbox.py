@@ -251,7 +251,7 @@ def test_settings_are_checked(wrong: dict) -> None:
 
 def test_a_machine_of_many_cores_does_not_run_out_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process may mostly open 1,024 files; filtering has two sandboxes and the grader's open together."""
-    monkeypatch.setattr(sandbox_module, "_cores", lambda: 384)
+    monkeypatch.setattr(sandbox_module, "cores", lambda: 384)
     monkeypatch.setattr(Sandbox, "_choose", lambda self: None)
     with Sandbox() as sandbox:
         assert sandbox._pool is not None and sandbox._pool._max_workers * 3 * 3 < 1000

@@ -67,6 +67,8 @@ class FilteringConfig:
     solutions of the same problem) or `tool` (an executed tool solution of the same problem)."""
     require_cross_check: bool = False
     """Refuse rows for which there is nothing to check against."""
+    workers: int = 0
+    """Processes that read rows at once, where there are many; 0: one for each core, up to 64."""
     shard_size: int = 256
     """Tool rows to a shard; what is lost by a kill."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -79,6 +81,8 @@ class FilteringConfig:
                 "filtering: ngram must be at least 2, shard_size, executions and min_question_words at least 1; got "
                 f"{self.ngram}, {self.shard_size}, {self.executions}, {self.min_question_words}"
             )
+        if self.workers < 0:
+            raise ValueError(f"filtering.workers must be 0 or more, got {self.workers}")
         for name in ("max_foreign_letters", "max_repeated_share", "near_duplicate", "min_question_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"filtering.{name} must lie in [0, 1], got {getattr(self, name)!r}")

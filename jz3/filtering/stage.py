@@ -7,8 +7,15 @@ contamination; execution of tool solutions; cross-check of the others; duplicate
 duplicate gives way only to a row that is kept.
 """
 
+import contextlib
+import os
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Executor as PoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 from jz3.corpus.config import MinHashConfig
@@ -23,10 +30,14 @@ from jz3.filtering.decontaminate import DecontaminationIndex, Hit, build_index
 from jz3.filtering.execute import Executor
 from jz3.filtering.text import TEXT_FILTERS, fields_present, length, prose
 from jz3.grading.answer import Grader
+from jz3.grading.sandbox import MOST_WORKERS, cores
+from jz3.processes import end_with
 from jz3.records import Problem, Query, Reject, Verdict
 from jz3.stage import StageContext
 
 READ_SHARD = 2048
+FEW = 4 * READ_SHARD
+"""Rows that this process alone reads as soon as others would be ready."""
 MAX_EXAMPLES = 50
 
 
@@ -56,14 +67,11 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
     config = context.recipe.filtering
     judged = [Judged(row) for row in _input(context, config)]
     index = build_index(config, context.rows("targets", "eval.jsonl"), context.recipe.evaluation.benchmarks)
-    found = context.shards(
-        "read",
-        [j.row for j in judged],
-        READ_SHARD,
-        lambda rows: read_rows(rows, config, index),
-        "problems",
-        canonical_json(index.digests),
-    )
+    instructed = [Query.from_json(row) for row in context.rows("targets", "instruction.jsonl")]
+    with _readers(config, index, max(len(judged), len(instructed))) as pool:
+        asked = READ_SHARD, _read_part, "problems", canonical_json(index.digests), pool
+        found = context.shards("read", [j.row for j in judged], *asked)
+        instruction = _instruction(context, instructed, index, pool)
     for item, result in zip(judged, found, strict=True):
         item.checks.update(result["checks"])
         item.hits = result["hits"]
@@ -84,7 +92,7 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
             item.checks.update(checks)
             item.refuse(reason, ", ".join(checks.values()))
     _refuse_duplicates(judged, config)
-    return _write(context, judged, _instruction(context, index, config), index, config)
+    return _write(context, judged, instruction, index, config)
 
 
 def _input(context: StageContext, config: FilteringConfig) -> list[Problem]:
@@ -169,22 +177,64 @@ class Instruction:
 
 
 def _instruction(
-    context: StageContext, index: DecontaminationIndex, config: FilteringConfig
+    context: StageContext, rows: list[Query], index: DecontaminationIndex, pool: PoolExecutor | None
 ) -> list[Instruction]:
-    rows = [Query.from_json(row) for row in context.rows("targets", "instruction.jsonl")]
-
-    def work(part: list[Query]) -> list[dict[str, Any]]:
-        found = []
-        for row in part:
-            hits = _overlaps(row.problem, row.completion, index)
-            reason, detail = _contaminated(hits, config)
-            found.append({"reason": reason, "detail": detail, "hits": _best(hits)})
-        return found
-
-    found = context.shards(
-        "instruction", rows, READ_SHARD, work, "instruction rows", canonical_json(index.digests)
-    )
+    asked = READ_SHARD, _compare_part, "instruction rows", canonical_json(index.digests), pool
+    found = context.shards("instruction", rows, *asked)
     return [Instruction(row, **result) for row, result in zip(rows, found, strict=True)]
+
+
+_reading: list[tuple[FilteringConfig, DecontaminationIndex]] = []
+"""What this process reads rows with."""
+
+
+@contextlib.contextmanager
+def _readers(
+    config: FilteringConfig, index: DecontaminationIndex, rows: int
+) -> Iterator[ProcessPoolExecutor | None]:
+    """Give the processes that read rows; none where there are few, which this one reads."""
+    workers = config.workers or min(cores(), MOST_WORKERS)
+    _reading[:] = [(config, index)]
+    try:
+        if rows <= FEW or workers == 1:
+            yield None
+            return
+        with ProcessPoolExecutor(
+            workers,
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(config, index, os.getpid()),
+        ) as pool:
+            try:
+                yield pool
+            except BrokenProcessPool as error:
+                raise Jz3Error(
+                    "filtering: a process that reads rows was killed, for want of memory perhaps; run again, it "
+                    f"goes on from here, with fewer filtering.workers than {workers} if it is killed again"
+                ) from error
+    finally:
+        _reading.clear()
+
+
+def _begin(config: FilteringConfig, index: DecontaminationIndex, parent: int) -> None:
+    """Prepare a process that reads; it must not wait for ever once the parent is killed."""
+    if not end_with(parent):
+        os._exit(1)
+    _reading[:] = [(config, index)]
+
+
+def _read_part(rows: list[Problem]) -> list[dict[str, Any]]:
+    return read_rows(rows, *_reading[0])
+
+
+def _compare_part(rows: list[Query]) -> list[dict[str, Any]]:
+    config, index = _reading[0]
+    found = []
+    for row in rows:
+        hits = _overlaps(row.problem, row.completion, index)
+        reason, detail = _contaminated(hits, config)
+        found.append({"reason": reason, "detail": detail, "hits": _best(hits)})
+    return found
 
 
 def _refuse_duplicates(judged: list[Judged], config: FilteringConfig) -> None:

@@ -170,7 +170,7 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Sandbox":
-        workers = self.config.workers or min(_cores(), MOST_WORKERS)
+        workers = self.config.workers or min(cores(), MOST_WORKERS)
         # a sandbox process dies with the thread that started it, so these threads live as long as it
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
         try:
@@ -334,5 +334,6 @@ def _listen() -> socket.socket:
     return listener
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
