@@ -85,8 +85,8 @@ HOW = re.compile(
     r"distillation\.teacher\.(api_key_env|max_calls|max_usd|usd_per_million_\w+|requests_per_minute|concurrency"
     r"|retries|backoff_seconds|timeout_seconds|max_failed_share|cache)"
     r"|(synthesiser|training)\.(launch|save_every|packs_at_once|gradient_checkpointing)"
-    r"|(synthesis|evaluation)\.engine\.(batch_size|tensor_parallel|gpu_memory|cpu_cache_gb|base_url|api_key_env"
-    r"|retries|timeout)"
+    r"|(synthesis|evaluation)\.engine\.(batch_size|tensor_parallel|data_parallel|gpu_memory|cpu_cache_gb|base_url"
+    r"|api_key_env|retries|timeout)"
     r"|(synthesis|filtering|evaluation)\.sandbox\.workers|filtering\.workers"
     r"|evaluation\.nll_batch_tokens"
 )

@@ -388,9 +388,7 @@ def test_the_stage_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 def test_many_rows_are_read_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One takes half a day for the paper's six million, beside idle GPUs."""
     alone = context(tmp_path / "alone", ROWS, [], small())
-    taught = Query(
-        id="i0", task="t", problem=FARMER, prompt="p", completion="It is 36.", role="instruction"
-    )
+    taught = Query(id="i0", task="t", problem=FARMER, prompt="p", completion="It is 36.", role="instruction")
     write_jsonl(tmp_path / "alone" / "targets" / "instruction.jsonl", [taught.to_json()])
     run(alone)
     monkeypatch.setattr(stage, "READ_SHARD", 2)

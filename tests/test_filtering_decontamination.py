@@ -74,9 +74,7 @@ def test_a_text_that_shares_nothing_is_read_once(monkeypatch: pytest.MonkeyPatch
     made = index(*(" ".join(QUESTION.split()[:count]) for count in range(6, 20)))
     hashed = []
     real = decontaminate._hash
-    monkeypatch.setattr(
-        decontaminate, "_hash", lambda *asked: hashed.append(asked) or real(*asked)
-    )
+    monkeypatch.setattr(decontaminate, "_hash", lambda *asked: hashed.append(asked) or real(*asked))
     assert not made.find(" ".join(f"word{i}" for i in range(1000))) and not hashed
     text = "so we are asked. " + QUESTION + " The end, as we know."
     assert made.find(text)[0].share == 1.0 and len(hashed) < 20 * len(words_of(QUESTION))

@@ -69,6 +69,9 @@ class EngineConfig:
     """For `vllm`: context to reserve memory for, in tokens; 0 is the model's own."""
     tensor_parallel: int = 1
     """For `vllm`: GPUs that share one model."""
+    data_parallel: int = 1
+    """For `vllm` on GPUs: copies of the model, each on tensor_parallel GPUs. Where one GPU holds the model, copies
+    write several times as much as one model on all GPUs."""
     gpu_memory: float = 0.9
     """For `vllm` on a GPU: share of its memory for weights and cache."""
     cpu_cache_gb: int = 2
@@ -89,8 +92,9 @@ class EngineConfig:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.tensor_parallel < 1:
-            raise ValueError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+        for name in ("tensor_parallel", "data_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.gpu_memory <= 1:
             raise ValueError(f"gpu_memory must lie in (0, 1], got {self.gpu_memory}")
         check_key_name(self.api_key_env)

@@ -56,6 +56,10 @@ def open_engine(config: EngineConfig, model: Path, dtype: str = "bfloat16") -> E
     if config.name == "vllm":
         from jz3.engines.vllm_engine import VllmEngine
 
+        if config.data_parallel > 1:
+            from jz3.engines.copies import Copies
+
+            return Copies(config, model, dtype, VllmEngine)
         return VllmEngine(config, model, dtype)
     from jz3.engines.openai_engine import OpenAIEngine
 

@@ -1,8 +1,9 @@
 """Generation with vLLM inside this process, on GPUs or a CPU."""
 
+import contextlib
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class VllmEngine:
         if config.max_model_len:
             options["max_model_len"] = config.max_model_len
         self._name, self._dtype = model.name, dtype
-        self._llm: Any = LLM(model=str(model), dtype=dtype, seed=0, **options)
+        with _told("could not open the model"):
+            self._llm: Any = LLM(model=str(model), dtype=dtype, seed=0, **options)
         self._context = int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
@@ -52,20 +54,21 @@ class VllmEngine:
         tokenizer = self._llm.get_tokenizer()
         ids = [prompt_ids(tokenizer, request.prompt) for request in requests]
         fitting = [i for i, tokens in enumerate(ids) if len(tokens) < self._context]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids[i]) for i in fitting],
-            [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=min(sampling.max_new_tokens, self._context - len(ids[i])),
-                    stop=list(sampling.stop) or None,
-                    seed=requests[i].seed % SEED_LIMIT,
-                )
-                for i in fitting
-            ],
-            use_tqdm=False,
-        )
+        with _told("broke down while it wrote"):
+            outputs = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=ids[i]) for i in fitting],
+                [
+                    SamplingParams(
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        max_tokens=min(sampling.max_new_tokens, self._context - len(ids[i])),
+                        stop=list(sampling.stop) or None,
+                        seed=requests[i].seed % SEED_LIMIT,
+                    )
+                    for i in fitting
+                ],
+                use_tqdm=False,
+            )
         results = [
             Generation(id=request.id, text="", finish="too_long", prompt_tokens=len(tokens), new_tokens=0)
             for request, tokens in zip(requests, ids, strict=True)
@@ -98,6 +101,19 @@ class VllmEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             gc.collect()
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn what vLLM raises, of many kinds, into an error with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise Jz3Error(
+            f"vLLM {what}: {line}. Its own messages above say more; if the GPU's memory was too small, lower the "
+            "engine's gpu_memory or raise tensor_parallel, and run again: what is finished is kept"
+        ) from error
 
 
 def _prepare_environment(config: EngineConfig, on_gpu: bool) -> None:
