@@ -91,7 +91,9 @@ def test_a_text_is_filled_in_literally() -> None:
 
 # Parser
 
-markup = st.text(max_size=200).filter(lambda t: "[" not in t and "`" not in t and "\\" not in t and t.strip())
+markup = st.text(max_size=200).filter(
+    lambda t: not set("[`\\") & set(t) and t.strip() and not t.strip().endswith(("---", "***", "___"))
+)
 
 
 @given(problem=markup, steps=markup, kind=st.sampled_from(["cot", "tool"]))
@@ -128,6 +130,10 @@ def test_any_text_gives_a_reply_or_a_documented_reason(text: str) -> None:
         "**New Problem**\nWhat is 6 times 7?\n**Solution**\nIt is \\boxed{42}.",
         "# [Problem]: What is 6 times 7?\r\n\r\n# [Solution]: It is \\boxed{42}.",
         "[Problem]: What is 6 times 7? [Solution]: It is \\boxed{42}.",
+        "[Problem:] What is 6 times 7?\n\n[Solution:] It is \\boxed{42}.",
+        "```\n[Problem]: What is 6 times 7?\n\n[Solution]: It is \\boxed{42}.\n```",
+        "```markdown\n**Problem:** What is 6 times 7?\n\n**Solution:** It is \\boxed{42}.\n```\n",
+        "---\n\n**[Problem]:** What is 6 times 7?\n\n---\n\n**[Solution]:** It is \\boxed{42}.\n\n---",
     ],
 )
 def test_replies_of_many_styles_are_read(text: str) -> None:
@@ -137,6 +143,11 @@ def test_replies_of_many_styles_are_read(text: str) -> None:
         "It is \\boxed{42}.",
         "42",
     )
+
+
+def test_a_tool_reply_in_a_fence_of_its_own_is_read() -> None:
+    reply = f"[Problem]: What is 6 times 7?\n\n[Solution]:\n{TOOL}"
+    assert parse_reply(f"```\n{reply}\n```", "tool") == parse_reply(reply, "tool")
 
 
 def test_words_inside_a_bracketed_reply_are_no_markers() -> None:

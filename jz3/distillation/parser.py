@@ -17,7 +17,7 @@ REASONS = {
 """Why a reply is refused."""
 
 _STRICT = re.compile(
-    r"(?:^[ \t>#]*)?(?P<bold>\*\*|__)?\[(?P<close>/?)(?P<name>problem(?: description)?|solution)\]"
+    r"(?:^[ \t>#]*)?(?P<bold>\*\*|__)?\[(?P<close>/?)(?P<name>problem(?: description)?|solution)[ \t]*:?\]"
     r"(?(bold)[ \t]*:?[ \t]*(?:\*\*|__)?)[ \t]*:?",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -29,6 +29,12 @@ _LOOSE = re.compile(
 )
 _END = re.compile(r"\[/(?:problem(?: description)?|solution)\]", re.IGNORECASE)
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[ \t]*$", re.MULTILINE)
+_WRAPPED = re.compile(
+    r"\s*```[ \t]*(?:markdown|md|text|latex|tex|plaintext)?[ \t]*\r?\n(.*)\n```\s*", re.DOTALL
+)
+"""A reply that is one block as a whole."""
+_RULE = re.compile(r"\n[ \t]*(?:-{3,}|\*{3,}|_{3,})\s*\Z")
+"""A line across the page behind a part."""
 _PYTHON = ("python", "py", "python3")
 _OUTPUT = ("output", "", "text", "txt", "plaintext", "console", "stdout")
 
@@ -65,7 +71,7 @@ def format_reply(problem: str, solution: str) -> str:
 def parse_reply(text: str, kind: str, finish: str = "stop") -> ParsedReply:
     """Take a reply apart.
 
-    Markdown around the markers, closing tags and prose before the first marker are passed over; if
+    Markdown around the markers, a block around all, closing tags and prose before the first marker are passed over; if
     no bracketed marker is there, headings such as `**Problem:**` are taken. Code fences of a tool
     reply become ```python and ```output.
 
@@ -86,7 +92,8 @@ def parse_reply(text: str, kind: str, finish: str = "stop") -> ParsedReply:
         raise ReplyError("empty")
     if finish == "length":
         raise ReplyError("truncated", "the reply reached its length limit")
-    problem, solution = _split(text)
+    wrapped = _WRAPPED.fullmatch(text)
+    problem, solution = _split(wrapped[1] if wrapped else text)
     if "\\boxed" in problem:
         raise ReplyError("answer_in_problem")
     if kind == "tool":
@@ -125,8 +132,8 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _content(text: str) -> str:
-    """Cut at a closing tag and strip."""
-    return _END.split(text, maxsplit=1)[0].strip()
+    """Cut at a closing tag, take a line across the page off the end, and strip."""
+    return _RULE.sub("", _END.split(text, maxsplit=1)[0]).strip()
 
 
 def _tool_blocks(solution: str) -> str:
