@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from jz3.config import settled, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig
-from jz3.evaluation.intervals import mean
+from jz3.evaluation.intervals import accuracy, mean
 from jz3.files import hash_file, read_json, read_jsonl, write_json, write_tensors
 from jz3.influence import read_scores
 from jz3.pipeline import NAMES, STAGES, run_pipeline, stage_key, stages_up_to
@@ -86,6 +86,31 @@ def test_report_is_self_contained_and_escaped(tiny_run: Path) -> None:
     assert "not GPT-4" in page and f"<code>{shipped_recipe('tiny').selection.chooser}</code>" in page
     tasks = read_json(tiny_run / "results.json")["selection"]["fidelity"]["tasks"]
     assert all(f"{f['task_spearman']:.3f} for the mean of {task}'s" in page for task, f in tasks.items())
+
+
+def test_each_task_has_its_accuracy_in_the_report(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all problems together a benchmark of three thousand decides; the paper's average is that of the tasks."""
+    results = read_json(tiny_run / "results.json")
+    for model, shares in (("base", (0.25, 0.75)), ("trained", (0.5, 1.0))):
+        part = results["evaluation"][model]["nl"]
+        part["tasks"] = {
+            name: accuracy([i < share * n for i in range(n)])
+            for name, share, n in zip(("mmlu", "math"), shares, (300, 20), strict=True)
+        }
+    assert results["evaluation"]["accuracy_difference"]["nl"]["n"] == 6
+    ctx = StageContext(recipe=shipped_recipe("tiny"), run_dir=tiny_run, name="report")
+    page = " ".join(render(ctx, results).split())
+    assert '<td class="quiet">mmlu</td> <td class="n">25.0% (20%–30%) of 300</td>' in page
+    assert '<td class="quiet">mean of the tasks</td> <td class="n">50.0%</td><td class="n">75.0%</td>' in page
+    assert "trained minus base, paired" in page
+    write_json(tmp_path / "results.json", results)
+    print_results(tmp_path)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert (
+        "mean of the tasks: base 50.0%, trained 75.0% (math 75.0% to 100.0%, mmlu 25.0% to 50.0%)" in printed
+    )
 
 
 def test_report_of_an_evaluation_without_some_numbers(

@@ -41,7 +41,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     Returns:
         For `base` and `trained`: `nl` and `tool` (accuracy with its Wilson 95% interval, overall and per
-        task) and `nll`; `nll_difference`, the paired difference base - trained; and how it was measured.
+        task) and `nll`; `accuracy_difference`, trained - base, and `nll_difference`, base - trained, both paired by
+        problem; and how it was measured.
     """
     from jz3.grading.answer import Grader
     from jz3.grading.sandbox import Sandbox
@@ -86,9 +87,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
     write_jsonl(ctx.out / "results.jsonl", rows)
     write_jsonl(ctx.out / "nll.jsonl", pairs)
     write_jsonl(ctx.out / "rejects.jsonl", rejects)
+    gains = {
+        setting: _gains([row for row in rows if row["setting"] == setting]) for setting in config.settings
+    }
     differences = {pair["id"]: pair["base"] - pair["trained"] for pair in pairs}
     return {
         **summary,
+        "accuracy_difference": gains,
         "nll_difference": {
             **mean(list(differences.values())),
             "tasks": {
@@ -262,6 +267,21 @@ def _setting_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     levels = sorted({level for row in rows for level in row["levels"]})
     return {**summary, "sandbox_levels": levels} if levels else summary
+
+
+def _gains(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return by how much more the trained model solves, over the problems that both were given."""
+    base = {row["id"]: row["correct"] for row in results if row["model"] == "base"}
+    pairs = [
+        (row["task"], float(row["correct"]) - float(base[row["id"]]))
+        for row in results
+        if row["model"] == "trained" and row["id"] in base
+    ]
+    tasks = dict.fromkeys(task for task, _ in pairs)
+    return {
+        **mean([gain for _, gain in pairs]),
+        "tasks": {task: mean([gain for other, gain in pairs if other == task]) for task in tasks},
+    }
 
 
 def _score_references(ctx: StageContext, name: str, folder: Path, queries: list[Query]) -> list[float | None]:

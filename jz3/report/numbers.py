@@ -17,3 +17,13 @@ def settings_of(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the settings that the models were evaluated in, each with its name for reading."""
     names = (("nl", "natural language"), ("tool", "with Python"))
     return [(setting, name) for setting, name in names if setting in evaluation["base"]]
+
+
+def mean_of_tasks(part: dict[str, Any]) -> float | None:
+    """Return the mean of the tasks' accuracies, in which a task of few problems counts as much as one of many.
+
+    Args:
+        part: of the evaluation: a model in a setting.
+    """
+    known = [task["accuracy"] for task in part["tasks"].values() if task["accuracy"] is not None]
+    return sum(known) / len(known) if known else None

@@ -2,15 +2,17 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jz3.files import read_jsonl
 from jz3.influence import read_scores
 from jz3.records import Doc
-from jz3.report.numbers import settings_of, shown
+from jz3.report.numbers import mean_of_tasks, settings_of, shown
 from jz3.stage import StageContext
 
 SHOWN_TEXTS = 5
@@ -29,6 +31,7 @@ def render(ctx: StageContext, results: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
+    environment.filters["mean_of_tasks"] = mean_of_tasks
     environment.filters["percent"] = lambda x: shown(x, ".0%")
     scores = read_scores(ctx.path("influence", "scores.parquet").parent)
     best, worst = _texts(ctx, scores)
@@ -42,17 +45,19 @@ def render(ctx: StageContext, results: dict[str, Any]) -> str:
         },
         best=best,
         worst=worst,
-        problems=ctx.rows("filtering", "kept.jsonl")[:SHOWN_TEXTS],
+        problems=list(itertools.islice(read_jsonl(ctx.path("filtering", "kept.jsonl")), SHOWN_TEXTS)),
         rejects=_rejects(ctx),
         stages=results["seconds"],
     )
 
 
 def _texts(ctx: StageContext, scores: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    docs = {row["id"]: Doc.from_json(row) for row in ctx.rows("corpus", "docs.jsonl")}
     columns = [c for c in scores if c.startswith("influence:") and c != "influence:control"]
     total = np.mean([scores[c] for c in columns], axis=0)
     order = np.argsort(-total, kind="stable")
+    ends = {scores["id"][i] for i in (*order[:SHOWN_TEXTS], *order[::-1][:SHOWN_TEXTS])}
+    texts = read_jsonl(ctx.path("corpus", "docs.jsonl"))
+    docs = {row["id"]: Doc.from_json(row) for row in texts if row["id"] in ends}
 
     def rows(picked: Any) -> list[dict[str, Any]]:
         return [{"score": float(total[i]), "doc": docs[scores["id"][i]]} for i in picked]
@@ -64,7 +69,7 @@ def _rejects(ctx: StageContext) -> list[dict[str, Any]]:
     """Return one reject of every reason, the synthesis stage's and the filters'."""
     shown: dict[str, dict[str, Any]] = {}
     for stage in ("synthesis", "filtering"):
-        for row in ctx.rows(stage, "rejects.jsonl"):
+        for row in read_jsonl(ctx.path(stage, "rejects.jsonl")):
             shown.setdefault(f"{stage}: {row['reason']}", row)
     return [{"reason": reason, **row} for reason, row in list(shown.items())[:SHOWN_REJECTS]]
 

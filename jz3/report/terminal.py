@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jz3.files import read_json
-from jz3.report.numbers import settings_of, shown
+from jz3.report.numbers import mean_of_tasks, settings_of, shown
 
 
 def print_results(run_dir: Path) -> None:
@@ -87,6 +87,17 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     for setting, name in settings_of(evaluation):
         b, t = _accuracy(base[setting]), _accuracy(trained[setting])
         lines.append((name, f"base {b}, trained {t} of {trained[setting]['n']}"))
+        tasks = trained[setting]["tasks"]
+        if (
+            len({task["n"] for task in tasks.values()}) > 1
+        ):  # the larger ones decide the share of all problems
+            b, t = (shown(mean_of_tasks(model[setting]), ".1%") for model in (base, trained))
+            each = ", ".join(
+                f"{task} {shown(base[setting]['tasks'][task]['accuracy'], '.1%')} to {shown(x['accuracy'], '.1%')}"
+                for task, x in tasks.items()
+                if task in base[setting]["tasks"]
+            )
+            lines.append(("", f"mean of the tasks: base {b}, trained {t} ({each})"))
     seconds, peak = sum(r["seconds"].values()), max(r["peak_memory"].values())
     lines.append(("cost", f"{seconds / 60:.1f} minutes, {peak / 2**30:.1f} GiB at the peak"))
     return lines
