@@ -251,6 +251,27 @@ def test_no_usable_row_and_a_diverging_run_are_clear_errors(tiny_model, tmp_path
         train(tiny_model, [PHASES[0], PHASES[0]], SETTINGS, tmp_path / "c")
 
 
+def test_no_checkpoint_is_kept_of_a_step_whose_gradient_is_no_number(tiny_model, tmp_path, monkeypatch):
+    """Its loss is one still; resumed from such weights, a training could never end well."""
+    from jz3.training.trainer import PackTrainer
+
+    compute = PackTrainer.compute_loss
+
+    def broken(trainer, model, inputs, *rest, **more):
+        loss = compute(trainer, model, inputs, *rest, **more)
+        if trainer.state.global_step == 3:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    settings = dataclasses.replace(SETTINGS, save_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackTrainer, "compute_loss", broken)
+        with pytest.raises(Jz3Error, match="gradient of step 4 is nan; run again.* lower learning_rate"):
+            train(tiny_model, PHASES, settings, tmp_path / "model")
+    assert [p.name for p in (tmp_path / "model.work" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert train(tiny_model, PHASES, settings, tmp_path / "model").steps > 4
+
+
 @pytest.fixture(scope="module")
 def processes():
     """Children that start with the libraries loaded, one thread each."""

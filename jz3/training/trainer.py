@@ -62,7 +62,7 @@ class PackTrainer(SFTTrainer):
 
 
 class Watch(TrainerCallback):
-    """Reports progress in tokens and stops a run whose loss is no number."""
+    """Reports progress in tokens and stops a run whose loss or gradient is no number."""
 
     def __init__(self, step_tokens: list[int], advance: Callable[[int], None]):
         self.step_tokens = step_tokens
@@ -80,6 +80,13 @@ class Watch(TrainerCallback):
             raise Jz3Error(
                 f"the loss of step {state.global_step} is {logs['loss']}; "
                 f"lower learning_rate ({args.learning_rate}) or set precision to float32"
+            )
+        # The weights are lost by now, and their checkpoint would replace the one before.
+        if not math.isfinite(logs.get("grad_norm") or 0.0):
+            raise Jz3Error(
+                f"the gradient of step {state.global_step} is {logs['grad_norm']}; run again from the last checkpoint "
+                f"in case the machine failed, else lower learning_rate ({args.learning_rate}) or set precision to "
+                "float32"
             )
 
 
