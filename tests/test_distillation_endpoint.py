@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,25 @@ def test_backoff_grows_and_retry_after_is_kept(tmp_path: Path) -> None:
         server.retry_after = 0.6
         ask(settings(server, tmp_path, cache=str(tmp_path / "other.sqlite")), tmp_path, requests(1))
         assert server.times[1] - server.times[0] >= 0.6
+
+
+def test_a_rate_limit_below_the_configured_one_is_found(tmp_path: Path) -> None:
+    """A new account's is: each worker alone would ask until its repeats or the budget of calls are used up."""
+    answered = [0.0]
+    lock = threading.Lock()
+
+    def limited(prompt: str, attempt: int) -> str:
+        with lock:
+            if time.monotonic() - answered[0] < 0.1:
+                return "429"
+            answered[0] = time.monotonic()
+            return "ok"
+
+    with FakeEndpoint(limited) as server:
+        config = settings(server, tmp_path, concurrency=16, requests_per_minute=6000.0, retries=5)
+        replies, spent = ask(config, tmp_path, requests(60))
+    assert not any(r.failure for r in replies)
+    assert spent.calls <= 2.5 * 60
 
 
 def test_a_refused_request_is_a_reject_while_few_and_stops_the_run_when_many(tmp_path: Path) -> None:

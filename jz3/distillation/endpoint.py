@@ -21,6 +21,10 @@ from jz3.seeding import rng
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT = 60.0
+_LEAST_INTERVAL = 0.02
+"""Seconds between two requests after the first refusal as too many, where no limit is configured."""
+_RECOVERY = 0.98
+"""Factor of the interval after an answer, until it is the configured one again."""
 _EXTRA_PROMPT_TOKENS = 64
 """Room for what a chat template adds to the message."""
 _MOST_TOKENS = 1 << 31
@@ -37,6 +41,8 @@ class _Failure:
     """Whether no request can succeed, e.g. after a wrong key."""
     wait: float = 0.0
     """Seconds that the endpoint asks to wait."""
+    too_fast: bool = False
+    """Whether requests come faster than the endpoint allows."""
 
 
 def cache_path(config: TeacherConfig) -> Path:
@@ -171,6 +177,11 @@ class _Purchase:
         """Why no further request is sent."""
         self._in_flight = 0
         self._next_slot = 0.0
+        pace = config.requests_per_minute
+        self._shortest = self._interval = 60.0 / pace if pace else 0.0
+        """Seconds between two requests: as configured, and at present."""
+        self._slowed = 0.0
+        """When the interval was last made longer."""
         self._warned = False
 
     def buy(self, wanted: dict[str, str], total: int, done: Callable[[str], None]) -> dict[str, _Failure]:
@@ -252,10 +263,10 @@ class _Purchase:
     async def _book(self, key: str, prompt: str) -> int | None:
         """Wait for a slot of the rate limit and book the call; None if we are to stop."""
         loop = asyncio.get_running_loop()
-        if self._config.requests_per_minute:
-            slot = max(self._next_slot, loop.time())
-            self._next_slot = slot + 60.0 / self._config.requests_per_minute
-            await asyncio.sleep(slot - loop.time())
+        # No slot is promised beforehand, as all may have to wait for longer by then.
+        while not self._stop and (wait := self._next_slot - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        self._next_slot = max(self._next_slot, loop.time()) + self._interval
         async with self._settled:
             while not self._stop:
                 call = self._ledger.book(key, most_usd(self._config, prompt))
@@ -275,6 +286,7 @@ class _Purchase:
     async def _send(self, client: Any, key: str, prompt: str, call: int) -> _Failure | None:
         """Send a booked request, keep its answer, and settle what it cost."""
         openai = self._openai
+        sent = asyncio.get_running_loop().time()
         usd, tokens = most_usd(self._config, prompt), (0, 0)
         try:
             response = await asyncio.wait_for(
@@ -284,10 +296,14 @@ class _Purchase:
             self._cache.put(key, self._config.model, answer)
             tokens = answer.prompt_tokens, answer.completion_tokens
             usd = price(self._config, *tokens)
+            self._interval = max(self._shortest, self._interval * _RECOVERY)
             return None
         except openai.APIStatusError as error:
             usd = 0.0
-            return self._status_failure(error)
+            failure = self._status_failure(error)
+            if failure.too_fast:
+                self._slow_down(sent, failure.wait)
+            return failure
         except (openai.APITimeoutError, asyncio.TimeoutError):
             return _Failure(detail=f"no answer within {self._config.timeout_seconds:g} s", repeat=True)
         except (openai.APIError, ValueError) as error:
@@ -312,7 +328,22 @@ class _Purchase:
             wait = float(error.response.headers.get("retry-after", 0))
         except ValueError:
             wait = 0.0
-        return _Failure(detail=detail, repeat=status in (408, 409, 429) or status >= 500, wait=wait)
+        repeat = status in (408, 409, 429) or status >= 500
+        return _Failure(detail=detail, repeat=repeat, wait=wait, too_fast=status == 429)
+
+    def _slow_down(self, sent: float, wait: float) -> None:
+        """Double the time between requests, of all workers, and keep all from asking as long as we are told to.
+
+        Those in flight together are refused together, and slow us down once.
+        """
+        now = asyncio.get_running_loop().time()
+        if sent >= self._slowed:
+            self._interval = min(max(2 * self._interval, _LEAST_INTERVAL), _LONGEST_WAIT)
+            self._slowed = now
+            log.warning(
+                "teacher: the endpoint refuses so many requests; one every %.2f s is sent", self._interval
+            )
+        self._next_slot = max(self._next_slot, now + min(wait, _LONGEST_WAIT), self._slowed + self._interval)
 
     def _clean(self, message: str) -> str:
         """Make one short line of a message, without the key that some servers repeat."""
