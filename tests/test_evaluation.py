@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -339,7 +340,9 @@ def test_endpoint_cannot_evaluate_two_models() -> None:
         EvaluationConfig(engine=EngineConfig(name="openai"))
 
 
-def test_the_base_model_may_get_examples(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_model_may_get_examples(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from jz3.engines import Generation
 
     asked: list[list[str]] = []
@@ -373,6 +376,11 @@ def test_the_base_model_may_get_examples(context: StageContext, monkeypatch: pyt
     ]
     rows += [known("e", "t0", "cot", "unseen"), known("f", "control", "cot", "control")]
     write_jsonl(context.run_dir / "targets" / "queries.jsonl", rows)
+    taught = [
+        known("g", "i", "cot", "instruction"),
+        *(known(key, "i", "tool", "instruction") for key in "hi"),
+    ]
+    write_jsonl(context.run_dir / "filtering" / "instruction.jsonl", taught)
     config = dataclasses.replace(context.recipe.evaluation, base_shots=2)
     context = dataclasses.replace(
         context, recipe=types.SimpleNamespace(**vars(context.recipe) | {"evaluation": config})
@@ -380,13 +388,17 @@ def test_the_base_model_may_get_examples(context: StageContext, monkeypatch: pyt
     monkeypatch.setattr("jz3.engines.on_demand.open_engine", lambda *_: Recorder())
     summary = run(context)
     base, trained = asked
-    assert (summary["shots"], summary["base_shots"]) == (0, {"nl": 2, "tool": 1})
+    assert (summary["shots"], summary["base_shots"]) == (0, {"nl": 2, "tool": 2})
     assert sorted(p.rpartition("## Question\n")[2] for p in base) == sorted(p[12:] for p in trained)
     shown = {key: f"## Question\n{key}\n\n## Solution\nBy {key}.\n\n\n" for key in "abc"}
     heads = {p[: p.rindex("## Question")] for p in base if p.endswith("## Solution\n")}
     assert {shown["a"] + shown["b"], shown["b"] + shown["a"]} & heads
     assert all(head.startswith(shown["c"]) or shown["c"] not in head for head in heads - {""})
     assert any(head.startswith(shown["c"]) for head in heads) and "By e." not in "".join(base)
-    assert all(
-        p.startswith("## Question\nd\n\n## Code Solution\nBy d.\n\n\n## Q") for p in base if "Code" in p
-    )
+    # The targets' own come first, then the instruction data's.
+    python = "".join(f"## Question\n{key}\n\n## Code Solution\nBy {key}.\n\n\n" for key in "dh")
+    assert all(p.startswith(f"{python}## Q") for p in base if "Code" in p)
+    write_jsonl(context.run_dir / "filtering" / "instruction.jsonl", taught[:1])
+    shutil.rmtree(context.out)
+    assert run(context)["base_shots"] == {"nl": 2, "tool": 1}
+    assert "1 of 2 examples (tool)" in caplog.text

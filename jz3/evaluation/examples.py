@@ -29,4 +29,9 @@ def examples_for(queries: Sequence[Query], task: str, kind: str, count: int, see
     ]
     places = rng(seed, "evaluation", "examples", task, kind).permutation(len(solved))
     drawn = sorted((solved[place] for place in places), key=lambda query: query.task != task)
-    return [f"{query.prompt}{query.completion.strip()}\n\n\n" for query in drawn[:count]]
+    return [example(query) for query in drawn[:count]]
+
+
+def example(query: Query) -> str:
+    """Return a problem's prompt with its solution, and blank lines behind it."""
+    return f"{query.prompt}{query.completion.strip()}\n\n\n"

@@ -1,6 +1,8 @@
 """The evaluation stage: solve, grade, score the reference solutions, compare the models."""
 
 import contextlib
+import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,10 +17,10 @@ from jz3.errors import Jz3Error
 from jz3.evaluation.benchmarks import load_benchmark, questions_hash, spread
 from jz3.evaluation.choices import choices_of, chosen_letter
 from jz3.evaluation.config import EvaluationConfig
-from jz3.evaluation.examples import examples_for
+from jz3.evaluation.examples import example, examples_for
 from jz3.evaluation.intervals import accuracy, mean
 from jz3.evaluation.nll import mean_nll
-from jz3.files import read_json, write_jsonl
+from jz3.files import read_json, read_jsonl, write_jsonl
 from jz3.models import load_tokenizer, resolve_model
 from jz3.records import Query, Reject, Result
 from jz3.stage import StageContext
@@ -27,6 +29,8 @@ from jz3.templates import QUESTION, prompt_for
 if TYPE_CHECKING:
     from jz3.grading.answer import Grader
     from jz3.grading.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
 
 KINDS = {"nl": "cot", "tool": "tool"}
 STOP = f"\n{QUESTION}"
@@ -154,9 +158,26 @@ def _check_benchmarks(ctx: StageContext, config: EvaluationConfig) -> None:
 
 def _examples(ctx: StageContext, setting: str, tasks: list[str]) -> dict[str, list[str]]:
     """Return by task the examples that go in front of a problem that the base model gets."""
-    count = ctx.recipe.evaluation.base_shots
+    count, kind = ctx.recipe.evaluation.base_shots, KINDS[setting]
     known = [Query.from_json(row) for row in ctx.rows("targets", "queries.jsonl")] if count else []
-    return {task: examples_for(known, task, KINDS[setting], count, ctx.seed) for task in tasks}
+    shown = {task: examples_for(known, task, kind, count, ctx.seed) for task in tasks}
+    fewest = min(map(len, shown.values()), default=count)
+    if fewest < count:  # targets of files are solved in words alone
+        taught = map(Query.from_json, read_jsonl(ctx.path("filtering", "instruction.jsonl")))
+        usable = (
+            row for row in taught if row.completion.strip() and row.prompt == prompt_for(row.problem, kind)
+        )
+        spare = [example(row) for row in itertools.islice(usable, count - fewest)]
+        shown = {task: (examples + spare)[:count] for task, examples in shown.items()}
+        fewest = min(map(len, shown.values()))
+    if fewest < count:
+        log.warning(
+            "evaluation: the base model gets %d of %d examples (%s): neither targets nor instruction data hold more",
+            fewest,
+            count,
+            setting,
+        )
+    return shown
 
 
 def _solve(
