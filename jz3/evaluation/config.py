@@ -42,8 +42,8 @@ class EvaluationConfig:
     log-likelihood is always taken over all."""
     base_shots: int = 0
     """Solved examples, of the targets' own queries and, where those are too few (of Python, say), of the instruction
-    data, in front of each problem that the base model gets, which hasn't been taught the prompt: else a part of what the training gains is the prompt. The trained model gets none. The
-    paper gives its base models 5."""
+    data, in front of each problem that the base model gets, which hasn't been taught the prompt: else a part of what
+    the training gains is the prompt. The trained model gets none. The paper gives its base models 5."""
     max_new_tokens: int = 1024
     """Of a solution; in the tool setting, of each round."""
     rounds: int = 4
