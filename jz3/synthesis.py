@@ -162,6 +162,10 @@ def _row(item: _Item, reply: Generation | ToolTrace, origin: str) -> dict[str, A
     if reply.finish == "too_long" and not reply.text:
         detail = f"its {reply.prompt_tokens} tokens fill the model's context"
         reject = _reject(item, "prompt_too_long", detail, "")
+    elif reply.finish == "refused":
+        reject = _reject(
+            item, "refused", "the endpoint refused the prompt; the log has its words", reply.text
+        )
     else:
         try:
             # A reply whose rounds are used up ends in an output block, which the parser judges by itself.

@@ -211,3 +211,26 @@ def test_openai_needs_endpoint_and_model() -> None:
         OpenAIEngine(EngineConfig(name="openai", model="m"))
     with pytest.raises(ValueError, match="needs model"):
         OpenAIEngine(EngineConfig(name="openai", base_url="http://127.0.0.1:1/v1"))
+
+
+def test_one_refused_prompt_does_not_lose_the_answers_to_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    """It would be refused again and again, after the others were paid for once more."""
+
+    def answer(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        if body["prompt"] in bad:
+            return 400, {"error": {"message": "the content filter was triggered"}}
+        return 200, completion(body["prompt"] + "!")
+
+    bad = {"3"}
+    requests = [Request(id=f"r{i}", prompt=str(i)) for i in range(20)]
+    with completions_server(answer) as url:
+        engine = OpenAIEngine(EngineConfig(name="openai", base_url=url, model="m"))
+        found = engine.generate(requests, Sampling())
+        assert [g.text for g in found] == ["" if i == 3 else f"{i}!" for i in range(20)]
+        assert found[3].finish == "refused" and found[4].finish == "stop"
+        assert "content filter was triggered (r3)" in caplog.text
+        bad |= {"7"}
+        with pytest.raises(Jz3Error, match="refused a request: 400 the content filter"):
+            engine.generate(requests, Sampling())
+        with pytest.raises(Jz3Error, match="refused a request"):
+            engine.generate(requests[3:4], Sampling())

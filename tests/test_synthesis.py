@@ -232,3 +232,12 @@ def test_empty_corpus_and_bad_settings_are_refused(tmp_path: Path, writer: type[
     for settings, said in cases:
         with pytest.raises(ValueError, match=said):
             SynthesisConfig(**settings)
+
+
+def test_a_prompt_that_an_endpoint_refuses_is_a_reject_with_its_reason() -> None:
+    from jz3.synthesis import _Item, _row
+
+    prompt = Prompt(id="p", doc_id="d", kind="cot", level="amc8", text="Write.")
+    reply = Generation(id="i", text="", finish="refused", prompt_tokens=0, new_tokens=0)
+    row = _row(_Item(prompt, "i"), reply, "synthesiser:m")
+    assert row["problem"] is None and row["reject"]["reason"] == "refused"

@@ -48,7 +48,8 @@ class Generation:
     text: str
     finish: str
     """`stop` (the model's end token or a stop text), `length` (the token limit or the end of the
-    model's context), or `too_long` (the prompt alone fills the context: the text is empty)."""
+    model's context), `too_long` (the prompt alone fills the context: the text is empty), or `refused` (an
+    endpoint doesn't answer this prompt: the text is empty)."""
     prompt_tokens: int
     """0 where an endpoint doesn't say."""
     new_tokens: int

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
 SEED_LIMIT = 1 << 31
 """Servers take seeds of different widths; all take 31 bits."""
+
+
+MOST_REFUSED = 0.02
+"""Share of the requests of a call that an endpoint may refuse, for what a prompt holds perhaps; at least one of ten."""
+
+log = logging.getLogger(__name__)
+
+
+class _Refused(Jz3Error):
+    """An endpoint answers others, but not this request."""
 
 
 class OpenAIEngine:
@@ -48,8 +59,10 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Continue every request's prompt; one Generation per request, in order.
 
+        A few refused requests are Generations with finish `refused`: the answers to the others are paid for.
+
         Raises:
-            Jz3Error: the endpoint refused a request, or was not to be reached after all retries.
+            Jz3Error: the endpoint refused more requests, or was not to be reached after all retries.
         """
         return asyncio.run(self._generate(requests, sampling))
 
@@ -66,9 +79,19 @@ class OpenAIEngine:
         )
         gate = asyncio.Semaphore(self._config.batch_size)
 
+        allowed = max(int(MOST_REFUSED * len(requests)), int(len(requests) >= 10))
+
         async def one(request: Request) -> Generation:
+            nonlocal allowed
             async with gate:
-                return await self._ask(client, request, sampling)
+                try:
+                    return await self._ask(client, request, sampling)
+                except _Refused as error:
+                    allowed -= 1
+                    if allowed < 0:
+                        raise
+                    log.warning("%s (%s)", error, request.id)
+                    return Generation(id=request.id, text="", finish="refused", prompt_tokens=0, new_tokens=0)
 
         async with client:
             tasks = [asyncio.create_task(one(request)) for request in requests]
@@ -102,7 +125,8 @@ class OpenAIEngine:
                     said = f"{error.status_code} {_said(error)}"
                     # Some servers repeat the key.
                     said = said.replace(self._key, "***") if self._key else said
-                    raise Jz3Error(f"{self._url} refused a request: {said}") from error
+                    kind = _Refused if error.status_code in (400, 422) else Jz3Error
+                    raise kind(f"{self._url} refused a request: {said}") from error
                 room, tokens = over
                 if not 0 < room < asked:
                     return Generation(
