@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module("jz3.errors" if name == "Jz3Error" else "jz3.embed"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

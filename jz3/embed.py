@@ -26,6 +26,7 @@ from jz3.gradients import (
 )
 from jz3.gradients.layers import plain_model
 from jz3.modes import plain_modes
+from jz3.ops.checks import check_int
 from jz3.seeding import rng
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]
 """A query: what the model is given, and the completion whose loss counts."""
+_MOST = 1 << 30
+"""More than any of the numbers below can sensibly be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,11 @@ class Adapted:
     """Coordinates beyond `k` that queries are computed on and that their features stand for as far as the sample
     allows (jz3.features.completion); 0 for none."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", tuple(_several(self.queries)))
+        for name, least in (("documents", 0), ("k", 1), ("rank", 1), ("layers", 1), ("completion", 0)):
+            check_int("Adapted", name, getattr(self, name), least, _MOST)
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
@@ -60,6 +68,10 @@ class Sketch:
     left: int = 512
     right: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("k", "left", "right"):
+            check_int("Sketch", name, getattr(self, name), 1, _MOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,9 @@ class Less:
     warm_up: lora.WarmUp = lora.WarmUp()
     direction: less.AdamDirection = less.AdamDirection()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("Less", "k", self.k, 1, _MOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +123,12 @@ class Features:
 
         Raises:
             TypeError: a query is no pair of texts.
-            ValueError: a query is too short, or its gradient is zero or not finite.
+            ValueError: a query is too short, holds a token that the model lacks, or has a gradient that is zero or not
+                finite.
         """
+        queries = _several(queries)
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
+        _check_vocabulary(self.model, tokens, "query")
         # Training may have gone on since: dropout would make features of chance.
         with _borrowed(self.model):
             set_query_products(self.model, self.products)
@@ -178,8 +196,9 @@ def featurize(
         The features, in the texts' order.
 
     Raises:
-        TypeError: `kind` is none of the three, a text is no str, or a query no pair of them.
-        ValueError: there is no text, one is too short, or its gradient is not finite.
+        TypeError: `model` or `tokenizer` is none, `kind` none of the three, a text no str, or a query no pair of them.
+        ValueError: there is no text, one is too short or holds a token that the model lacks, or its gradient is not
+            finite; a number is out of range.
         Jz3Error: a checkpoint that Less names doesn't fit, or the products can't be had.
     """
     kind = kind or Adapted()
@@ -189,6 +208,11 @@ def featurize(
         )
     if isinstance(docs, str):
         raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
+    if not isinstance(docs, Iterable):
+        raise TypeError(f"docs must be several texts, got {docs!r:.60}")
+    _check_model(model, tokenizer)
+    check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
+    check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
     docs = list(docs)
     if not docs:
         raise ValueError("docs is empty")
@@ -202,6 +226,7 @@ def featurize(
         products = set_products(model, "exact" if isinstance(kind, Less) else products)
         layers = linear_layers(model)
         texts = [tokenize_text(tokenizer, str(i), text, max_tokens) for i, text in enumerate(docs)]
+        _check_vocabulary(model, texts, "text")
         projection: Projection
         completion: Completion | None = None
         if isinstance(kind, Sketch):
@@ -211,11 +236,13 @@ def featurize(
         else:
             order = rng(kind.seed, "embed", "sample").permutation(len(texts))[: kind.documents]
             sample = [texts[i] for i in order]
+            queries = _query_tokens(tokenizer, kind.queries, max_tokens)
+            _check_vocabulary(model, queries, "query")
             fit = adapted.fit_adapted(
                 model,
                 "",
                 layers,
-                _query_tokens(tokenizer, kind.queries, max_tokens),
+                queries,
                 sample,
                 k=kind.k + kind.completion,
                 rank=kind.rank,
@@ -285,16 +312,24 @@ def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) ->
         The scores, tasks in the mapping's order.
 
     Raises:
+        TypeError: an argument or a query is of another kind.
         ValueError: there is no task, or one without a query.
 
     Source: LESS (arXiv 2402.04333), equation 5, one checkpoint.
     """
-    if not tasks or not all(tasks.values()):
-        raise ValueError(
-            f"every task needs at least one query, got { ({n: len(q) for n, q in tasks.items()})!r}"
+    if not isinstance(features, Features):
+        raise TypeError(f"features must be what featurize returned, got {type(features).__name__}")
+    if not isinstance(tasks, Mapping):
+        raise TypeError(
+            f'tasks must be a mapping of names to queries, got {tasks!r:.60}; for example {{"mine": ...}}'
         )
-    columns = [features.values @ features.encode(queries).mean(0) for queries in tasks.values()]
-    return Scores(np.stack(columns, 1), tuple(tasks))
+    groups = {name: _several(queries) for name, queries in tasks.items()}
+    if not groups or not all(groups.values()):
+        raise ValueError(
+            f"every task needs at least one query, got { ({n: len(q) for n, q in groups.items()})!r}"
+        )
+    columns = [features.values @ features.encode(queries).mean(0) for queries in groups.values()]
+    return Scores(np.stack(columns, 1), tuple(groups))
 
 
 def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
@@ -307,7 +342,15 @@ def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
 
     Returns:
         Row numbers, best first; equal scores in the documents' order.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: `combine` is unknown, `k` negative, or a score not finite.
     """
+    if not isinstance(scores, Scores):
+        raise TypeError(f"scores must be what influence_scores returned, got {type(scores).__name__}")
+    if not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
     ids = [f"{i:016x}" for i in range(len(scores.values))]
     return selection.select(scores.values, ids, k, combine)
 
@@ -340,10 +383,48 @@ def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_token
     return less.Less(name, paths, kind.k, kind.seed, kind.direction)
 
 
+def _check_model(model: Any, tokenizer: Any) -> None:
+    """Refuse what people give for a model and a tokenizer: names, wrappers, one for the other."""
+    import torch
+
+    core: Any = plain_model(model)
+    if not isinstance(core, torch.nn.Module) or not hasattr(core, "config"):
+        is_wrapper = isinstance(core, torch.nn.Module) and hasattr(getattr(core, "module", None), "config")
+        found = f"a {type(core).__name__}" if isinstance(core, torch.nn.Module) else f"{model!r:.60}"
+        remedy = (
+            "give its .module" if is_wrapper else "for example AutoModelForCausalLM.from_pretrained(NAME)"
+        )
+        raise TypeError(f"model must be a loaded causal language model, got {found}; {remedy}")
+    if not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
+        raise TypeError(
+            f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.60}; for example "
+            "AutoTokenizer.from_pretrained(NAME)"
+        )
+
+
+def _check_vocabulary(model: Any, texts: Sequence[Tokens], what: str) -> None:
+    """Refuse tokens that the model has no embedding for: on a GPU they would end the process's use of it."""
+    count = getattr(plain_model(model).get_input_embeddings(), "num_embeddings", None)
+    for text in texts:
+        if count is not None and (most := max(text.ids)) >= count:
+            raise ValueError(
+                f"{what} {text.id} holds the token {most}, the model has {count} embeddings: model and tokenizer "
+                "don't belong together, or the model wants resize_token_embeddings"
+            )
+
+
+def _several(queries: Iterable[Pair]) -> list[Pair]:
+    """Return the queries, which may be there to be gone through once, as a list."""
+    if not isinstance(queries, Iterable):
+        raise TypeError(f"queries must be several pairs (prompt, completion), got {queries!r:.60}")
+    return list(queries)
+
+
 def _query_tokens(
     tokenizer: "PreTrainedTokenizerBase", queries: Sequence[Pair], max_tokens: int
 ) -> list[Tokens]:
     for i, pair in enumerate(queries):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not two or not all(isinstance(part, str) for part in pair):
             raise TypeError(f"query {i} must be a pair (prompt, completion), got {pair!r:.60}")
     return [tokenize_query(tokenizer, str(i), *pair, max_tokens) for i, pair in enumerate(queries)]

@@ -1,6 +1,8 @@
 """The three calls that pipelines embed."""
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,92 @@ def test_what_is_no_text_is_told(tiny_model: Path) -> None:
         pairs: Any = queries
         with pytest.raises(TypeError, match="query 0 must be a pair"):
             jz3.featurize(model, tokenizer, DOCS, jz3.Adapted(pairs))
+
+
+def test_what_is_no_model_or_tokenizer_is_told(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    name: Any = "tiny"
+    wrapped: Any = torch.nn.DataParallel(model)
+    with pytest.raises(
+        TypeError, match="model must be a loaded causal language model, got 'tiny'; for example"
+    ):
+        jz3.featurize(name, tokenizer, DOCS)
+    with pytest.raises(TypeError, match=r"got a DataParallel; give its \.module"):
+        jz3.featurize(wrapped, tokenizer, DOCS)
+    with pytest.raises(TypeError, match="tokenizer must be a loaded tokenizer, got 'tiny'; for example"):
+        jz3.featurize(model, name, DOCS)
+    tokenizer.add_tokens(["sum"])
+    count = model.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=f"text 0 holds the token {count}, the model has {count} embeddings"):
+        jz3.featurize(model, tokenizer, DOCS, jz3.Sketch(64, 8, 8))
+
+
+def test_settings_out_of_range_are_told(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    wrong: list[tuple[type, dict[str, Any]]] = [
+        *((jz3.Adapted, {name: -1}) for name in ("documents", "k", "rank", "layers", "completion")),
+        *((jz3.Adapted, {name: 0}) for name in ("k", "rank", "layers")),
+        *((jz3.Sketch, {name: number}) for name in ("k", "left", "right") for number in (0, -1)),
+        (jz3.Less, {"folder": "less", "k": 0}),
+    ]
+    for kind, settings in wrong:
+        *_, (name, number) = settings.items()
+        with pytest.raises(
+            ValueError, match=rf"{kind.__name__}: {name} must be in \[[01], \d+\], got {number}"
+        ):
+            kind(**settings)
+    with pytest.raises(TypeError, match="Adapted: k must be an int, got float"):
+        jz3.Adapted(k=2.5)  # pyright: ignore[reportArgumentType]
+    for name in ("max_tokens", "batch_tokens"):
+        limit: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=rf"featurize: {name} must be in \[\d, \d+\], got 0"):
+            jz3.featurize(model, tokenizer, DOCS, jz3.Sketch(64, 8, 8), **limit)
+
+
+def test_queries_may_be_any_iterable(tiny_model: Path) -> None:
+    """What is gone through once made a fit without queries, and scores that were no numbers."""
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    listed, once = ([QUERY, (DOCS[0][:5], DOCS[0][5:])] for _ in range(2))
+    stream: Any = iter(once)
+    kinds = [jz3.Adapted(queries, k=64, rank=8, completion=0) for queries in (listed, stream)]
+    features = [jz3.featurize(model, tokenizer, DOCS, kind) for kind in kinds]
+    assert np.array_equal(features[0].values, features[1].values)
+    stream = iter(once)
+    one, two = (jz3.influence_scores(features[0], {"sums": queries}) for queries in (listed, stream))
+    assert np.array_equal(one.values, two.values)
+    with pytest.raises(ValueError, match="at least one query, got {'sums': 0}"):
+        stream = iter(())
+        jz3.influence_scores(features[0], {"sums": stream})
+
+
+def test_what_are_no_queries_or_scores_is_told(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    features: Any = jz3.featurize(model, tokenizer, DOCS, jz3.Sketch(64, 8, 8))
+    nothing: list[Any] = [None, 5]
+    for queries in nothing:
+        with pytest.raises(TypeError, match="queries must be several pairs"):
+            features.encode(queries)
+        with pytest.raises(TypeError, match="queries must be several pairs"):
+            jz3.Adapted(queries)
+        with pytest.raises(TypeError, match="docs must be several texts, got (None|5)"):
+            jz3.featurize(model, tokenizer, queries)
+        with pytest.raises(TypeError, match="query 0 must be a pair"):
+            features.encode([queries])
+    with pytest.raises(TypeError, match=r"tasks must be a mapping .* got \["):
+        wrong: Any = [QUERY]
+        jz3.influence_scores(features, wrong)
+    with pytest.raises(TypeError, match="scores must be what influence_scores returned, got Features"):
+        jz3.select(features, 2)
+    with pytest.raises(TypeError, match="features must be what featurize returned, got ndarray"):
+        jz3.influence_scores(features.values, {"sums": [QUERY]})
+    scores = jz3.influence_scores(features, {"sums": [QUERY]})
+    with pytest.raises(TypeError, match="k must be an int, got float"):
+        jz3.select(scores, 2.5)  # pyright: ignore[reportArgumentType]
+
+
+def test_names_are_listed_before_they_are_loaded() -> None:
+    code = "import jz3, sys; assert {*jz3.__all__} <= {*dir(jz3)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_errors(tiny_model: Path) -> None:
