@@ -1,47 +1,20 @@
 """Copies of a model share the requests out; what ends one of them is told."""
 
 import os
-import signal
 import sys
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from echo_engine import Echo
 
-from jz3.engines import EngineConfig, Generation, Request, Sampling, open_engine
+from jz3.engines import EngineConfig, Request, Sampling, open_engine
 from jz3.engines.copies import Copies
 from jz3.errors import Jz3Error
 
 CONFIG = EngineConfig(name="vllm", data_parallel=2, tensor_parallel=2)
 REQUESTS = [Request(id=str(i), prompt=f"{i} ") for i in range(5)]
-
-
-class Echo:
-    """Says which GPUs it has."""
-
-    def __init__(self, config: EngineConfig, model: Path, dtype: str) -> None:
-        if dtype == "broken":
-            raise Jz3Error("the model is broken")
-        self.config = config
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        if sampling.stop == ("kill",) and requests[0].id == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if sampling.stop == ("fail",):
-            raise RuntimeError("no more")
-        devices = os.environ["CUDA_VISIBLE_DEVICES"]
-        return [
-            Generation(id=r.id, text=r.prompt + devices, finish="stop", prompt_tokens=1, new_tokens=1)
-            for r in requests
-        ]
-
-    def info(self) -> dict[str, Any]:
-        return {"name": "echo", "parallel": self.config.data_parallel}
-
-    def close(self) -> None:
-        pass
 
 
 def open_copies(monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -> Copies:
