@@ -18,6 +18,7 @@ from jz3.config import Recipe, settled
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, is_full, locked, read_json, write_json
 from jz3.stage import Stage, StageContext, peak_memory, release_memory, reset_peak_memory
+from jz3.training.config import HOW as HOW_TRAINED
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 HOW = re.compile(
     r"distillation\.teacher\.(api_key_env|max_calls|max_usd|usd_per_million_\w+|requests_per_minute|concurrency"
     r"|retries|backoff_seconds|timeout_seconds|max_failed_share|cache)"
-    r"|(synthesiser|training)\.(launch|save_every|packs_at_once|gradient_checkpointing)"
+    rf"|(synthesiser|training)\.({'|'.join(HOW_TRAINED)})"
     r"|(synthesis|evaluation)\.engine\.(batch_size|tensor_parallel|data_parallel|gpu_memory|cpu_cache_gb|base_url"
     r"|api_key_env|retries|timeout)"
     r"|(synthesis|filtering|evaluation)\.sandbox\.workers|filtering\.workers"

@@ -14,7 +14,7 @@ class Echo:
     """Says which GPUs it has."""
 
     def __init__(self, config: EngineConfig, model: Path, dtype: str) -> None:
-        if dtype == "broken":
+        if dtype == "broken" and os.environ["CUDA_VISIBLE_DEVICES"] == "6,7":
             raise Jz3Error("the model is broken")
         self.config = config
 

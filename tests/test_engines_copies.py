@@ -1,5 +1,6 @@
 """Copies of a model share the requests out; what ends one of them is told."""
 
+import multiprocessing
 import os
 import sys
 import types
@@ -47,6 +48,7 @@ def test_a_copy_that_ends_is_told(monkeypatch: pytest.MonkeyPatch, stop: str, to
 def test_copies_that_cannot_be_opened_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Jz3Error, match="the model is broken"):
         open_copies(monkeypatch, "broken")
+    assert not multiprocessing.active_children()  # of the copy that was opened
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(Jz3Error, match="need 4 GPUs, there are 3; lower data_parallel"):
         open_engine(CONFIG, Path("model"))

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -234,3 +235,26 @@ def test_one_refused_prompt_does_not_lose_the_answers_to_the_others(caplog: pyte
             engine.generate(requests, Sampling())
         with pytest.raises(Jz3Error, match="refused a request"):
             engine.generate(requests[3:4], Sampling())
+
+
+def test_an_error_does_not_wait_for_the_other_answers() -> None:
+    held, over = threading.Event(), threading.Event()
+
+    def answer(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        if body["prompt"] == "slow":
+            held.set()
+            over.wait(30)
+            return 200, completion("!")
+        held.wait(30)
+        return 403, {"error": {"message": "no"}}
+
+    with completions_server(answer) as url:
+        engine = OpenAIEngine(EngineConfig(name="openai", base_url=url, model="m"))
+        requests = [Request(id=prompt, prompt=prompt) for prompt in ("slow", "bad")]
+        begun = time.monotonic()
+        try:
+            with pytest.raises(Jz3Error, match="refused a request: 403"):
+                engine.generate(requests, Sampling())
+            assert time.monotonic() - begun < 20
+        finally:
+            over.set()

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
-import signal
 import time
 import types
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig, EvaluationConfig
@@ -403,17 +402,24 @@ def test_many_rows_are_read_by_several_processes(tmp_path: Path, monkeypatch: py
         assert (alone.out / name).read_bytes() == (several.out / name).read_bytes()
 
 
-def killed(rows: list[Problem]) -> list[dict[str, Any]]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return []
-
-
 def test_a_killed_reader_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "FEW", 0)
-    monkeypatch.setattr(stage, "_read_part", killed)
+    monkeypatch.setattr(stage, "_read_part", readers.killed)
     ctx = context(tmp_path, ROWS, [], small(workers=2))
     with pytest.raises(Jz3Error, match="reads rows was killed.*fewer filtering.workers than 2"):
         run(ctx)
+
+
+def test_an_error_does_not_wait_for_rows_that_are_given_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "FEW", 0)
+    monkeypatch.setattr(stage, "READ_SHARD", 1)
+    monkeypatch.setattr(stage, "_read_part", readers.failing)
+    rows = [dataclasses.replace(ROWS[0], id=f"{tmp_path}/{i}") for i in range(40)]
+    with pytest.raises(OSError, match="no space"):
+        run(context(tmp_path, rows, [], small(workers=2)))
+    assert len(list(tmp_path.glob("*.read"))) < 20
 
 
 def test_no_rows_at_all(tmp_path: Path) -> None:

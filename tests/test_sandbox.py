@@ -235,6 +235,17 @@ def test_a_level_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+def test_a_sandbox_that_cannot_open_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Sandbox) -> None:
+        raise Jz3Error("no level holds")
+
+    monkeypatch.setattr(Sandbox, "_choose", refuse)
+    sandbox = Sandbox(LIMITS)
+    with pytest.raises(Jz3Error, match="no level"):
+        sandbox.__enter__()
+    assert sandbox._pool is None
+
+
 def test_guards_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_level("rlimits", landlock=False, seccomp=False)
     opened.close()

@@ -254,6 +254,8 @@ def _train_all(ctx: StageContext, trainings: Sequence[Training], workers: int) -
                     f"comparison: a training's process was killed, for want of memory perhaps; run again, what is "
                     f"finished in {ctx.out} is kept, with fewer comparison.workers than {workers} if it is killed again"
                 ) from error
+            finally:  # an error needn't wait for the trainings that haven't begun
+                pool.shutdown(cancel_futures=True)
 
 
 def _begin(workers: int, parent: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,7 +14,7 @@ from jz3.errors import Jz3Error
 from jz3.processes import end_with
 
 PATIENCE = 60.0
-"""Seconds that a copy may take to end."""
+"""Seconds that the copies may take to end."""
 
 
 class Copies:
@@ -43,19 +44,18 @@ class Copies:
         alone = dataclasses.replace(config, data_parallel=1)
         context = get_context("spawn")
         self._copies: list[tuple[Any, Any]] = []
-        for i in range(count):
-            ours, theirs = context.Pipe()
-            devices = ",".join(visible[i * each : (i + 1) * each])
-            arguments = (theirs, make, alone, model, dtype, devices, os.getpid())
-            process = context.Process(target=_serve, args=arguments)
-            process.start()
-            theirs.close()
-            self._copies.append((process, ours))
-        try:
+        with contextlib.ExitStack() as unless_all_open:
+            unless_all_open.callback(self.close)
+            for i in range(count):
+                ours, theirs = context.Pipe()
+                devices = ",".join(visible[i * each : (i + 1) * each])
+                arguments = (theirs, make, alone, model, dtype, devices, os.getpid())
+                process = context.Process(target=_serve, args=arguments)
+                process.start()
+                theirs.close()
+                self._copies.append((process, ours))
             self._info = [self._receive(i) for i in range(count)][0] | {"copies": count}
-        except BaseException:
-            self.close()
-            raise
+            unless_all_open.pop_all()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Continue every request's prompt; one Generation per request, in order."""
@@ -76,7 +76,7 @@ class Copies:
                 f"copy {number + 1} of {len(self._copies)} of the model was killed, for want of memory perhaps; see "
                 "its messages above, and run again: what is finished is kept"
             ) from error
-        if isinstance(answer, BaseException):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
@@ -88,8 +88,9 @@ class Copies:
         """End the copies."""
         for _, pipe in self._copies:
             pipe.close()
+        end = time.monotonic() + PATIENCE
         for process, _ in self._copies:
-            process.join(PATIENCE)
+            process.join(max(end - time.monotonic(), 0.0))
             if process.is_alive():
                 process.kill()
                 process.join()

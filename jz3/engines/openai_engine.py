@@ -97,11 +97,10 @@ class OpenAIEngine:
             tasks = [asyncio.create_task(one(request)) for request in requests]
             try:
                 return list(await asyncio.gather(*tasks))
-            except BaseException:
+            finally:  # where one failed, or we are interrupted, the others are still asking
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                raise
 
     async def _ask(self, client: "AsyncOpenAI", request: Request, sampling: Sampling) -> Generation:
         from openai import APIError, APIStatusError

@@ -212,6 +212,8 @@ def _readers(
                     "filtering: a process that reads rows was killed, for want of memory perhaps; run again, it "
                     f"goes on from here, with fewer filtering.workers than {workers} if it is killed again"
                 ) from error
+            finally:  # an error needn't wait for the shards that are given ahead
+                pool.shutdown(cancel_futures=True)
     finally:
         _reading.clear()
 

@@ -173,11 +173,10 @@ class Sandbox:
         workers = self.config.workers or min(cores(), MOST_WORKERS)
         # a sandbox process dies with the thread that started it, so these threads live as long as it
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
-        try:
+        with contextlib.ExitStack() as unless_chosen:
+            unless_chosen.callback(self.close)
             self._pool.submit(self._choose).result()
-        except BaseException:
-            self.close()
-            raise
+            unless_chosen.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

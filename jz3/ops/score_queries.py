@@ -114,10 +114,20 @@ def check_and_fold(
     if reduce not in ("mean", "max"):
         raise ValueError(f"{op}: reduce must be mean or max, got {reduce!r}")
     if groups is None:
-        digits = fold_queries(queries, mean, scale, book.unit)
-        _check_numbers(op, queries, mean, scale, digits)
-        return Folded(digits, torch.arange(sizes["Q"], device=codes.device), sizes["Q"])
-    groups = groups.long()
+        folded, groups, count = queries, torch.arange(sizes["Q"], device=codes.device), sizes["Q"]
+    else:
+        folded, groups, count = _fold_tasks(op, queries, groups.long(), reduce)
+    digits = fold_queries(folded, mean, scale, book.unit)
+    _check_numbers(op, queries, mean, scale, digits)
+    return Folded(digits, groups, count)
+
+
+def _fold_tasks(
+    op: str, queries: "torch.Tensor", groups: "torch.Tensor", reduce: str
+) -> "tuple[torch.Tensor, torch.Tensor, int]":
+    """Check the tasks; return the queries, of each task one where its mean is wanted, their tasks and how many."""
+    import torch
+
     count = int(groups.max()) + 1 if len(groups) else 0
     fits = 0 <= int(groups.min() if len(groups) else 0) and count <= len(groups)
     members = torch.bincount(groups, minlength=count) if fits else groups[:0]
@@ -125,16 +135,13 @@ def check_and_fold(
         raise ValueError(
             f"{op}: groups must be counted from 0 without gaps, got {groups.unique().tolist()!r:.80}"
         )
-    folded = queries
-    if reduce == "mean" and count != sizes["Q"]:
+    if reduce == "mean" and count != len(queries):
         # On the CPU, as a GPU adds them in another order every time.
         exact, where, members = (x.detach().cpu() for x in (queries.double(), groups, members))
-        sums = exact.new_zeros(count, sizes["K"]).index_add_(0, where, exact)
-        folded = (sums / members[:, None]).to(codes.device)
-        groups = torch.arange(count, device=codes.device)
-    digits = fold_queries(folded, mean, scale, book.unit)
-    _check_numbers(op, queries, mean, scale, digits)
-    return Folded(digits, groups, count)
+        sums = exact.new_zeros(count, queries.shape[1]).index_add_(0, where, exact)
+        queries = (sums / members[:, None]).to(queries.device)
+        groups = torch.arange(count, device=queries.device)
+    return queries, groups, count
 
 
 def _check_numbers(

@@ -88,9 +88,8 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
         b, t = _accuracy(base[setting]), _accuracy(trained[setting])
         lines.append((name, f"base {b}, trained {t} of {trained[setting]['n']}"))
         tasks = trained[setting]["tasks"]
-        if (
-            len({task["n"] for task in tasks.values()}) > 1
-        ):  # the larger ones decide the share of all problems
+        # The larger ones decide the share of all problems.
+        if len({task["n"] for task in tasks.values()}) > 1:
             b, t = (shown(mean_of_tasks(model[setting]), ".1%") for model in (base, trained))
             each = ", ".join(
                 f"{task} {shown(base[setting]['tasks'][task]['accuracy'], '.1%')} to {shown(x['accuracy'], '.1%')}"

@@ -15,6 +15,8 @@ DECAYS = ("linear", "cosine", "1-sqrt")
 OVERLONG = ("split", "reject")
 PACKINGS = ("best_fit", "even")
 BOOSTS = ("continue", "retrain")
+HOW = ("launch", "save_every", "packs_at_once", "gradient_checkpointing")
+"""Settings that the trained weights depend on by rounding at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

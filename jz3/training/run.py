@@ -35,7 +35,7 @@ from jz3.models import load_model, load_tokenizer
 from jz3.processes import end_with
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar, release_memory
-from jz3.training.config import TrainSettings
+from jz3.training.config import HOW, TrainSettings
 from jz3.training.export import export, settle_generation
 from jz3.training.packing import Packs, Phase, pack
 from jz3.training.quiet import quiet
@@ -102,13 +102,12 @@ class Job:
 
     def key(self) -> str:
         """Hash all that the trained weights depend on, but for rounding."""
-        how = ("launch", "save_every", "packs_at_once", "gradient_checkpointing")
         weights = {
             p.name: hash_file(p)
             for p in sorted(self.model.iterdir())
             if p.suffix in (".safetensors", ".json")
         }
-        settings = {name: value for name, value in self.table().items() if name not in how}
+        settings = {name: value for name, value in self.table().items() if name not in HOW}
         rows = []
         for phase in self.phases:
             digest = xxhash.xxh3_64()
