@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,19 @@ def read_json(path: Path) -> Any:
         raise Jz3Error(f"{path} is damaged ({error}); delete it and run again") from error
 
 
+@contextlib.contextmanager
+def jsonl_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Give what writes one JSON object as a line; the file is there when the block ends without an error."""
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as handle:
+        yield lambda row: handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line to `path` atomically and return their number."""
     count = 0
-    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as handle:
+    with jsonl_writer(path) as write:
         for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            write(row)
             count += 1
     return count
 

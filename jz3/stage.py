@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class StageContext:
         label: str,
         beside: str = "",
         pool: Executor | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> "ShardRows":
         """Map `work` over `items` in shards that survive a kill.
 
         Each shard is written whole under `<stage>/<folder>/`, behind a line with the hash of its inputs;
@@ -144,7 +144,7 @@ class StageContext:
 
         Args:
             folder: the folder of the shards, inside the stage's own.
-            items: the inputs, dataclasses in a fixed order.
+            items: the inputs, dataclasses in a fixed order; they are asked for a shard at a time.
             size: how many inputs a shard holds.
             work: inputs of one shard to its output rows; must not depend on other shards.
             label: what the items are, for the progress bar.
@@ -154,14 +154,14 @@ class StageContext:
         Returns:
             The rows of all shards, in order.
         """
-        rows: list[dict[str, Any]] = []
+        paths: list[Path] = []
         begun: deque[tuple[Path, str, int, Callable[[], list[dict[str, Any]]]]] = deque()
 
         def finish() -> None:
             path, inputs, count, made = begun.popleft()
             if inputs:
                 write_jsonl(path, [{INPUTS: inputs}, *made()])
-            rows.extend(row for row in read_jsonl(path) if row.keys() != {INPUTS})
+            paths.append(path)
             advance(count)
 
         with self.progress(len(items), label) as advance:
@@ -178,7 +178,17 @@ class StageContext:
                     finish()
             while begun:
                 finish()
-        return rows
+        return ShardRows(paths)
+
+
+class ShardRows(Iterable[dict[str, Any]]):
+    """The rows of shards, read from their files each time that they are gone through."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for path in self._paths for row in read_jsonl(path) if row.keys() != {INPUTS})
 
 
 def _hash_of(beside: str, items: list[Any]) -> str:

@@ -1,18 +1,20 @@
 """Synthesis: the trained synthesiser writes problems with solutions from corpus texts."""
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from jz3.config import SynthesisConfig
 from jz3.engines.base import Engine, Generation, Request
 from jz3.engines.on_demand import OnDemand, engine_on_demand, noted_info
 from jz3.engines.tool_loop import ToolTrace, generate_with_tools
 from jz3.errors import Jz3Error
-from jz3.files import hash_text, read_jsonl, write_jsonl
+from jz3.files import hash_text, jsonl_writer, write_jsonl
 from jz3.records import Problem, Prompt, Reject
+from jz3.rows import Rows
 from jz3.seeding import rng, seed_for
 from jz3.stage import StageContext
 
@@ -31,6 +33,31 @@ class _Item:
     id: str
 
 
+class _Items(Sequence[_Item]):
+    """So many replies to each prompt."""
+
+    def __init__(self, prompts: Rows[Prompt], samples: int) -> None:
+        self._prompts, self._samples = prompts, samples
+
+    def __len__(self) -> int:
+        return len(self._prompts) * self._samples
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_Item]: ...
+    def __getitem__(self, index: int | slice) -> _Item | list[_Item]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, int):
+            return self._item(numbers)
+        return [self._item(number) for number in numbers]
+
+    def _item(self, number: int) -> _Item:
+        place, sample = divmod(number, self._samples)
+        prompt = self._prompts[place]
+        return _Item(prompt, hash_text(f"{prompt.id}\x1f{sample}"))
+
+
 def run(ctx: StageContext) -> dict[str, Any]:
     """Have the synthesiser write problems and take its replies apart.
 
@@ -41,45 +68,53 @@ def run(ctx: StageContext) -> dict[str, Any]:
         Counts: prompts, replies asked for, parsed and rejected by reason; by kind and level; tokens;
         and the engine that wrote them.
     """
+    import numpy as np
+
     config = ctx.recipe.synthesis
     model = ctx.path("synthesiser", "model")
-    prompts = list(_prompts(ctx))
-    write_jsonl(ctx.out / "prompts.jsonl", (prompt.to_json() for prompt in prompts))
-    items = [
-        _Item(prompt, hash_text(f"{prompt.id}\x1f{sample}"))
-        for prompt in prompts
-        for sample in range(config.samples)
-    ]
-    rows: list[dict[str, Any]] = []
+    path = ctx.out / "prompts.jsonl"
+    write_jsonl(path, (prompt.to_json() for prompt in _prompts(ctx)))
+    prompts = Rows([path], Prompt.from_json)
+    about = [(prompt.kind, prompt.doc_id) for prompt in prompts]
+    kinds = np.array([kind for kind, _ in about])
+    shards: list[Iterable[dict[str, Any]]] = []
     note = ctx.out / "engine.json"
     with (
         engine_on_demand(config.engine, model, ctx.recipe.model.dtype, note) as engine,
         _sandbox(config) as sandbox,
     ):
         for kind in ("cot", "tool"):
-            part = [item for item in items if item.prompt.kind == kind]
+            items = _Items(prompts.take(kinds == kind), config.samples)
 
             def work(shard: list[_Item], kind: str = kind) -> list[dict[str, Any]]:
                 return _write(ctx, kind, shard, engine.get(), sandbox)
 
             label, size = f"{kind} replies", config.shard_size
-            rows.extend(
-                ctx.shards(f"shards/{kind}", part, size, work, label, ctx.training_key("synthesiser"))
+            shards.append(
+                ctx.shards(f"shards/{kind}", items, size, work, label, ctx.training_key("synthesiser"))
             )
-    write_jsonl(ctx.out / "problems.jsonl", (row["problem"] for row in rows if row["problem"]))
-    write_jsonl(ctx.out / "rejects.jsonl", (row["reject"] for row in rows if row["reject"]))
+    every, by_kind, by_level = _Counts(), defaultdict(_Counts), defaultdict(_Counts)
+    with (
+        jsonl_writer(ctx.out / "problems.jsonl") as keep,
+        jsonl_writer(ctx.out / "rejects.jsonl") as refuse,
+    ):
+        for row in itertools.chain.from_iterable(shards):
+            if row["problem"]:
+                keep(row["problem"])
+            if row["reject"]:
+                refuse(row["reject"])
+            for counts in (every, by_kind[row["kind"]], by_level[row["level"]]):
+                counts.add(row)
     return {
         "prompts": len(prompts),
-        "texts": len({prompt.doc_id for prompt in prompts}),
-        **_counts(rows),
-        "by_kind": {kind: _counts(part) for kind, part in _grouped(rows, "kind")},
-        "by_level": {level: _counts(part) for level, part in _grouped(rows, "level")},
-        "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
-        "new_tokens": sum(row["new_tokens"] for row in rows),
-        "executed_blocks": dict(
-            sorted(Counter(reason for row in rows for reason in row["executed"]).items())
-        ),
-        "sandbox_levels": sorted({level for row in rows for level in row["sandbox_levels"]}),
+        "texts": len({text for _, text in about}),
+        **every.table(),
+        "by_kind": {kind: counts.table() for kind, counts in by_kind.items()},
+        "by_level": {level: counts.table() for level, counts in by_level.items()},
+        "prompt_tokens": every.prompt_tokens,
+        "new_tokens": every.new_tokens,
+        "executed_blocks": dict(sorted(every.executed.items())),
+        "sandbox_levels": sorted(every.sandbox_levels),
         "engine": noted_info(config.engine, note),
     }
 
@@ -95,20 +130,22 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     from jz3.distillation.prompts import fill
 
     config = ctx.recipe.synthesis
-    texts = {row["id"]: row["text"] for row in read_jsonl(ctx.path("corpus", "docs.jsonl"))}
-    if not texts:
+    docs = Rows([ctx.path("corpus", "docs.jsonl")], lambda row: (row["id"], row["text"]))
+    ids = [key for key, _ in docs]
+    if not ids:
         raise Jz3Error("corpus/docs.jsonl holds no text to write problems from")
     # What the teacher was asked, the synthesiser has learnt the reply to, and would repeat it.
     bits = {level: 1 << i for i, level in enumerate((*config.levels, "tool"))}
     before: dict[str, int] = {}
     for row in ctx.rows("distillation", "prompts.jsonl"):
         before[row["doc_id"]] = before.get(row["doc_id"], 0) | bits.get(row["level"], 0)
-    order = sorted(texts, key=lambda key: (key in before, seed_for(ctx.seed, ctx.name, "order", key), key))
-    had = [before.get(key, 0) for key in order]  # a bit per level
+    drawn = [(key in before, seed_for(ctx.seed, ctx.name, "order", key), key) for key in ids]
+    order = sorted(range(len(ids)), key=drawn.__getitem__)
+    had = [before.get(ids[i], 0) for i in order]  # a bit per level
     owed = 0
     for number in range(config.count):
         turn, place = divmod(number, len(order))
-        key = order[place]
+        key, text = docs[order[place]]
         # Moved on by one text in every turn, or the same texts would be asked for Python each time.
         step = place + turn
         owed += int((step + 1) * config.tool_share) - int(step * config.tool_share)
@@ -125,7 +162,7 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
             doc_id=key,
             kind="tool" if tool else "cot",
             level=level,
-            text=fill(level, texts[key]),
+            text=fill(level, text),
         )
 
 
@@ -210,15 +247,31 @@ def _reject(item: _Item, reason: str, detail: str, text: str) -> Reject:
     )
 
 
-def _counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    reasons = Counter(row["reject"]["reason"] for row in rows if row["reject"])
-    return {
-        "asked": len(rows),
-        "parsed": sum(row["problem"] is not None for row in rows),
-        "rejected": dict(sorted(reasons.items())),
-    }
+@dataclass(slots=True)
+class _Counts:
+    """What became of some replies."""
 
+    asked: int = 0
+    parsed: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    executed: Counter[str] = field(default_factory=Counter)
+    sandbox_levels: set[str] = field(default_factory=set)
 
-def _grouped(rows: list[dict[str, Any]], key: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for value in dict.fromkeys(row[key] for row in rows):
-        yield value, [row for row in rows if row[key] == value]
+    def add(self, row: dict[str, Any]) -> None:
+        self.asked += 1
+        self.parsed += row["problem"] is not None
+        if row["reject"]:
+            self.rejected[row["reject"]["reason"]] += 1
+        self.prompt_tokens += row["prompt_tokens"]
+        self.new_tokens += row["new_tokens"]
+        self.executed.update(row["executed"])
+        self.sandbox_levels.update(row["sandbox_levels"])
+
+    def table(self) -> dict[str, Any]:
+        return {
+            "asked": self.asked,
+            "parsed": self.parsed,
+            "rejected": dict(sorted(self.rejected.items())),
+        }

@@ -6,7 +6,8 @@ import pytest
 
 from jz3.models import load_model, load_tokenizer
 from jz3.training.config import TrainSettings
-from jz3.training.packing import IGNORED, Document, Phase, encode, pack, split
+from jz3.training import packing
+from jz3.training.packing import IGNORED, Document, Phase, encode, split
 
 SETTINGS = TrainSettings(max_length=64, batch_packs=2)
 
@@ -25,6 +26,12 @@ def rows(count, offset=0):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
     return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Packs in a folder of its own."""
+    return lambda *arguments: packing.pack(*arguments, tmp_path_factory.mktemp("packs") / "new")
 
 
 def labelled(packs):
@@ -73,7 +80,7 @@ def test_an_end_token_of_the_tokenizer_itself_does_not_end_the_prompt(tokenizer)
     assert got[0].ids.tolist() == expected[0].ids.tolist() and got[0].target == expected[0].target
 
 
-def test_unusable_rows_are_counted_and_named(tokenizer, caplog):
+def test_unusable_rows_are_counted_and_named(tokenizer, caplog, pack):
     phase = Phase(name="p", rows=[("a", ""), ("b", " \n"), ("c", "\ud800"), ("d", "fine"), ("e\udfff", "x")])
     packs = pack([phase], tokenizer, SETTINGS, 0)
     assert packs.dropped == {"p": {"bad_unicode": 2, "empty_completion": 2}}
@@ -93,7 +100,7 @@ def test_pieces_predict_each_token_once(length, target):
     assert [t for p in pieces for t in p.ids[p.target :]] == list(range(target, length))
 
 
-def test_packing_loses_no_predicted_token(tokenizer):
+def test_packing_loses_no_predicted_token(tokenizer, pack):
     phases = [
         Phase(name="a", rows=[*rows(150), ("", "many words " * 100)]),
         Phase(name="b", rows=rows(40, 7)),
@@ -110,18 +117,18 @@ def test_packing_loses_no_predicted_token(tokenizer):
     assert not any(packs.dropped.values())
 
 
-def test_packs_are_well_filled(tokenizer):
+def test_packs_are_well_filled(tokenizer, pack):
     packs = pack([Phase(name="a", rows=rows(300))], tokenizer, SETTINGS, 0)
     assert packs.counts["a"]["tokens"] / (64 * len(packs.phase)) > 0.85
 
 
-def test_overlong_rows_can_be_rejected(tokenizer):
+def test_overlong_rows_can_be_rejected(tokenizer, pack):
     settings = TrainSettings(max_length=64, overlong="reject")
     packs = pack([Phase(name="a", rows=[*rows(5), ("", "many words " * 100)])], tokenizer, settings, 0)
     assert packs.dropped == {"a": {"overlong": 1}} and packs.counts["a"]["documents"] == 5
 
 
-def test_phases_are_read_in_order_and_shuffled_within(tokenizer):
+def test_phases_are_read_in_order_and_shuffled_within(tokenizer, pack):
     phases = [Phase(name="a", rows=rows(60)), Phase(name="b", rows=rows(60, 5))]
     packs = pack(phases, tokenizer, SETTINGS, 0)
     first_b = packs.phase.index("b")
@@ -136,7 +143,7 @@ def test_phases_are_read_in_order_and_shuffled_within(tokenizer):
     assert longest != sorted(longest, reverse=True), "best fit leaves the packs sorted by length"
 
 
-def test_epochs_repeat_a_phase_in_another_order(tokenizer):
+def test_epochs_repeat_a_phase_in_another_order(tokenizer, pack):
     phases = [Phase(name="a", rows=rows(30)), Phase(name="b", rows=rows(10, 5))]
     once = pack(phases, tokenizer, SETTINGS, 0)
     twice = pack(phases, tokenizer, TrainSettings(max_length=64, epochs=2), 0)
@@ -146,7 +153,7 @@ def test_epochs_repeat_a_phase_in_another_order(tokenizer):
     assert twice.dataset["input_ids"][:n] != twice.dataset["input_ids"][n : 2 * n]
 
 
-def test_the_token_budget_ends_the_reading(tokenizer):
+def test_the_token_budget_ends_the_reading(tokenizer, pack):
     phases = [Phase(name="a", rows=rows(30)), Phase(name="b", rows=rows(10, 5))]
     whole = pack(phases, tokenizer, SETTINGS, 0)
     limit = whole.counts["a"]["tokens"] - 20
@@ -158,7 +165,7 @@ def test_the_token_budget_ends_the_reading(tokenizer):
     )
 
 
-def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer):
+def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer, pack):
     from itertools import pairwise
 
     long, short = [("", "seven words of a text that is " * 4)] * 40, rows(200)
@@ -179,7 +186,7 @@ def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer):
     assert whole and set(whole) <= encoded
 
 
-def test_an_even_pack_that_predicts_nothing_is_left_out(tokenizer):
+def test_an_even_pack_that_predicts_nothing_is_left_out(tokenizer, pack):
     phase = Phase(name="a", rows=[("", f"a text of some words, number {i}") for i in range(40)])
     packs = pack([phase], tokenizer, TrainSettings(max_length=64, max_tokens=129, packing="even"), 0)
     assert [len(ids) for ids in packs.dataset["input_ids"]] == [64, 64]
@@ -221,7 +228,7 @@ def alone_losses(model, batch):
 
 
 @pytest.fixture(scope="module")
-def packed(tokenizer):
+def packed(tokenizer, pack):
     packs = pack([Phase(name="a", rows=rows(40))], tokenizer, TrainSettings(max_length=256), 0)
     index = max(range(len(packs.phase)), key=lambda i: len(packs.dataset["seq_lengths"][i]))
     return collated(packs, index, tokenizer)

@@ -235,7 +235,7 @@ def _solve(
             )
         return rows
 
-    return ctx.shards(
+    found = ctx.shards(
         f"shards/{model}-{setting}",
         queries,
         config.shard_size,
@@ -243,6 +243,7 @@ def _solve(
         f"problems ({model}, {setting})",
         _model_key(ctx, model),
     )
+    return list(found)
 
 
 def _model_key(ctx: StageContext, model: str) -> str:

@@ -1,18 +1,24 @@
 """Rows to packs: tokens and labels, reading order, cutting, packing by best fit or to equal size."""
 
+import itertools
 import logging
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from jz3.seeding import rng
 from jz3.training.config import TrainSettings
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -80,26 +86,25 @@ def encode(
         tokens = tokenizer(texts)["input_ids"]
         return [ids[:-1] for ids in tokens] if ends_itself else tokens
 
-    documents: list[Document] = []
+    usable: list[tuple[str, str]] = []
     dropped: Counter[str] = Counter()
-    for start in range(0, len(rows), CHUNK):
-        usable: list[tuple[str, str]] = []
-        for prompt, completion in rows[start : start + CHUNK]:
-            if not completion.strip():
-                dropped["empty_completion"] += 1
-            elif not (_is_unicode(prompt) and _is_unicode(completion)):
-                dropped["bad_unicode"] += 1
-            else:
-                usable.append((prompt, completion))
-        if not usable:
-            continue
-        prompts = tokenize([p for p, _ in usable])
-        wholes = tokenize([p + c for p, c in usable])
-        for (_, completion), prompt_ids, ids in zip(usable, prompts, wholes, strict=True):
-            if ids[: len(prompt_ids)] != prompt_ids:
-                ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
-            ids = np.array([*ids, end], dtype=np.int32)
-            documents.append(Document(ids=ids, target=max(1, len(prompt_ids))))
+    for prompt, completion in rows:
+        if not completion.strip():
+            dropped["empty_completion"] += 1
+        elif not (_is_unicode(prompt) and _is_unicode(completion)):
+            dropped["bad_unicode"] += 1
+        else:
+            usable.append((prompt, completion))
+    if not usable:
+        return [], dropped
+    documents: list[Document] = []
+    prompts = tokenize([p for p, _ in usable])
+    wholes = tokenize([p + c for p, c in usable])
+    for (_, completion), prompt_ids, ids in zip(usable, prompts, wholes, strict=True):
+        if ids[: len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = np.array([*ids, end], dtype=np.int32)
+        documents.append(Document(ids=ids, target=max(1, len(prompt_ids))))
     return documents, dropped
 
 
@@ -128,7 +133,11 @@ def split(document: Document, max_length: int) -> list[Document]:
 
 
 def pack(
-    phases: Sequence[Phase], tokenizer: "PreTrainedTokenizerBase", settings: TrainSettings, seed: int
+    phases: Sequence[Phase],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: TrainSettings,
+    seed: int,
+    folder: Path,
 ) -> Packs:
     """Tokenise, shuffle, cut and pack all phases.
 
@@ -140,49 +149,55 @@ def pack(
         tokenizer: the model's.
         settings: max_length, overlong, epochs and max_tokens are used.
         seed: the run's seed.
+        folder: where the tokens and the packs lie, so that memory holds some bytes a row and not its tokens.
 
     Returns:
-        The packs; their dataset is empty if no row was usable.
+        The packs, which are read from the folder; their dataset is empty if no row was usable.
     """
-    from datasets import concatenate_datasets
+    import numpy as np
+    from datasets import Dataset, concatenate_datasets
 
+    folder.mkdir(parents=True, exist_ok=True)
     parts: list[Dataset] = []
-    result = Packs(dataset=_dataset([]), phase=[])
+    result = Packs(dataset=Dataset.from_dict({}), phase=[])
     budget = settings.max_tokens or None
-    for phase in phases:
-        documents, dropped = encode(phase.rows, tokenizer)
-        documents, split_rows = _fit(documents, settings, dropped)
+    for number, phase in enumerate(phases):
+        dropped: Counter[str] = Counter()
+        documents, split_rows = _stored(phase, tokenizer, settings, dropped, folder / f"{number}.tokens")
         counts = Counter(rows=len(phase.rows), split_rows=split_rows)
         even: list[Document] = []
-        read: list[Document] = []
         before = len(parts)
         for epoch in range(settings.epochs):
-            order = rng(seed, "order", phase.name, epoch).permutation(len(documents))
-            chosen = [documents[i] for i in order]
+            chosen = rng(seed, "order", phase.name, epoch).permutation(len(documents))
             if budget is not None:
-                within = _within(chosen, budget)
-                left = budget - sum(len(d.ids) for d in chosen[:within])
-                cut = [Document(ids=d.ids[:left], target=d.target) for d in chosen[within : within + 1]]
+                read = np.cumsum(documents.lengths[chosen])
+                within = int(np.searchsorted(read, budget, side="right"))
+                left = budget - int(read[within - 1] if within else 0)
+                cut = [documents[i] for i in chosen[within : within + 1]]
                 dropped["over_budget"] += len(chosen) - within
                 budget = 0 if within < len(chosen) else left
                 chosen = chosen[:within]
-                if settings.packing == "even" and left > 0 and cut:
-                    chosen.append(cut[0])
-                    dropped["over_budget"] -= 1
+            else:
+                left, cut = 0, []
             counts["documents"] += len(chosen)
             if settings.packing == "even":
-                even += chosen
-            elif chosen:
-                packed = _best_fit(chosen, settings.max_length)
+                even += [documents[i] for i in chosen]
+                if left > 0 and cut:
+                    even.append(Document(ids=cut[0].ids[:left], target=cut[0].target))
+                    dropped["over_budget"] -= 1
+                    counts["documents"] += 1
+            elif len(chosen):
+                order = map(documents.__getitem__, chosen)
+                packed = _best_fit(order, settings.max_length, folder / f"{number}.{epoch}.arrow")
                 parts.append(packed.select(rng(seed, "packs", phase.name, epoch).permutation(len(packed))))
-                read += chosen
-        if even:
-            filled = _fill(even, settings.max_length)
-            parts.append(_filled(filled))
-            read = [piece for pieces in filled for piece in pieces]
+                counts["tokens"] += int(documents.lengths[chosen].sum())
+                counts["targets"] += int((documents.lengths - documents.targets)[chosen].sum())
+        if filled := _fill(even, settings.max_length):
+            parts.append(_written(folder / f"{number}.arrow", map(_filled, _parts(filled))))
+            pieces = [piece for pieces in filled for piece in pieces]
+            counts["tokens"] = sum(len(piece.ids) for piece in pieces)
+            counts["targets"] = sum(max(len(piece.ids) - piece.target, 0) for piece in pieces)
         counts["packs"] = sum(map(len, parts[before:]))
-        counts["tokens"] = sum(len(d.ids) for d in read)
-        counts["targets"] = sum(max(len(d.ids) - d.target, 0) for d in read)
         result.phase += [phase.name] * counts["packs"]
         result.counts[phase.name] = {
             key: counts[key] for key in ("rows", "documents", "split_rows", "packs", "tokens", "targets")
@@ -193,6 +208,50 @@ def pack(
     if parts:
         result.dataset = concatenate_datasets(parts)
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """Documents whose tokens lie in a file."""
+
+    tokens: "np.ndarray"
+    ends: "np.ndarray"
+    lengths: "np.ndarray"
+    targets: "np.ndarray"
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> Document:
+        ids = self.tokens[self.ends[i] - self.lengths[i] : self.ends[i]]
+        return Document(ids=ids, target=int(self.targets[i]))
+
+
+def _stored(
+    phase: Phase,
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: TrainSettings,
+    dropped: Counter[str],
+    path: Path,
+) -> tuple[_Stored, int]:
+    """Tokenise the rows of a phase into a file; return the documents and how many rows were split."""
+    import numpy as np
+
+    lengths, targets, split_rows = array("i"), array("i"), 0
+    with open(path, "wb") as file:
+        for start in range(0, len(phase.rows), CHUNK):
+            documents, unusable = encode(phase.rows[start : start + CHUNK], tokenizer)
+            dropped.update(unusable)
+            documents, long = _fit(documents, settings, dropped)
+            split_rows += long
+            for document in documents:
+                file.write(document.ids.tobytes())
+                lengths.append(len(document.ids))
+                targets.append(document.target)
+    # An empty file can't be mapped.
+    tokens = np.asarray(np.memmap(path, np.int32, "r") if lengths else np.empty(0, np.int32))
+    sizes = np.array(lengths, np.int64)
+    return _Stored(tokens=tokens, ends=sizes.cumsum(), lengths=sizes, targets=np.array(targets)), split_rows
 
 
 def _fit(
@@ -213,47 +272,56 @@ def _fit(
     return fitting, long
 
 
-def _within(documents: list[Document], budget: int) -> int:
-    """Return how many of the first documents fit the budget of tokens."""
-    total = 0
-    for number, document in enumerate(documents):
-        total += len(document.ids)
-        if total > budget:
-            return number
-    return len(documents)
-
-
 def _labels(document: Document) -> "np.ndarray":
     labels = document.ids.copy()
     labels[: document.target] = IGNORED
     return labels
 
 
-def _dataset(documents: list[Document]) -> "Dataset":
-    """Build a dataset in chunks, as the offsets of an Arrow list of int32 end at 2^31 values."""
+def _parts(items: Iterable[T]) -> Iterator[list[T]]:
+    """Give so few at a time that the offsets of an Arrow list, which end at 2^31 values, suffice."""
+    rest = iter(items)
+    while part := list(itertools.islice(rest, CHUNK)):
+        yield part
+
+
+def _record(columns: dict[str, list["np.ndarray"]]) -> "pa.RecordBatch":
     import numpy as np
+    import pyarrow as pa
+
+    lists = []
+    for values in columns.values():
+        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        lists.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values))))
+    return pa.record_batch(lists, names=list(columns))
+
+
+def _written(path: Path, records: Iterable["pa.RecordBatch"]) -> "Dataset":
+    """Write a dataset, of one record batch at least, to a file and map it."""
     import pyarrow as pa
     from datasets import Dataset
 
-    def chunks() -> Iterator[Any]:
-        for start in range(0, len(documents), CHUNK):
-            part = documents[start : start + CHUNK]
-            offsets = np.cumsum([0] + [len(d.ids) for d in part], dtype=np.int32)
-            lists = [
-                pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(columns)))
-                for columns in ([d.ids for d in part], [_labels(d) for d in part])
-            ]
-            yield pa.record_batch(lists, schema=schema)
-
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-    return Dataset(pa.Table.from_batches(chunks(), schema=schema))
+    rest = iter(records)
+    first = next(rest)
+    with pa.ipc.new_stream(str(path), first.schema) as stream:
+        for record in itertools.chain([first], rest):
+            stream.write_batch(record)
+    return Dataset.from_file(str(path))
 
 
-def _best_fit(documents: list[Document], max_length: int) -> "Dataset":
+def _best_fit(documents: Iterable[Document], max_length: int, path: Path) -> "Dataset":
     """Pack with TRL's best-fit-decreasing; no document is longer than a pack, so nothing is cut."""
     from trl import pack_dataset
 
-    return pack_dataset(_dataset(documents), max_length, "bfd", {"batch_size": CHUNK})
+    plain = path.with_suffix(".plain")
+    records = (
+        _record({"input_ids": [d.ids for d in part], "labels": [_labels(d) for d in part]})
+        for part in _parts(documents)
+    )
+    settings = {"batch_size": CHUNK, "cache_file_name": str(path), "load_from_cache_file": False}
+    packed = pack_dataset(_written(plain, records), max_length, "bfd", settings)
+    plain.unlink()
+    return packed
 
 
 def _fill(documents: list[Document], max_length: int) -> list[list[Document]]:
@@ -277,14 +345,13 @@ def _fill(documents: list[Document], max_length: int) -> list[list[Document]]:
     return [pack for pack in packs if any(d.target < len(d.ids) for d in pack)]
 
 
-def _filled(packs: list[list[Document]]) -> "Dataset":
+def _filled(packs: list[list[Document]]) -> "pa.RecordBatch":
     import numpy as np
-    import pyarrow as pa
-    from datasets import Dataset
 
-    columns = {
-        "input_ids": [np.concatenate([d.ids for d in pack]) for pack in packs],
-        "labels": [np.concatenate([_labels(d) for d in pack]) for pack in packs],
-        "seq_lengths": [np.array([len(d.ids) for d in pack], np.int32) for pack in packs],
-    }
-    return Dataset(pa.table({name: pa.array(rows, pa.list_(pa.int32())) for name, rows in columns.items()}))
+    return _record(
+        {
+            "input_ids": [np.concatenate([d.ids for d in pack]) for pack in packs],
+            "labels": [np.concatenate([_labels(d) for d in pack]) for pack in packs],
+            "seq_lengths": [np.array([len(d.ids) for d in pack], np.int32) for pack in packs],
+        }
+    )

@@ -286,7 +286,9 @@ def _prepare(job: Job) -> None:
     tokenizer = load_tokenizer(job.model)
     if tokenizer.eos_token_id is None:
         raise Jz3Error(f"the tokenizer of {job.model} has no end token; a completion's end can't be taught")
-    packs = pack(job.phases, tokenizer, job.settings, job.seed)
+    scratch = work / "packing"
+    shutil.rmtree(scratch, ignore_errors=True)
+    packs = pack(job.phases, tokenizer, job.settings, job.seed, scratch)
     if not packs.phase:
         raise Jz3Error(f"nothing to train on: {packs.counts}, left out: {packs.dropped}")
     with atomic_path(work / "packs") as part:
@@ -294,6 +296,7 @@ def _prepare(job: Job) -> None:
         write_json(
             part / "packs.json", {"phase": packs.phase, "counts": packs.counts, "dropped": packs.dropped}
         )
+    shutil.rmtree(scratch)
 
 
 def _load_packs(work: Path) -> Packs:

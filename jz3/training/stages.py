@@ -8,6 +8,7 @@ from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
 from jz3.models import resolve_model
 from jz3.records import Problem, Prompt, Query
+from jz3.rows import Rows
 from jz3.stage import StageContext
 from jz3.templates import prompt_for
 from jz3.training.packing import Phase
@@ -81,8 +82,8 @@ def run_training(ctx: StageContext) -> dict[str, Any]:
     Raises:
         Jz3Error: there is no row at all.
     """
-    kept = [Problem.from_json(row) for row in ctx.rows("filtering", "kept.jsonl")]
-    queries = [Query.from_json(row) for row in ctx.rows("filtering", "instruction.jsonl")]
+    kept = Rows([ctx.path("filtering", "kept.jsonl")], _lesson)
+    queries = Rows([ctx.path("filtering", "instruction.jsonl")], _instruction)
     if not kept and not queries:
         raise Jz3Error(
             "no synthetic problem was kept and there is no instruction data; see filtering/verdicts.jsonl "
@@ -94,10 +95,20 @@ def run_training(ctx: StageContext) -> dict[str, Any]:
     if not queries:
         notes.append("there is no instruction data: the model is trained on the synthetic problems alone")
     phases = [
-        Phase(name="synthetic", rows=[(prompt_for(p.problem, p.kind), p.solution) for p in kept]),
-        Phase(name="instruction", rows=[(q.prompt, q.completion) for q in queries]),
+        Phase(name="synthetic", rows=kept),
+        Phase(name="instruction", rows=queries),
     ]
     return _train(ctx, phases, notes)
+
+
+def _lesson(row: dict[str, Any]) -> tuple[str, str]:
+    problem = Problem.from_json(row)
+    return prompt_for(problem.problem, problem.kind), problem.solution
+
+
+def _instruction(row: dict[str, Any]) -> tuple[str, str]:
+    query = Query.from_json(row)
+    return query.prompt, query.completion
 
 
 def _train(ctx: StageContext, phases: list[Phase], notes: list[str]) -> dict[str, Any]:
