@@ -1,6 +1,7 @@
 """The typed rows that travel between stages."""
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class Record:
         Raises:
             ValueError: a field is missing, unknown or of another type; the message names it.
         """
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         unknown = sorted(set(row) - {f.name for f in fields})
         if unknown:
@@ -37,6 +38,11 @@ class Record:
                     f"{cls.__name__}.{f.name} must be {_name(hints[f.name])}, got {row[f.name]!r:.80}"
                 )
         return cls(**row)
+
+
+@functools.cache
+def _hints(cls: type[Record]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _name(hint: Any) -> str:

@@ -49,6 +49,10 @@ class Rows(Sequence[T], Generic[T]):
         some._starts = self._starts[picked]
         return some
 
+    def path(self, index: int) -> Path:
+        """Return the file that holds a row."""
+        return self._paths[bisect.bisect_right(self._begins, int(self._starts[index])) - 1]
+
     def __len__(self) -> int:
         return len(self._starts)
 

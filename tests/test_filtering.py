@@ -212,13 +212,13 @@ def test_votes(grader: Grader) -> None:
         problem(question="Damaged: how many pens?", id="g", meta={"answers": "no list"}),
     ]
     vote = cross_check(rows, CONFIG, grader)
-    assert [r for r, _ in vote] == ["", "", "vote_lost", "", "", "vote_lost", ""]
-    assert vote[0][1] == {"vote": "2/3"} and vote[3][1] == {"vote": "none"}
+    assert [f["reason"] for f in vote] == ["", "", "vote_lost", "", "", "vote_lost", ""]
+    assert vote[0]["checks"] == {"vote": "2/3"} and vote[3]["checks"] == {"vote": "none"}
     strict = cross_check(rows, dataclasses.replace(CONFIG, require_cross_check=True), grader)
-    assert [r for r, _ in strict][3] == "no_cross_check"
-    assert cross_check(rows, dataclasses.replace(CONFIG, cross_check="none"), grader) == [("", {})] * len(
-        rows
-    )
+    assert strict[3]["reason"] == "no_cross_check"
+    assert [f["detail"] for f in vote][2:4] == ["1/3", "none"]
+    unchecked = cross_check(rows, dataclasses.replace(CONFIG, cross_check="none"), grader)
+    assert unchecked == [{"reason": "", "detail": "", "checks": {}}] * len(rows)
 
 
 def test_cross_check_by_tool(grader: Grader) -> None:
@@ -229,7 +229,7 @@ def test_cross_check_by_tool(grader: Grader) -> None:
         problem(question="Alone: how many pens?"),
     ]
     found = cross_check(rows, dataclasses.replace(CONFIG, cross_check="tool"), grader)
-    assert [r for r, _ in found] == ["", "", "tool_disagrees", ""]
+    assert [f["reason"] for f in found] == ["", "", "tool_disagrees", ""]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_broken_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(Jz3Error, match="same|two different problems"):
         run(ctx)
     write_jsonl(tmp_path / "synthesis" / "problems.jsonl", [{"id": "x"}])
-    with pytest.raises(Jz3Error, match="problems.jsonl:1: Problem lacks"):
+    with pytest.raises(Jz3Error, match=r"problems.jsonl:1 is damaged \(Problem lacks"):
         run(ctx)
     ctx = context(
         tmp_path, [], [], small(evaluation_files=(EvaluationFile(path=str(tmp_path / "none.jsonl")),))

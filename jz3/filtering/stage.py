@@ -9,52 +9,38 @@ duplicate gives way only to a row that is kept.
 
 import contextlib
 import os
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Executor as PoolExecutor
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from jz3.corpus.config import MinHashConfig
 from jz3.corpus.dedup import Deduplicator
 from jz3.errors import Jz3Error
-from jz3.evaluation.benchmarks import questions_hash
-from jz3.files import canonical_json, write_json, write_jsonl
+from jz3.files import canonical_json
 from jz3.filtering.arithmetic import wrong_equations
 from jz3.filtering.config import FilteringConfig
 from jz3.filtering.crosscheck import cross_check
 from jz3.filtering.decontaminate import DecontaminationIndex, Hit, build_index
 from jz3.filtering.execute import Executor
+from jz3.filtering.outcome import Findings, write_outcome
 from jz3.filtering.text import TEXT_FILTERS, fields_present, length, prose
 from jz3.grading.answer import Grader
 from jz3.grading.sandbox import MOST_WORKERS, cores
 from jz3.processes import end_with
-from jz3.records import Problem, Query, Reject, Verdict
+from jz3.records import Problem, Query
+from jz3.rows import Rows
 from jz3.stage import StageContext
+
+if TYPE_CHECKING:
+    import numpy as np
 
 READ_SHARD = 2048
 FEW = 4 * READ_SHARD
 """Rows that this process alone reads as soon as others would be ready."""
-MAX_EXAMPLES = 50
-
-
-@dataclass(slots=True)
-class Judged:
-    """A row with what the filters found so far."""
-
-    row: Problem
-    reason: str = ""
-    detail: str = ""
-    checks: dict[str, str] = field(default_factory=dict)
-    hits: list[dict[str, Any]] = field(default_factory=list)
-
-    def refuse(self, reason: str, detail: str = "") -> None:
-        """Note the reason unless an earlier filter has refused the row."""
-        if reason and not self.reason:
-            self.reason, self.detail = reason, detail
 
 
 def filter_problems(context: StageContext) -> dict[str, Any]:
@@ -65,57 +51,58 @@ def filter_problems(context: StageContext) -> dict[str, Any]:
     rejects.jsonl and decontamination.json.
     """
     config = context.recipe.filtering
-    judged = [Judged(row) for row in _input(context, config)]
+    rows, with_code = _input(context, config)
     index = build_index(config, context.rows("targets", "eval.jsonl"), context.recipe.evaluation.benchmarks)
-    instructed = [Query.from_json(row) for row in context.rows("targets", "instruction.jsonl")]
-    with _readers(config, index, max(len(judged), len(instructed))) as pool:
-        asked = READ_SHARD, _read_part, "problems", canonical_json(index.digests), pool
-        found = context.shards("read", [j.row for j in judged], *asked)
-        instruction = _instruction(context, instructed, index, pool)
-    for item, result in zip(judged, found, strict=True):
-        item.checks.update(result["checks"])
-        item.hits = result["hits"]
-        item.refuse(result["reason"], result["detail"])
+    instruction = Rows([context.path("targets", "instruction.jsonl")], Query.from_json)
+    with _readers(config, index, max(len(rows), len(instruction))) as pool:
+        beside = canonical_json(index.digests)
+        read = context.shards("read", rows, READ_SHARD, _read_part, "problems", beside, pool)
+        compared = context.shards(
+            "instruction", instruction, READ_SHARD, _compare_part, "instruction rows", beside, pool
+        )
+    findings = Findings(rows)
+    findings.add(range(len(rows)), read)
     with Grader(level=config.sandbox.level, workers=config.sandbox.workers) as grader:
         with Executor(config, grader) as executor:
-            tools = [j for j in judged if not j.reason and j.row.kind == "tool"]
+            tools = findings.left()
+            tools = tools[with_code[tools]]
             done = context.shards(
-                "executed", [j.row for j in tools], config.shard_size, executor.run, "tool solutions"
+                "executed", rows.take(tools), config.shard_size, executor.run, "tool solutions"
             )
-        for item, result in zip(tools, done, strict=True):
-            item.checks.update(result["checks"])
-            item.refuse(result["reason"], result["detail"])
-        left = [j for j in judged if not j.reason]
-        for item, (reason, checks) in zip(
-            left, cross_check([j.row for j in left], config, grader), strict=True
-        ):
-            item.checks.update(checks)
-            item.refuse(reason, ", ".join(checks.values()))
-    _refuse_duplicates(judged, config)
-    return _write(context, judged, instruction, index, config)
+        findings.add(tools, done)
+        left = findings.left()
+        findings.add(left, cross_check(rows.take(left), config, grader))
+    left = findings.left()
+    repeated = _duplicates(rows.take(left), config)
+    findings.add(left[list(repeated)], repeated.values())
+    taught = Findings(instruction)
+    taught.add(range(len(instruction)), compared)
+    return write_outcome(context, findings.judged(), taught.judged(), index, config)
 
 
-def _input(context: StageContext, config: FilteringConfig) -> list[Problem]:
-    """Return the teacher's rows, then the synthesiser's."""
+def _input(context: StageContext, config: FilteringConfig) -> tuple[Rows[Problem], "np.ndarray"]:
+    """Return the teacher's rows, then the synthesiser's, and which of them are solved by a program."""
+    import numpy as np
+
     files = (
         [("distillation", "initial.jsonl"), ("distillation", "boost.jsonl")]
         if config.include_distillation
         else []
     )
-    rows: dict[str, Problem] = {}
-    for stage, name in [*files, ("synthesis", "problems.jsonl")]:
-        for number, value in enumerate(context.rows(stage, name), 1):
-            try:
-                row = Problem.from_json(value)
-            except ValueError as error:
-                raise Jz3Error(
-                    f"{context.path(stage, name)}:{number}: {error}; run the stage {stage!r} again"
-                ) from error
-            if rows.setdefault(row.id, row) != row:
-                raise Jz3Error(
-                    f"two different problems have the id {row.id!r}; run the stage {stage!r} again"
-                )
-    return list(rows.values())
+    paths = [context.path(stage, name) for stage, name in [*files, ("synthesis", "problems.jsonl")]]
+    rows = Rows(paths, Problem.from_json)
+    ids, contents = np.empty(len(rows), np.uint64), np.empty(len(rows), np.uint64)
+    with_code = np.empty(len(rows), bool)
+    for i, row in enumerate(rows):
+        ids[i] = xxhash.xxh3_64_intdigest(row.id.encode())
+        contents[i] = xxhash.xxh3_64_intdigest(canonical_json(row.to_json()).encode())
+        with_code[i] = row.kind == "tool"
+    _, first, group = np.unique(ids, return_index=True, return_inverse=True)
+    for i in np.flatnonzero(contents != contents[first[group]]):
+        stage = rows.path(i).parent.name
+        raise Jz3Error(f"two different problems have the id {rows[i].id!r}; run the stage {stage!r} again")
+    first.sort()
+    return rows.take(first), with_code[first]
 
 
 def read_rows(
@@ -164,24 +151,6 @@ def _best(hits: list[Hit]) -> list[dict[str, Any]]:
     best = {h.suite: h for h in reversed(hits)}
     return [{"suite": h.suite, "question": h.question, "phrases": h.phrases, "share": round(h.share, 4), "span": h.span}
             for _, h in sorted(best.items())]  # fmt: skip
-
-
-@dataclass(slots=True)
-class Instruction:
-    """A row of the instruction data with the evaluation questions found in it."""
-
-    row: Query
-    reason: str
-    detail: str
-    hits: list[dict[str, Any]]
-
-
-def _instruction(
-    context: StageContext, rows: list[Query], index: DecontaminationIndex, pool: PoolExecutor | None
-) -> list[Instruction]:
-    asked = READ_SHARD, _compare_part, "instruction rows", canonical_json(index.digests), pool
-    found = context.shards("instruction", rows, *asked)
-    return [Instruction(row, **result) for row, result in zip(rows, found, strict=True)]
 
 
 _reading: list[tuple[FilteringConfig, DecontaminationIndex]] = []
@@ -239,116 +208,14 @@ def _compare_part(rows: list[Query]) -> list[dict[str, Any]]:
     return found
 
 
-def _refuse_duplicates(judged: list[Judged], config: FilteringConfig) -> None:
-    """Refuse rows that repeat the problem of an earlier kept row of the same kind."""
+def _duplicates(rows: Rows[Problem], config: FilteringConfig) -> dict[int, dict[str, Any]]:
+    """Return findings by the numbers of the rows that repeat the problem of an earlier one of the same kind."""
     near = config.near_duplicate
     settings = MinHashConfig(enabled=near > 0, threshold=near or 1.0)
     kept = {kind: Deduplicator(settings) for kind in ("cot", "tool")}
-    for item in judged:
-        if not item.reason and (found := kept[item.row.kind].admit(item.row.problem, item.row.id)):
-            item.checks["duplicate_of"] = found[1]
-            item.refuse(found[0], f"of {found[1]}")
-
-
-def _write(
-    context: StageContext,
-    judged: list[Judged],
-    instruction: list[Instruction],
-    index: DecontaminationIndex,
-    config: FilteringConfig,
-) -> dict[str, Any]:
-    out = context.out
-    write_jsonl(out / "kept.jsonl", (j.row.to_json() for j in judged if not j.reason))
-    write_jsonl(out / "instruction.jsonl", (i.row.to_json() for i in instruction if not i.reason))
-    verdicts = (Verdict(id=j.row.id, keep=not j.reason, reason=j.reason, checks=j.checks) for j in judged)
-    write_jsonl(out / "verdicts.jsonl", (v.to_json() for v in verdicts))
-    refused = [item for item in (*judged, *instruction) if item.reason]
-    write_jsonl(out / "rejects.jsonl", (_reject(item).to_json() for item in refused))
-    report = _contamination([*judged, *instruction], index, config)
-    write_json(out / "decontamination.json", report)
-    executed = [j for j in judged if "execution" in j.checks]
-    words = [j.checks for j in judged if j.row.kind == "cot" and not j.reason]
-    compared = sum(checks.get(config.cross_check, "none") != "none" for checks in words)
-    return {
-        "in": len(judged),
-        "kept": sum(not j.reason for j in judged),
-        "kept_by_kind": _count(j.row.kind for j in judged if not j.reason),
-        "rejected": _count(j.reason for j in judged if j.reason),
-        "by_origin": _by_origin(judged),
-        "instruction": {
-            "in": len(instruction),
-            "kept": sum(not i.reason for i in instruction),
-            "rejected": _count(i.reason for i in instruction if i.reason),
-        },
-        "sandbox": {
-            "level": _count(j.checks["sandbox_level"] for j in executed),
-            "executed": len(executed),
-            "output_match": sum(j.checks["output_match"] == "yes" for j in executed),
-            "constant_only": sum(j.checks["computes"] == "no" for j in executed),
-        },
-        # Of the natural-language solutions kept, how many had another answer to agree with.
-        "cross_check": {
-            "by": config.cross_check,
-            "compared": compared,
-            "not_compared": len(words) - compared,
-        },
-        "benchmarks": {b.name: questions_hash(b) for b in context.recipe.evaluation.benchmarks},
-        "contaminated_by_set": {name: suite["rows"] for name, suite in report["sets"].items()},
-    }
-
-
-def _reject(item: Judged | Instruction) -> Reject:
-    row = item.row
-    problem = isinstance(row, Problem)
-    return Reject(
-        id=row.id,
-        stage="filtering",
-        reason=item.reason,
-        detail=item.detail,
-        where=row.prompt_id if problem else f"instruction {row.task}",
-        text=f"{row.problem}\n\n{row.solution if problem else row.completion}"[:4000],
-    )
-
-
-def _count(values: Any) -> dict[str, int]:
-    return dict(sorted(Counter(values).items()))
-
-
-def _by_origin(judged: list[Judged]) -> dict[str, Any]:
-    groups: dict[str, list[Judged]] = defaultdict(list)
-    for item in judged:
-        groups[item.row.origin].append(item)
-    return {
-        origin: {
-            "in": len(items),
-            "kept": sum(not j.reason for j in items),
-            "rejected": _count(j.reason for j in items if j.reason),
-        }
-        for origin, items in sorted(groups.items())
-    }
-
-
-def _contamination(
-    judged: list[Judged | Instruction], index: DecontaminationIndex, config: FilteringConfig
-) -> dict[str, Any]:
-    """Report for each evaluation set which of its questions were met, refused or only brushed."""
-    sets: dict[str, Any] = {}
-    for name, questions in sorted(index.questions().items()):
-        hits = [(j.row.id, h) for j in judged for h in j.hits if h["suite"] == name]
-        over = [(row, h) for row, h in hits if h["share"] >= config.min_question_share]
-        sets[name] = {
-            "questions": questions,
-            "questions_too_short": index.ignored.get(name, 0),
-            "rows": len(over),
-            "questions_met": len({h["question"] for _, h in over}),
-            "rows_below_share": len(hits) - len(over),
-            "examples": [
-                {"id": row, **{k: v for k, v in h.items() if k != "suite"}} for row, h in over[:MAX_EXAMPLES]
-            ],
-        }
-    return {
-        "ngram": config.ngram,
-        "min_question_share": config.min_question_share,
-        "rows": len(judged),
-        "sets": sets,
-    }
+    repeated = {}
+    for i, row in enumerate(rows):
+        if found := kept[row.kind].admit(row.problem, row.id):
+            reason, of = found
+            repeated[i] = {"reason": reason, "detail": f"of {of}", "checks": {"duplicate_of": of}}
+    return repeated
