@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from jz3.models import load_model, load_tokenizer
-from jz3.training.config import TrainSettings
 from jz3.training import packing
+from jz3.training.config import TrainSettings
 from jz3.training.packing import IGNORED, Document, Phase, encode, split
 
 SETTINGS = TrainSettings(max_length=64, batch_packs=2)
