@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 INPUTS = "inputs"
 """The only key of a shard's first line."""
-AHEAD = 256
-"""Shards that a pool is given before the first of them is needed."""
+AHEAD = 128
+"""Shards that a pool is given before the first of them is needed: two for each process of the largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

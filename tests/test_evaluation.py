@@ -229,7 +229,7 @@ def test_what_was_evaluated_on_other_rows_or_another_model_is_not_reused(
             names.extend(f"{model} {setting} {q.answer}" for q in part if q.task == "gsm8k")
             return [{"result": None, "reject": None, "new_tokens": 0, "levels": []} for _ in part]
 
-        return ctx.shards(f"shards/{model}-{setting}", queries, 3, work, "x", _model_key(ctx, model))
+        return list(ctx.shards(f"shards/{model}-{setting}", queries, 3, work, "x", _model_key(ctx, model)))
 
     monkeypatch.setattr("jz3.evaluation.stage._solve", note)
     monkeypatch.setattr("jz3.evaluation.stage._score_references", lambda *a: [None] * len(a[3]))

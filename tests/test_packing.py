@@ -31,7 +31,9 @@ def tokenizer(tiny_model):
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     """Packs in a folder of its own."""
-    return lambda *arguments: packing.pack(*arguments, tmp_path_factory.mktemp("packs") / "new")
+    return lambda phases, tokenizer, settings, seed: packing.pack(
+        phases, tokenizer, settings, seed, tmp_path_factory.mktemp("packs") / "new"
+    )
 
 
 def labelled(packs):
@@ -295,3 +297,27 @@ def test_a_window_shorter_than_a_document_is_refused():
         document_attention(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=bounds, sliding_window=4)
     with pytest.raises(Jz3Error, match="soft capping"):
         document_attention(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=bounds, softcap=30.0)
+
+
+def test_packing_asks_for_few_rows_and_maps_what_it_packs(tokenizer, pack, monkeypatch):
+    from collections.abc import Sequence
+
+    class Asked(Sequence):
+        """Rows that are given a few at a time only."""
+
+        def __init__(self, held):
+            self.held = held
+
+        def __len__(self):
+            return len(self.held)
+
+        def __getitem__(self, index):
+            assert len(range(len(self.held))[index]) <= 16
+            return self.held[index]
+
+    monkeypatch.setattr(packing, "CHUNK", 16)
+    for settings in (SETTINGS, TrainSettings(max_length=64, epochs=2, packing="even")):
+        expected = pack([Phase(name="a", rows=rows(100))], tokenizer, settings, 0)
+        packs = pack([Phase(name="a", rows=Asked(rows(100)))], tokenizer, settings, 0)
+        assert packs.dataset[:] == expected.dataset[:]
+        assert packs.dataset.cache_files, "the packs are in memory"

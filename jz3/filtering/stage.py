@@ -98,7 +98,7 @@ def _input(context: StageContext, config: FilteringConfig) -> tuple[Rows[Problem
         contents[i] = xxhash.xxh3_64_intdigest(canonical_json(row.to_json()).encode())
         with_code[i] = row.kind == "tool"
     _, first, group = np.unique(ids, return_index=True, return_inverse=True)
-    for i in np.flatnonzero(contents != contents[first[group]]):
+    for i in np.flatnonzero(contents != contents[first[group]]).tolist():
         stage = rows.path(i).parent.name
         raise Jz3Error(f"two different problems have the id {rows[i].id!r}; run the stage {stage!r} again")
     first.sort()
