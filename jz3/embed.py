@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]
 """A query: what the model is given, and the completion whose loss counts."""
-_MOST = 1 << 30
-"""More than any of the numbers below can sensibly be."""
+_MOST, _MOST_SEED = 1 << 30, 1 << 63
+"""More than any of the numbers below can sensibly be, and any seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,7 @@ class Adapted:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "queries", tuple(_several(self.queries)))
-        for name, least in (("documents", 0), ("k", 1), ("rank", 1), ("layers", 1), ("completion", 0)):
-            check_int("Adapted", name, getattr(self, name), least, _MOST)
+        _settle(self, documents=0, k=1, rank=1, layers=1, completion=0, seed=-_MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +69,7 @@ class Sketch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k", "left", "right"):
-            check_int("Sketch", name, getattr(self, name), 1, _MOST)
+        _settle(self, k=1, left=1, right=1, seed=-_MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ class Less:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int("Less", "k", self.k, 1, _MOST)
+        _settle(self, k=1, seed=-_MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +209,8 @@ def featurize(
     if not isinstance(docs, Iterable):
         raise TypeError(f"docs must be several texts, got {docs!r:.60}")
     _check_model(model, tokenizer)
-    check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
-    check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
+    max_tokens = check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
+    batch_tokens = check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
     docs = list(docs)
     if not docs:
         raise ValueError("docs is empty")
@@ -349,10 +347,17 @@ def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
     """
     if not isinstance(scores, Scores):
         raise TypeError(f"scores must be what influence_scores returned, got {type(scores).__name__}")
-    if not isinstance(k, int | np.integer):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    k = check_int("select", "k", k, 0, _MOST)
     ids = [f"{i:016x}" for i in range(len(scores.values))]
     return selection.select(scores.values, ids, k, combine)
+
+
+def _settle(kind: Adapted | Sketch | Less, **least: int) -> None:
+    """Check the numbers of a kind's settings, which numpy may have made, and keep them as plain ones."""
+    for name, low in least.items():
+        high = _MOST_SEED if name == "seed" else _MOST
+        number = check_int(type(kind).__name__, name, getattr(kind, name), low, high)
+        object.__setattr__(kind, name, number)
 
 
 def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_tokens: int) -> less.Less:

@@ -1,5 +1,7 @@
 """Randomness that depends on what is drawn for, never on order, batch, shard or worker."""
 
+import operator
+
 import numpy as np
 import xxhash
 
@@ -14,7 +16,8 @@ def seed_for(seed: int, *keys: object) -> int:
     Returns:
         An integer in [0, 2^64).
     """
-    text = "\x1f".join([str(seed), *map(str, keys)])
+    # A tensor's str is not its number's.
+    text = "\x1f".join(map(str, [operator.index(seed), *keys]))
     return xxhash.xxh3_64_intdigest(text.encode())
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,31 @@ def test_settings_out_of_range_are_told(tiny_model: Path) -> None:
         limit: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=rf"featurize: {name} must be in \[\d, \d+\], got 0"):
             jz3.featurize(model, tokenizer, DOCS, jz3.Sketch(64, 8, 8), **limit)
+
+
+def test_numbers_may_be_numpys_or_torchs(tiny_model: Path, tmp_path: Path) -> None:
+    """Counts that were computed are no plain ints."""
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    shape, warm_up = LoraShape(rank=2), WarmUp(share=0.5, epochs=1)
+    numbers: list[Any] = [np.int64, np.uint16, torch.tensor]
+    makes: list[Callable[[Any], Any]] = [
+        lambda n: jz3.Adapted([QUERY], k=n(64), rank=n(8), layers=n(4), completion=n(8), seed=n(3)),
+        lambda n: jz3.Sketch(n(64), left=n(8), right=n(8), seed=n(3)),
+        lambda n: jz3.Less(tmp_path, k=n(16), shape=shape, warm_up=warm_up, seed=n(3)),
+    ]
+    for make in makes:
+        features = jz3.featurize(model, tokenizer, DOCS, make(int), max_tokens=64, batch_tokens=128)
+        for number in numbers:
+            kind, tokens = make(number), {"max_tokens": number(64), "batch_tokens": number(128)}
+            assert kind == make(int) and type(kind.k) is int
+            again = jz3.featurize(model, tokenizer, DOCS, kind, **tokens)
+            assert np.array_equal(again.values, features.values)
+    scores = jz3.influence_scores(features, {"sums": [QUERY]})
+    assert all(jz3.select(scores, number(4)) == jz3.select(scores, 4) for number in numbers)
+    none: list[Any] = [np.float64(4), np.array([4, 4]), np.True_, "4"]
+    for wrong in none:
+        with pytest.raises(TypeError, match="Sketch: seed must be an int, got"):
+            jz3.Sketch(seed=wrong)
 
 
 def test_queries_may_be_any_iterable(tiny_model: Path) -> None:

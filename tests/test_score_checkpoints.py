@@ -68,7 +68,7 @@ def by_hand(checkpoints: list[CheckpointCodes], groups: torch.Tensor | None, red
     total: Any = 0
     for c in checkpoints:
         folded = check_and_fold(
-            "test", c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, None, groups, reduce, 1
+            "test", c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, None, groups, reduce
         )
         ones = torch.ones(len(c.codes)) if c.row_scale is None else c.row_scale
         d = folded.digits
