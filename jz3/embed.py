@@ -93,6 +93,18 @@ class Less:
 
     def __post_init__(self) -> None:
         _settle(self, k=1, seed=-_MOST_SEED)
+        if not isinstance(self.folder, (str, Path)):
+            raise TypeError(f"Less: folder must be a str or Path, got {self.folder!r:.60}")
+        for name in ("checkpoints", "learning_rates"):
+            several = getattr(self, name)
+            if isinstance(several, str) or not isinstance(several, Iterable):
+                raise TypeError(f"Less: {name} must be several, got {several!r:.60}; put it into a list")
+            object.__setattr__(self, name, tuple(several))
+        if self.learning_rates and len(self.learning_rates) != len(self.checkpoints):
+            raise ValueError(
+                f"Less: learning_rates must be as many as checkpoints ({len(self.checkpoints)}), got "
+                f"{len(self.learning_rates)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jz3
 from jz3.features.extract import extract
-from jz3.features.lora import LoraShape, WarmUp
+from jz3.features.lora import LoraShape, WarmUp, adapter_sizes
 from jz3.gradients import linear_layers, tokenize_query
 from jz3.machine import products_obstacle
 from jz3.models import load_model, load_tokenizer
@@ -286,6 +286,53 @@ def test_numbers_may_be_numpys_or_torchs(tiny_model: Path, tmp_path: Path) -> No
     for wrong in none:
         with pytest.raises(TypeError, match="Sketch: seed must be an int, got"):
             jz3.Sketch(seed=wrong)
+
+
+def test_settings_of_less_that_cannot_be_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    """They ended in divisions by zero, in other layers, or in gradients of 0 that the texts were blamed for."""
+    wrong: list[tuple[type, dict[str, Any], str]] = [
+        (LoraShape, {"rank": 0}, r"LoraShape: rank must be in \[1, \d+\], got 0"),
+        (LoraShape, {"alpha": 0.0}, "LoraShape: alpha must be above 0, got 0.0"),
+        (LoraShape, {"dropout": 1.0}, r"LoraShape: dropout must be in \[0, 1\), got 1.0"),
+        (WarmUp, {"epochs": 0}, r"WarmUp: epochs must be in \[1, \d+\], got 0"),
+        (WarmUp, {"batch_texts": 0}, r"WarmUp: batch_texts must be in \[1, \d+\], got 0"),
+        (WarmUp, {"share": 2.0}, r"WarmUp: share must be in \(0, 1\], got 2.0"),
+        (WarmUp, {"learning_rate": 0.0}, "WarmUp: learning_rate must be above 0, got 0.0"),
+        (jz3.Less, {"folder": tmp_path, "learning_rates": [1e-5]}, r"as many as checkpoints \(0\), got 1"),
+    ]
+    for kind, settings, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            kind(**settings)
+    kinds: list[dict[str, Any]] = [
+        {"folder": None},
+        {"folder": "", "checkpoints": "a"},
+        {"folder": "", "learning_rates": 1},
+    ]
+    for settings in kinds:
+        *_, (name, value) = settings.items()
+        with pytest.raises(TypeError, match=f"Less: {name} must be .* got {value!r}"):
+            jz3.Less(**settings)
+    once = jz3.Less(tmp_path, (str(path) for path in (tmp_path / "none",)))  # pyright: ignore[reportArgumentType]
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    with pytest.raises(jz3.Jz3Error, match="none/adapter_config.json is missing"):
+        jz3.featurize(model, tokenizer, DOCS, once)
+
+
+def test_layers_of_less_may_be_named_as_for_peft(tiny_model: Path) -> None:
+    model = load_model(tiny_model, "float32")
+    for one, several in (("q_proj", ("q_proj",)), (["q_proj"], ("q_proj",)), ("all-linear", ("all-linear",))):
+        names: Any = one
+        shape = LoraShape(rank=np.int64(2), targets=names)  # pyright: ignore[reportArgumentType]
+        assert shape == LoraShape(rank=2, targets=several)
+        assert adapter_sizes(model, shape)
+
+
+def test_less_on_a_model_with_adapters_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"model must be without adapters.*model\.unload\(\)"):
+        jz3.featurize(adapted, tokenizer, DOCS, jz3.Less(tmp_path))
 
 
 def test_queries_may_be_any_iterable(tiny_model: Path) -> None:
