@@ -220,6 +220,9 @@ def featurize(
         raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
     if not isinstance(docs, Iterable):
         raise TypeError(f"docs must be several texts, got {docs!r:.60}")
+    if isinstance(docs, Mapping) or getattr(docs, "ndim", 1) != 1:
+        # Gone through, they give their keys, or the names of their columns.
+        raise TypeError(f"docs must be several texts, got a {type(docs).__name__}; give its texts alone")
     _check_model(model, tokenizer)
     max_tokens = check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
     batch_tokens = check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
@@ -441,7 +444,7 @@ def _query_tokens(
     tokenizer: "PreTrainedTokenizerBase", queries: Sequence[Pair], max_tokens: int
 ) -> list[Tokens]:
     for i, pair in enumerate(queries):
-        two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        two = isinstance(pair, (Sequence, np.ndarray)) and not isinstance(pair, str) and len(pair) == 2
         if not two or not all(isinstance(part, str) for part in pair):
             raise TypeError(f"query {i} must be a pair (prompt, completion), got {pair!r:.60}")
     return [tokenize_query(tokenizer, str(i), *pair, max_tokens) for i, pair in enumerate(queries)]

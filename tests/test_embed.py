@@ -217,7 +217,14 @@ def test_what_is_no_text_is_told(tiny_model: Path) -> None:
         jz3.featurize(model, tokenizer, DOCS, kind)
     with pytest.raises(TypeError, match="several texts, got one: 'The sum"):
         jz3.featurize(model, tokenizer, DOCS[0])
-    for queries in (QUERY, [(*QUERY, "")], ["ab"]):
+    frame = pytest.importorskip("pandas").DataFrame({"a long enough name": DOCS})
+    tables: list[Any] = [dict(enumerate(DOCS)), dict.fromkeys(DOCS), frame, np.array([DOCS])]
+    for table in tables:
+        with pytest.raises(
+            TypeError, match=f"several texts, got a {type(table).__name__}; give its texts alone"
+        ):
+            jz3.featurize(model, tokenizer, table)
+    for queries in (QUERY, [(*QUERY, "")], ["ab"], np.array([[*QUERY, ""]])):
         pairs: Any = queries
         with pytest.raises(TypeError, match="query 0 must be a pair"):
             jz3.featurize(model, tokenizer, DOCS, jz3.Adapted(pairs))
@@ -343,6 +350,8 @@ def test_queries_may_be_any_iterable(tiny_model: Path) -> None:
     kinds = [jz3.Adapted(queries, k=64, rank=8, completion=0) for queries in (listed, stream)]
     features = [jz3.featurize(model, tokenizer, DOCS, kind) for kind in kinds]
     assert np.array_equal(features[0].values, features[1].values)
+    rows: Any = np.array(once)
+    assert np.array_equal(features[0].encode(rows), features[0].encode(listed))
     stream = iter(once)
     one, two = (jz3.influence_scores(features[0], {"sums": queries}) for queries in (listed, stream))
     assert np.array_equal(one.values, two.values)
