@@ -15,7 +15,12 @@ def seed_for(seed: int, *keys: object) -> int:
 
     Returns:
         An integer in [0, 2^64).
+
+    Raises:
+        TypeError: `seed` is no integer.
     """
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     # A tensor's str is not its number's.
     text = "\x1f".join(map(str, [operator.index(seed), *keys]))
     return xxhash.xxh3_64_intdigest(text.encode())

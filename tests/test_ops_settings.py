@@ -103,6 +103,13 @@ def test_counts_may_be_numpys_or_torchs(
         assert torch.equal(a, b)
 
 
+def test_a_seed_that_is_no_integer_is_told() -> None:
+    seeds: list[Any] = [None, 1.0, "1"]
+    for seed in seeds:
+        with pytest.raises(TypeError, match=f"seed must be an int, got {type(seed).__name__}"):
+            signs(seed, "m", 5, 200)
+
+
 @pytest.mark.parametrize("kind", ["int8", "4bit", "2bit", "1bit"])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_codes_without_coordinates(kind: str, queries: int) -> None:

@@ -10,6 +10,7 @@ is chunk x queries, never N x Q.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from jz3 import backend
@@ -80,6 +81,7 @@ def score_topk_checkpoints(
     import torch
 
     k = check_int("score_topk_checkpoints", "k", k, 1, MOST_BEST)
+    checkpoints = list(checkpoints)
     with torch.no_grad():
         folded = [
             _checked(number, c, checkpoints[0], ids, groups, reduce) for number, c in enumerate(checkpoints)
@@ -112,6 +114,8 @@ def _checked(
 ) -> Folded:
     """Check one checkpoint, and that its rows and queries are as many as the first one's."""
     op = f"score_topk_checkpoints: checkpoint {number}"
+    if not isinstance(checkpoint, CheckpointCodes):
+        raise TypeError(f"{op} must be a CheckpointCodes, got {type(checkpoint).__name__}")
     c = checkpoint
     folded = check_and_fold(op, c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, ids, groups, reduce)
     check_tensors(
@@ -121,6 +125,8 @@ def _checked(
         raise ValueError(
             f"{op}: queries must be {len(first.queries)} as the first one's, got {len(c.queries)}"
         )
+    if not isinstance(c.weight, Real):
+        raise TypeError(f"{op}: weight must be a number, got {type(c.weight).__name__}")
     if not math.isfinite(c.weight):
         raise ValueError(f"{op}: weight must be finite, got {c.weight!r}")
     return folded
