@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jz3 import __version__
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, read_json
 from jz3.store.digits import Digits, decode_digits, digits_of, encode_digits
@@ -197,4 +198,5 @@ def read_info(folder: Path) -> StoreInfo:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jz3", "torch", "transformers")}
+    # A clone on PYTHONPATH is no installed package.
+    return {"jz3": __version__, **{name: version(name) for name in ("torch", "transformers")}}
