@@ -8,7 +8,6 @@ by any factor.
 """
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from gpu_without_gpu.ptxsim import Device, Module, Run, TensorMap, to_bf16  # no
 from gpu_without_gpu.sass_report import KernelReport, report  # noqa: E402
 from simulated_ptx import struct  # noqa: E402
 
+from jz3.files import write_json  # noqa: E402
 from jz3.ops.segment_plan import Plan, piece_limit, plan_segments  # noqa: E402
 
 GPUS = {"A100": "sm_80", "H100": "sm_90a"}
@@ -408,6 +408,10 @@ def main() -> None:
     parser.add_argument("kernels", nargs="*", default=list(KERNELS), help=f"of {', '.join(KERNELS)}")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
+    if unknown := set(arguments.kernels) - set(KERNELS):
+        parser.error(
+            f"there is no kernel {', '.join(sorted(unknown))}; expected some of {', '.join(KERNELS)}"
+        )
     if not toolchain.have_nvcc():
         raise SystemExit("nvcc is not on PATH: the counts come from compiled kernels")
     print("counts and lower bounds; nothing here was timed")
@@ -427,8 +431,7 @@ def main() -> None:
                     f"{row['bound_us']:>11.1f}  {row['binding']:8}{row['tensor_share']:>7.0%}{row['dram_share']:>6.0%}"
                 )
     if arguments.json:
-        text = json.dumps({"what": "counts and lower bounds, not times", "rows": rows}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, {"what": "counts and lower bounds, not times", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ in this process, over the time taken. Above 100% the data came from a cache.
 import argparse
 import functools
 import importlib.util
-import json
 import platform
 import statistics
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from jz3 import backend
+from jz3.files import write_json
 
 HERE = Path(__file__).resolve().parent
 OPS = sorted(path.stem for path in HERE.glob("*.py") if "\ndef cases(" in path.read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def load(op: str) -> ModuleType:
     """Import an op's file by its path: `bench` is no package."""
     spec = importlib.util.spec_from_file_location(f"jz3_bench_{op}", HERE / f"{op}.py")
     if spec is None or spec.loader is None:
-        raise SystemExit(f"no file {op}.py in {HERE}; there are: {', '.join(OPS)}")
+        raise ImportError(f"{op}.py in {HERE} can't be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -144,6 +144,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
+    if unknown := set(arguments.ops) - set(OPS):
+        parser.error(f"there is no op {', '.join(sorted(unknown))}; expected some of {', '.join(OPS)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     print(machine(arguments.device))
     print(
         f"{'op':16}{'case':26}{'backend':>10}{'ms p50 (p20-p80)':>26}{'GFLOP/s':>10}{'GB/s':>8}{'bound':>7}"
@@ -161,8 +165,7 @@ def main() -> None:
                 f"{row['gbytes']:>8.1f}{row['bound']:>7.0%}{gain:>10}  {', '.join(map(_told, row['peers'].items()))}"
             )
     if arguments.json:
-        result = {"machine": machine(arguments.device), "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, {"machine": machine(arguments.device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -365,7 +365,9 @@ def main() -> None:
         for step, row in result["change"].items():
             say(f"{step}: " + ", ".join(f"{key} x {value:.2f}" for key, value in row.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        from jz3.files import write_json
+
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from jz3 import backend
+from jz3.files import write_json
 from jz3.ops.encode import CODEBOOKS, decode, encode, row_bytes
 from jz3.ops.score_topk import score_topk
 
@@ -202,7 +203,7 @@ def main() -> None:
     result = {"machine": machine, **sizes, **summary(kinds), "kinds": kinds}
     print(json.dumps({name: value for name, value in result.items() if name != "kinds"}, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

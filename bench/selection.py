@@ -9,7 +9,6 @@ DIR holds `eval/*.jsonl`, `targets/gsm8k_train.jsonl` and `samples/*_sampled.jso
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from jz3.comparison.table import plot, text_table, verdicts
 from jz3.config import InfluenceConfig, Recipe, settled
 from jz3.corpus.config import CorpusConfig, SourceConfig
 from jz3.features import KINDS, FeaturesConfig, LessConfig
-from jz3.files import read_jsonl
+from jz3.files import read_jsonl, write_json
 from jz3.models import ModelConfig, resolve_model
 from jz3.pipeline import run_pipeline
 from jz3.selection import SelectionConfig
@@ -245,7 +244,7 @@ def main() -> None:
     if arguments.json:
         cost = {stage: ctx.manifest(stage)["seconds"] for stage in ("features", "influence")}
         result = {**manifest["summary"], "machine": manifest["machine"], "seconds": cost}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
     if arguments.plot:
         plot(manifest["summary"], arguments.plot)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from jz3 import backend
+from jz3.files import write_json
 from jz3.ops.sign_project import TILE, sign_project
 from jz3.ops.signs import signs
 
@@ -162,7 +163,7 @@ def main() -> None:
         "times the columns"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

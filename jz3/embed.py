@@ -1,16 +1,14 @@
 """The core in three calls, for pipelines of one's own: featurize, influence_scores, select."""
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from jz3 import selection
+from jz3.arguments import Pair, borrowed, check_model, check_pairs, several
 from jz3.features import adapted, less, lora, sketch, trainer_checkpoint
 from jz3.features.completion import Completion, fit_completion
 from jz3.features.extract import Extracted, Projection, extract, weights_hash
@@ -32,10 +30,8 @@ from jz3.seeding import rng
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Pair = tuple[str, str]
-"""A query: what the model is given, and the completion whose loss counts."""
-_MOST = 1 << 30
-"""More than any of the numbers below can sensibly be."""
+_MOST, _MOST_SEED = 1 << 30, 1 << 63
+"""More than any of the numbers below can sensibly be, and any seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +51,8 @@ class Adapted:
     allows (jz3.features.completion); 0 for none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "queries", tuple(_several(self.queries)))
-        for name, least in (("documents", 0), ("k", 1), ("rank", 1), ("layers", 1), ("completion", 0)):
-            check_int("Adapted", name, getattr(self, name), least, _MOST)
+        object.__setattr__(self, "queries", tuple(several(self.queries)))
+        _settle(self, documents=0, k=1, rank=1, layers=1, completion=0, seed=-_MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +65,7 @@ class Sketch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k", "left", "right"):
-            check_int("Sketch", name, getattr(self, name), 1, _MOST)
+        _settle(self, k=1, left=1, right=1, seed=-_MOST_SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +88,19 @@ class Less:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_int("Less", "k", self.k, 1, _MOST)
+        _settle(self, k=1, seed=-_MOST_SEED)
+        if not isinstance(self.folder, (str, Path)):
+            raise TypeError(f"Less: folder must be a str or Path, got {self.folder!r:.60}")
+        for name in ("checkpoints", "learning_rates"):
+            several = getattr(self, name)
+            if isinstance(several, str) or not isinstance(several, Iterable):
+                raise TypeError(f"Less: {name} must be several, got {several!r:.60}; put it into a list")
+            object.__setattr__(self, name, tuple(several))
+        if self.learning_rates and len(self.learning_rates) != len(self.checkpoints):
+            raise ValueError(
+                f"Less: learning_rates must be as many as checkpoints ({len(self.checkpoints)}), got "
+                f"{len(self.learning_rates)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +132,11 @@ class Features:
             ValueError: a query is too short, holds a token that the model lacks, or has a gradient that is zero or not
                 finite.
         """
-        queries = _several(queries)
+        queries = several(queries)
         tokens = _query_tokens(self.tokenizer, queries, self.max_tokens)
         _check_vocabulary(self.model, tokens, "query")
         # Training may have gone on since: dropout would make features of chance.
-        with _borrowed(self.model):
+        with borrowed(self.model):
             set_query_products(self.model, self.products)
             found = extract(
                 self.model,
@@ -210,9 +216,12 @@ def featurize(
         raise TypeError(f"docs must be several texts, got one: {docs[:60]!r}; put it into a list")
     if not isinstance(docs, Iterable):
         raise TypeError(f"docs must be several texts, got {docs!r:.60}")
-    _check_model(model, tokenizer)
-    check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
-    check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
+    if isinstance(docs, Mapping) or getattr(docs, "ndim", 1) != 1:
+        # Gone through, they give their keys, or the names of their columns.
+        raise TypeError(f"docs must be several texts, got a {type(docs).__name__}; give its texts alone")
+    check_model(model, tokenizer)
+    max_tokens = check_int("featurize", "max_tokens", max_tokens, 2, _MOST)
+    batch_tokens = check_int("featurize", "batch_tokens", batch_tokens, 1, _MOST)
     docs = list(docs)
     if not docs:
         raise ValueError("docs is empty")
@@ -220,7 +229,7 @@ def featurize(
         raise TypeError(
             f"text {wrong[0]} must be a str, got {docs[wrong[0]]!r:.60} ({len(wrong)} such texts); leave it out"
         )
-    with _borrowed(model):
+    with borrowed(model):
         start_tokens.cache_clear()  # the tokenizer may have been set up anew
         # Of Less the passes run in a way of their own.
         products = set_products(model, "exact" if isinstance(kind, Less) else products)
@@ -276,31 +285,6 @@ def featurize(
     )
 
 
-_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_lock_of_locks = threading.Lock()
-
-
-@contextmanager
-def _borrowed(model: Any) -> Iterator[None]:
-    """Have a model for oneself, frozen and in evaluation mode, and give it back as it was.
-
-    Hooks are the model's: passes of two threads at once would take each other's texts for their own.
-    """
-    with _lock_of_locks:
-        lock = _locks.setdefault(plain_model(model), threading.RLock())
-    with lock:
-        training = [(module, module.training) for module in model.modules()]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        try:
-            model.eval().requires_grad_(False)
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-
 def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) -> Scores:
     """Score documents for tasks: mean over a task's queries of the cosine of gradients.
 
@@ -323,7 +307,7 @@ def influence_scores(features: Features, tasks: Mapping[str, Sequence[Pair]]) ->
         raise TypeError(
             f'tasks must be a mapping of names to queries, got {tasks!r:.60}; for example {{"mine": ...}}'
         )
-    groups = {name: _several(queries) for name, queries in tasks.items()}
+    groups = {name: several(queries) for name, queries in tasks.items()}
     if not groups or not all(groups.values()):
         raise ValueError(
             f"every task needs at least one query, got { ({n: len(q) for n, q in groups.items()})!r}"
@@ -349,10 +333,17 @@ def select(scores: Scores, k: int, combine: str = "mean") -> list[int]:
     """
     if not isinstance(scores, Scores):
         raise TypeError(f"scores must be what influence_scores returned, got {type(scores).__name__}")
-    if not isinstance(k, int | np.integer):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    k = check_int("select", "k", k, 0, _MOST)
     ids = [f"{i:016x}" for i in range(len(scores.values))]
     return selection.select(scores.values, ids, k, combine)
+
+
+def _settle(kind: Adapted | Sketch | Less, **least: int) -> None:
+    """Check the numbers of a kind's settings, which numpy may have made, and keep them as plain ones."""
+    for name, low in least.items():
+        high = _MOST_SEED if name == "seed" else _MOST
+        number = check_int(type(kind).__name__, name, getattr(kind, name), low, high)
+        object.__setattr__(kind, name, number)
 
 
 def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_tokens: int) -> less.Less:
@@ -383,25 +374,6 @@ def _less(model: "PreTrainedModel", texts: list[Tokens], kind: Less, batch_token
     return less.Less(name, paths, kind.k, kind.seed, kind.direction)
 
 
-def _check_model(model: Any, tokenizer: Any) -> None:
-    """Refuse what people give for a model and a tokenizer: names, wrappers, one for the other."""
-    import torch
-
-    core: Any = plain_model(model)
-    if not isinstance(core, torch.nn.Module) or not hasattr(core, "config"):
-        is_wrapper = isinstance(core, torch.nn.Module) and hasattr(getattr(core, "module", None), "config")
-        found = f"a {type(core).__name__}" if isinstance(core, torch.nn.Module) else f"{model!r:.60}"
-        remedy = (
-            "give its .module" if is_wrapper else "for example AutoModelForCausalLM.from_pretrained(NAME)"
-        )
-        raise TypeError(f"model must be a loaded causal language model, got {found}; {remedy}")
-    if not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
-        raise TypeError(
-            f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.60}; for example "
-            "AutoTokenizer.from_pretrained(NAME)"
-        )
-
-
 def _check_vocabulary(model: Any, texts: Sequence[Tokens], what: str) -> None:
     """Refuse tokens that the model has no embedding for: on a GPU they would end the process's use of it."""
     count = getattr(plain_model(model).get_input_embeddings(), "num_embeddings", None)
@@ -413,18 +385,8 @@ def _check_vocabulary(model: Any, texts: Sequence[Tokens], what: str) -> None:
             )
 
 
-def _several(queries: Iterable[Pair]) -> list[Pair]:
-    """Return the queries, which may be there to be gone through once, as a list."""
-    if not isinstance(queries, Iterable):
-        raise TypeError(f"queries must be several pairs (prompt, completion), got {queries!r:.60}")
-    return list(queries)
-
-
 def _query_tokens(
     tokenizer: "PreTrainedTokenizerBase", queries: Sequence[Pair], max_tokens: int
 ) -> list[Tokens]:
-    for i, pair in enumerate(queries):
-        two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        if not two or not all(isinstance(part, str) for part in pair):
-            raise TypeError(f"query {i} must be a pair (prompt, completion), got {pair!r:.60}")
+    check_pairs(queries)
     return [tokenize_query(tokenizer, str(i), *pair, max_tokens) for i, pair in enumerate(queries)]

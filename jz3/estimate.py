@@ -39,7 +39,7 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
 
     wanted = {stage.name for stage in stages_up_to(last)}
     a = recipe.estimate
-    n = a.parameters or _local_parameters(Path(recipe.model.name))
+    n = a.parameters or _local_parameters(Path(recipe.model.name).expanduser())
     synthesiser = a.synthesiser_parameters or n
     texts = a.corpus_texts or sum(s.limit for s in recipe.corpus.sources)
     if not n or not texts:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jz3.arguments import borrowed, check_model, check_pairs, several
 from jz3.files import write_text
 from jz3.gradients import (
     Tokens,
@@ -27,6 +28,7 @@ from jz3.gradients import (
     tokenize_text,
 )
 from jz3.gradients.tokens import parts_of
+from jz3.ops.checks import check_int
 from jz3.printable import printable
 
 if TYPE_CHECKING:
@@ -158,7 +160,8 @@ def explain(
     value_t = mean_q sum_m (g_t^T G_q a_t) / (||G|| ||G_q||)
 
     Args:
-        model: a Hugging Face causal language model; it is frozen and put into evaluation mode.
+        model: a Hugging Face causal language model; it is frozen and in evaluation mode meanwhile, and left as it
+            was.
         tokenizer: its tokenizer.
         text: the text; every token after the first, or after `prompt`, is scored.
         queries: (prompt, completion) pairs; a pair with an empty prompt is a text scored whole.
@@ -172,20 +175,28 @@ def explain(
         `max_tokens`), the values sum to the text's mean cosine with the queries.
 
     Raises:
-        ValueError: the text or a query is too short, there is no query, the model is a mixture of
-            experts or runs a layer several times for a token, or a gradient is zero or not finite.
+        TypeError: `model` or `tokenizer` is none, the text no str, or a query no pair of them.
+        ValueError: the text or a query is too short, a number is out of range, there is no query, the model is a
+            mixture of experts or runs a layer several times for a token, or a gradient is zero or not finite.
     """
-    model.eval()
-    start_tokens.cache_clear()  # the tokenizer may have been set up anew
-    tokens = tokenize_text(tokenizer, "0", text, max_tokens, "begin", prompt)
-    asked = [
-        tokenize_query(tokenizer, str(i), question, completion, max_tokens)
-        if question
-        else tokenize_text(tokenizer, str(i), completion, max_tokens)
-        for i, (question, completion) in enumerate(queries)
-    ]
-    layers = linear_layers(model)
-    values = token_values(model, layers, tokens, asked, batch_tokens=batch_tokens, reduction=reduction)
+    check_model(model, tokenizer)
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {text!r:.60}")
+    queries = several(queries)
+    check_pairs(queries)
+    max_tokens = check_int("explain", "max_tokens", max_tokens, 2, 1 << 30)
+    batch_tokens = check_int("explain", "batch_tokens", batch_tokens, 1, 1 << 30)
+    with borrowed(model):
+        start_tokens.cache_clear()  # the tokenizer may have been set up anew
+        tokens = tokenize_text(tokenizer, "0", text, max_tokens, "begin", prompt)
+        asked = [
+            tokenize_query(tokenizer, str(i), question, completion, max_tokens)
+            if question
+            else tokenize_text(tokenizer, str(i), completion, max_tokens)
+            for i, (question, completion) in enumerate(queries)
+        ]
+        layers = linear_layers(model)
+        values = token_values(model, layers, tokens, asked, batch_tokens=batch_tokens, reduction=reduction)
     pieces = pieces_of(tokenizer, text, prompt, len(tokens.ids))
     return list(zip(pieces, values.mean(0).tolist(), strict=True))
 
@@ -226,7 +237,7 @@ def render(values: Values) -> "Text":
     return text
 
 
-def write_html(path: Path, values: Values, title: str, about: str) -> None:
+def write_html(path: Path | str, values: Values, title: str, about: str) -> None:
     """Write a page of its own with the coloured text; a token's value shows under the pointer.
 
     Args:
@@ -241,7 +252,7 @@ def write_html(path: Path, values: Values, title: str, about: str) -> None:
         spans.append(f'<span style="background:{colour}" title="{value:+.5f}">{html.escape(piece)}</span>')
     total = sum(value for _, value in values)
     write_text(
-        path,
+        Path(path),
         PAGE.format(
             title=html.escape(title), about=html.escape(about), total=f"{total:+.4f}", text="".join(spans)
         ),

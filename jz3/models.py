@@ -59,7 +59,7 @@ class ModelConfig:
 def cache_folder() -> Path:
     """Return where prepared models lie: $JZ3_CACHE, or `jz3` in the user's cache folder."""
     if chosen := os.environ.get("JZ3_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jz3"
 
 
@@ -73,9 +73,10 @@ def resolve_model(config: ModelConfig) -> Path:
         return _prepared(EMBEDDED, _dequantise_embedded)
     if config.name == TINY:
         return _prepared(TINY, _build_tiny)
-    if (Path(config.name) / "config.json").is_file():
-        return Path(config.name)
-    if Path(config.name).exists() or config.name.startswith((".", "/", "~")):
+    folder = Path(config.name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or config.name.startswith((".", "/", "~")):
         raise Jz3Error(f"model folder {config.name!r} holds no config.json")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -1,5 +1,7 @@
 """Randomness that depends on what is drawn for, never on order, batch, shard or worker."""
 
+import operator
+
 import numpy as np
 import xxhash
 
@@ -13,8 +15,14 @@ def seed_for(seed: int, *keys: object) -> int:
 
     Returns:
         An integer in [0, 2^64).
+
+    Raises:
+        TypeError: `seed` is no integer.
     """
-    text = "\x1f".join([str(seed), *map(str, keys)])
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    # A tensor's str is not its number's.
+    text = "\x1f".join(map(str, [operator.index(seed), *keys]))
     return xxhash.xxh3_64_intdigest(text.encode())
 
 

@@ -507,6 +507,8 @@ def test_bad_settings_are_named() -> None:
         {"seeds": 0},
         {"tokens": -1},
         {"methods": ("random", "random")},
+        {"methods": ("influence", "matchin")},
+        {"methods": ("theirs",), "runs": (("others", "a"),)},
         {"runs": (("hidden", "a"),)},
         {"runs": (("a", "x"), ("a", "x"))},
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jz3
 from jz3.features.extract import extract
-from jz3.features.lora import LoraShape, WarmUp
+from jz3.features.lora import LoraShape, WarmUp, adapter_sizes
 from jz3.gradients import linear_layers, tokenize_query
 from jz3.machine import products_obstacle
 from jz3.models import load_model, load_tokenizer
@@ -216,7 +217,14 @@ def test_what_is_no_text_is_told(tiny_model: Path) -> None:
         jz3.featurize(model, tokenizer, DOCS, kind)
     with pytest.raises(TypeError, match="several texts, got one: 'The sum"):
         jz3.featurize(model, tokenizer, DOCS[0])
-    for queries in (QUERY, [(*QUERY, "")], ["ab"]):
+    frame = pytest.importorskip("pandas").DataFrame({"a long enough name": DOCS})
+    tables: list[Any] = [dict(enumerate(DOCS)), dict.fromkeys(DOCS), frame, np.array([DOCS])]
+    for table in tables:
+        with pytest.raises(
+            TypeError, match=f"several texts, got a {type(table).__name__}; give its texts alone"
+        ):
+            jz3.featurize(model, tokenizer, table)
+    for queries in (QUERY, [(*QUERY, "")], ["ab"], np.array([[*QUERY, ""]])):
         pairs: Any = queries
         with pytest.raises(TypeError, match="query 0 must be a pair"):
             jz3.featurize(model, tokenizer, DOCS, jz3.Adapted(pairs))
@@ -262,6 +270,78 @@ def test_settings_out_of_range_are_told(tiny_model: Path) -> None:
             jz3.featurize(model, tokenizer, DOCS, jz3.Sketch(64, 8, 8), **limit)
 
 
+def test_numbers_may_be_numpys_or_torchs(tiny_model: Path, tmp_path: Path) -> None:
+    """Counts that were computed are no plain ints."""
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    shape, warm_up = LoraShape(rank=2), WarmUp(share=0.5, epochs=1)
+    numbers: list[Any] = [np.int64, np.uint16, torch.tensor]
+    makes: list[Callable[[Any], Any]] = [
+        lambda n: jz3.Adapted([QUERY], k=n(64), rank=n(8), layers=n(4), completion=n(8), seed=n(3)),
+        lambda n: jz3.Sketch(n(64), left=n(8), right=n(8), seed=n(3)),
+        lambda n: jz3.Less(tmp_path, k=n(16), shape=shape, warm_up=warm_up, seed=n(3)),
+    ]
+    for make in makes:
+        features = jz3.featurize(model, tokenizer, DOCS, make(int), max_tokens=64, batch_tokens=128)
+        for number in numbers:
+            kind, tokens = make(number), {"max_tokens": number(64), "batch_tokens": number(128)}
+            assert kind == make(int) and type(kind.k) is int
+            again = jz3.featurize(model, tokenizer, DOCS, kind, **tokens)
+            assert np.array_equal(again.values, features.values)
+    scores = jz3.influence_scores(features, {"sums": [QUERY]})
+    assert all(jz3.select(scores, number(4)) == jz3.select(scores, 4) for number in numbers)
+    none: list[Any] = [np.float64(4), np.array([4, 4]), np.True_, "4"]
+    for wrong in none:
+        with pytest.raises(TypeError, match="Sketch: seed must be an int, got"):
+            jz3.Sketch(seed=wrong)
+
+
+def test_settings_of_less_that_cannot_be_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    """They ended in divisions by zero, in other layers, or in gradients of 0 that the texts were blamed for."""
+    wrong: list[tuple[type, dict[str, Any], str]] = [
+        (LoraShape, {"rank": 0}, r"LoraShape: rank must be in \[1, \d+\], got 0"),
+        (LoraShape, {"alpha": 0.0}, "LoraShape: alpha must be above 0, got 0.0"),
+        (LoraShape, {"dropout": 1.0}, r"LoraShape: dropout must be in \[0, 1\), got 1.0"),
+        (WarmUp, {"epochs": 0}, r"WarmUp: epochs must be in \[1, \d+\], got 0"),
+        (WarmUp, {"batch_texts": 0}, r"WarmUp: batch_texts must be in \[1, \d+\], got 0"),
+        (WarmUp, {"share": 2.0}, r"WarmUp: share must be in \(0, 1\], got 2.0"),
+        (WarmUp, {"learning_rate": 0.0}, "WarmUp: learning_rate must be above 0, got 0.0"),
+        (jz3.Less, {"folder": tmp_path, "learning_rates": [1e-5]}, r"as many as checkpoints \(0\), got 1"),
+    ]
+    for kind, settings, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            kind(**settings)
+    kinds: list[dict[str, Any]] = [
+        {"folder": None},
+        {"folder": "", "checkpoints": "a"},
+        {"folder": "", "learning_rates": 1},
+    ]
+    for settings in kinds:
+        *_, (name, value) = settings.items()
+        with pytest.raises(TypeError, match=f"Less: {name} must be .* got {value!r}"):
+            jz3.Less(**settings)
+    once = jz3.Less(tmp_path, (str(path) for path in (tmp_path / "none",)))  # pyright: ignore[reportArgumentType]
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    with pytest.raises(jz3.Jz3Error, match="none/adapter_config.json is missing"):
+        jz3.featurize(model, tokenizer, DOCS, once)
+
+
+def test_layers_of_less_may_be_named_as_for_peft(tiny_model: Path) -> None:
+    model = load_model(tiny_model, "float32")
+    for one, several in (("q_proj", ("q_proj",)), (["q_proj"], ("q_proj",)), ("all-linear", ("all-linear",))):
+        names: Any = one
+        shape = LoraShape(rank=np.int64(2), targets=names)  # pyright: ignore[reportArgumentType]
+        assert shape == LoraShape(rank=2, targets=several)
+        assert adapter_sizes(model, shape)
+
+
+def test_less_on_a_model_with_adapters_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"model must be without adapters.*model\.unload\(\)"):
+        jz3.featurize(adapted, tokenizer, DOCS, jz3.Less(tmp_path))
+
+
 def test_queries_may_be_any_iterable(tiny_model: Path) -> None:
     """What is gone through once made a fit without queries, and scores that were no numbers."""
     model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
@@ -270,6 +350,8 @@ def test_queries_may_be_any_iterable(tiny_model: Path) -> None:
     kinds = [jz3.Adapted(queries, k=64, rank=8, completion=0) for queries in (listed, stream)]
     features = [jz3.featurize(model, tokenizer, DOCS, kind) for kind in kinds]
     assert np.array_equal(features[0].values, features[1].values)
+    rows: Any = np.array(once)
+    assert np.array_equal(features[0].encode(rows), features[0].encode(listed))
     stream = iter(once)
     one, two = (jz3.influence_scores(features[0], {"sums": queries}) for queries in (listed, stream))
     assert np.array_equal(one.values, two.values)

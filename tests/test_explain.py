@@ -117,7 +117,7 @@ def test_strings_of_tokens(tiny_model: Path) -> None:
 
 def test_page_and_terminal(tmp_path: Path) -> None:
     values = [("<b>", 0.2), (" bad", -0.4), ("\n", 0.0)]
-    write_html(tmp_path / "page.html", values, "A & B", "what is 1 < 2?")
+    write_html(str(tmp_path / "page.html"), values, "A & B", "what is 1 < 2?")
     page = (tmp_path / "page.html").read_text()
     assert "&lt;b&gt;</span>" in page and "A &amp; B" in page and "1 &lt; 2" in page and "-0.2000" in page
     assert "rgba(0,140,60,0.50)" in page and "rgba(210,40,40,1.00)" in page and "http" not in page
@@ -143,6 +143,43 @@ def test_errors(tiny_model: Path) -> None:
         output.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="gradient norm of text 0 is nan"):
         explain(model, tokenizer, TEXT, [QUERY])
+
+
+def test_a_model_that_is_being_trained_is_left_as_it_was(tiny_model: Path) -> None:
+    """Nothing of it was trainable any more."""
+    model: Any = load_model(tiny_model, "float32")
+    tokenizer = load_tokenizer(tiny_model)
+    expected = explain(model, tokenizer, TEXT, [QUERY])
+    model.train()
+    model.model.embed_tokens.requires_grad_(False)
+
+    def state() -> list[bool]:
+        return [*(m.training for m in model.modules()), *(p.requires_grad for p in model.parameters())]
+
+    before = state()
+    assert explain(model, tokenizer, TEXT, [QUERY]) == expected and state() == before
+    with pytest.raises(ValueError, match="no query"):
+        explain(model, tokenizer, TEXT, [])
+    assert state() == before
+
+
+def test_arguments_of_another_kind_are_told(tiny_model: Path) -> None:
+    model, tokenizer = load_model(tiny_model, "float32"), load_tokenizer(tiny_model)
+    good: list[Any] = [model, tokenizer, TEXT, [QUERY]]
+    wrong: tuple[tuple[int, Any, str], ...] = (
+        (0, "tiny", "model must be a loaded causal language model, got 'tiny'"),
+        (1, "tiny", "tokenizer must be a loaded tokenizer, got 'tiny'"),
+        (2, [TEXT], r"text must be a str, got \['"),
+        (3, None, "queries must be several pairs .* got None"),
+        (3, QUERY, "query 0 must be a pair"),
+        (3, ["ab"], "query 0 must be a pair"),
+    )
+    for place, value, message in wrong:
+        arguments = [*good[:place], value, *good[place + 1 :]]
+        with pytest.raises(TypeError, match=message):
+            explain(*arguments)
+    with pytest.raises(TypeError, match="explain: max_tokens must be an int, got float"):
+        explain(model, tokenizer, TEXT, [QUERY], max_tokens=8.0)  # pyright: ignore[reportArgumentType]
 
 
 def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,16 @@ def test_vectors_are_the_checkpoints_side_by_side(tmp_path: Path, monkeypatch: p
     assert len({Vectors([Member(s, CODING)]).identity for s in stores} | {vectors.identity}) == 2
 
 
+def test_how_many_are_looked_for_may_be_numpys(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 1)
+    build_index(vectors_of(store), tmp_path / "index", IndexConfig(factory="Flat"))
+    index, queries = opened(tmp_path / "index"), values_of(77)[:3].numpy()
+    for one, two in zip(index.search(queries, 5), index.search(queries, np.int64(5)), strict=True):  # pyright: ignore[reportArgumentType]
+        assert np.array_equal(one, two)
+    with pytest.raises(ValueError, match=r"search: k must be in \[1, \d+\], got 0"):
+        index.search(queries, 0)
+
+
 def test_few_probes_have_less_recall(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 3)
     found = [

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from jz3.errors import Jz3Error
 from jz3.estimate import _local_parameters
-from jz3.models import TINY, ModelConfig, _prepared, load_model, load_tokenizer, resolve_model
+from jz3.models import TINY, ModelConfig, _prepared, cache_folder, load_model, load_tokenizer, resolve_model
 
 
 def test_a_model_wanted_twice_at_once_is_prepared_once(
@@ -34,6 +34,17 @@ def test_a_model_wanted_twice_at_once_is_prepared_once(
         folders = list(pool.map(lambda _: _prepared("model", build), range(2)))
     assert len(built) == 1 and len(set(folders)) == 1
     assert sorted(p.name for p in folders[0].iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_the_home_folder_may_be_named_as_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell has expanded what a recipe or an environment file says."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JZ3_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert resolve_model(ModelConfig(name="~/model")) == folder
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

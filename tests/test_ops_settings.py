@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import normal
@@ -18,6 +19,7 @@ from jz3.ops.score_checkpoints import CheckpointCodes, score_topk_checkpoints
 from jz3.ops.score_topk import score_topk
 from jz3.ops.segment_project import segment_project
 from jz3.ops.sign_project import sign_project
+from jz3.ops.signs import sign_bits, signs
 from jz3.ops.sketch import sketch
 
 MEAN, SCALE = normal(1, 64), normal(2, 64).abs()
@@ -75,6 +77,37 @@ def test_the_default_device_changes_nothing(defaults: None, name: str) -> None:
     torch.set_default_device("meta")
     for a, b in zip(both(RUNS[name]()), expected, strict=True):
         assert torch.equal(a, b)
+
+
+PACKED = sign_bits(1, "left", 24, 8)
+COUNTED: dict[str, Callable[[Any], Any]] = {
+    "score_topk": lambda n: score_topk(CODES, MEAN, SCALE, "4bit", QUERIES, n(7)),
+    "score_topk_checkpoints": lambda n: score_topk_checkpoints([CHECKPOINT], n(7)),
+    "segment_project": lambda n: segment_project(A, G, PACKED, Y - 1, documents=n(24), outputs=n(8)),
+    "sign_project": lambda n: sign_project(A, n(40), seed=n(1), name="m", first_col=n(256)),
+    "sketch": lambda n: sketch(A, "m", n(8), seed=n(1)),
+    "signs": lambda n: signs(n(1), "m", n(5), n(200), first_row=n(2), first_col=n(256)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("number", [np.int64, np.uint16, torch.tensor], ids=["int64", "uint16", "tensor"])
+@pytest.mark.parametrize("on", ["cpu", "reference"])
+def test_counts_may_be_numpys_or_torchs(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: Any, on: str
+) -> None:
+    if on == "cpu" and backend.extension_missing():
+        pytest.skip(backend.extension_missing())
+    monkeypatch.setenv("JZ3_BACKEND", on)
+    for a, b in zip(both(COUNTED[name](number)), both(COUNTED[name](int)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_seed_that_is_no_integer_is_told() -> None:
+    seeds: list[Any] = [None, 1.0, "1"]
+    for seed in seeds:
+        with pytest.raises(TypeError, match=f"seed must be an int, got {type(seed).__name__}"):
+            signs(seed, "m", 5, 200)
 
 
 @pytest.mark.parametrize("kind", ["int8", "4bit", "2bit", "1bit"])

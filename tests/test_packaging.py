@@ -85,6 +85,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: tuple[Path, str]) -> No
         source_folder = ROOT / ("kernels" if folder == "jz3/kernels" else folder)
         expected = {path.name for path in source_folder.glob(f"*{suffix}")}
         assert expected <= shipped, folder
+    assert "jz3/py.typed" in names  # or type checkers of those who embed jz3 take everything in it for Any
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jz3").rglob("*.py")}
     assert modules <= set(names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))

@@ -1,5 +1,6 @@
 """Scores summed over checkpoints: against float64, one by one, ties, chunks, back ends, stores."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def by_hand(checkpoints: list[CheckpointCodes], groups: torch.Tensor | None, red
     total: Any = 0
     for c in checkpoints:
         folded = check_and_fold(
-            "test", c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, None, groups, reduce, 1
+            "test", c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, None, groups, reduce
         )
         ones = torch.ones(len(c.codes)) if c.row_scale is None else c.row_scale
         d = folded.digits
@@ -155,6 +156,18 @@ def test_wrong_arguments_are_named() -> None:
     )
     with pytest.raises(ValueError, match="checkpoint 0: weight must be finite, got nan"):
         score_topk_checkpoints([bad], 3)
+    wrong: list[Any] = [dataclasses.replace(c, weight="1"), (c.codes, c.mean), None]  # pyright: ignore[reportArgumentType]
+    messages = (
+        "0: weight must be a number, got str",
+        "0 must be a CheckpointCodes, got tuple",
+        "got NoneType",
+    )
+    for value, message in zip(wrong, messages, strict=True):
+        with pytest.raises(TypeError, match=f"score_topk_checkpoints: checkpoint .*{message}"):
+            score_topk_checkpoints([value], 3)
+    stream: Any = iter(good)
+    for a, b in zip(score_topk_checkpoints(stream, 3), score_topk_checkpoints(good, 3), strict=True):
+        assert torch.equal(a, b)
 
 
 def store_of(folder: Path, seed: int, shards: list[int], bits: int = 4) -> tuple[Store, Coding]:

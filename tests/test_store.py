@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.metadata
 import os
 import resource
 import subprocess
@@ -14,14 +15,28 @@ import numpy as np
 import pytest
 import torch
 
+import jz3
 from jz3.errors import Jz3Error
-from jz3.store import Coding, Store, StoreInfo, has_shard, open_store, scan, verify, write_shard
+from jz3.store import (
+    Coding,
+    Store,
+    StoreInfo,
+    find_store,
+    has_shard,
+    merge_stores,
+    open_store,
+    read_info,
+    scan,
+    verify,
+    write_shard,
+)
+from jz3.store.format import read_manifest
 
 INFO = StoreInfo(kind="adapted", k=32, bits=4, model_hash="m", projection_hash="p", reduction="mean")
 CODING = Coding(torch.linspace(-1, 1, 32), torch.linspace(0.5, 2, 32), 4)
 
 
-def fill(folder: Path, shards: int = 3, rows: int = 5) -> torch.Tensor:
+def fill(folder: Path | str, shards: int = 3, rows: int = 5) -> torch.Tensor:
     open_store(folder, INFO)
     values = CODING.mean + CODING.scale * torch.randn(
         shards * rows, 32, generator=torch.Generator().manual_seed(0)
@@ -43,6 +58,30 @@ def test_round_trip(tmp_path: Path) -> None:
     assert 0.004 < float(error) < 0.02
     assert [int(i) for s in store.shards for i in s.id] == [2**63 + i for i in range(15)]
     assert store.shards[1].norm.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_folders_may_be_named_by_strings(tmp_path: Path) -> None:
+    values = fill(str(tmp_path / "one"))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    open_store(two, read_info(one))
+    write_shard(two, 0, ["1" * 16], values[:1], torch.ones(1), CODING)
+    write_shard(two, 0, ["1" * 16], values[:1], torch.ones(1), CODING)
+    assert merge_stores([one, two], str(tmp_path / "both")) == 4 and has_shard(two, 0)
+    assert verify(str(tmp_path / "both")).rows == len(Store(str(find_store(one)))) + 1
+
+
+def test_a_clone_that_is_not_installed_makes_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PYTHONPATH, as on a cluster's nodes, it has no metadata."""
+    found = importlib.metadata.Distribution.from_name
+
+    def without_jz3(name: str) -> importlib.metadata.Distribution:
+        if name == "jz3":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", without_jz3)
+    open_store(tmp_path, INFO)
+    assert read_manifest(tmp_path)["versions"]["jz3"] == jz3.__version__
 
 
 def test_opening_copies_nothing(tmp_path: Path) -> None:

@@ -48,5 +48,9 @@ class ComparisonConfig:
         for name, _ in self.runs:
             if name in BUILT_IN or not name or ":" in name:
                 raise ValueError(f"comparison.runs: the name {name!r} is taken, empty or has a colon")
+        # Known here already: the stage itself comes hours after features and influence.
+        known = (*BUILT_IN, *dict(self.runs))
+        if unknown := [name for name in self.methods if name not in known]:
+            raise ValueError(f"comparison: methods must be of {', '.join(known)}, got {unknown[0]!r}")
         if len(set(self.runs)) < len(self.runs):
             raise ValueError("comparison.runs: a folder is named twice under one name")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jz3.errors import Jz3Error
 from jz3.files import read_tensors, write_tensors
 from jz3.gradients import GradientPass, Tokens, layer_shape, linear_layers, make_batches
+from jz3.gradients.layers import plain_model, uncompiled
+from jz3.ops.checks import check_int
 from jz3.seeding import rng, seed_for
 
 if TYPE_CHECKING:
@@ -35,6 +37,16 @@ class LoraShape:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Last parts of the layers' names, or `all-linear` alone."""
 
+    def __post_init__(self) -> None:
+        # As PEFT takes them: one name, or a list of names.
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
+        object.__setattr__(self, "rank", check_int("LoraShape", "rank", self.rank, 1, 1 << 30))
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoraShape: alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoraShape: dropout must be in [0, 1), got {self.dropout}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmUp:
@@ -54,16 +66,30 @@ class WarmUp:
     beta2: float = 0.999
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_texts"):
+            number = check_int("WarmUp", name, getattr(self, name), 1, 1 << 30)
+            object.__setattr__(self, name, number)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"WarmUp: share must be in (0, 1], got {self.share}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"WarmUp: learning_rate must be above 0, got {self.learning_rate}")
+
 
 def adapter_sizes(model: "PreTrainedModel", shape: LoraShape) -> dict[str, tuple[int, int]]:
     """Return the adapters' names (`<layer>.lora_A`, `<layer>.lora_B`) and sizes (rows, columns) in the model's order.
 
     Raises:
-        ValueError: no layer has one of the targets' names.
+        ValueError: no layer has one of the targets' names, or the model is PEFT's.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    if plain_model(model) is not uncompiled(model):
+        raise ValueError(
+            "model must be without adapters, as these are hung on it; give model.unload() of it, or "
+            "model.merge_and_unload()"
+        )
     every = {n: m for n, m in linear_layers(model).items() if isinstance(m, (torch.nn.Linear, Conv1D))}
     wanted = None if shape.targets == ("all-linear",) else set(shape.targets)
     chosen = {n: m for n, m in every.items() if wanted is None or n.rpartition(".")[2] in wanted}

@@ -9,7 +9,7 @@ from jz3.scoring.collection import ScoredCollection
 from jz3.stage import StageContext
 
 
-def open_collection(run: Path, checkpoint: int | None = None) -> Collection:
+def open_collection(run: Path | str, checkpoint: int | None = None) -> Collection:
     """Open a run of the whole loop or of `jz3 score`.
 
     Args:
@@ -21,6 +21,7 @@ def open_collection(run: Path, checkpoint: int | None = None) -> Collection:
         Jz3Error: the folder is no run.
         ValueError: the run has no such checkpoint.
     """
+    run = Path(run)
     if (run / "plan.json").is_file():
         return ScoredCollection(run, checkpoint)
     if not (run / "recipe.json").is_file():

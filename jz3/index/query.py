@@ -18,8 +18,9 @@ from jz3.files import read_json
 from jz3.gradients import Tokens, linear_layers, set_query_products, tokenize_query, tokenize_text
 from jz3.index.build import describe
 from jz3.index.collection import Collection, Encoding
-from jz3.index.search import SearchIndex
+from jz3.index.search import MOST, SearchIndex
 from jz3.models import load_on_device, load_tokenizer
+from jz3.ops.checks import check_int
 from jz3.printable import printable
 from jz3.records import Doc
 from jz3.templates import prompt_for
@@ -161,8 +162,7 @@ class Searcher:
 
     def nearest(self, values: "torch.Tensor", k: int) -> list[Match]:
         """Return the at most k best texts for one problem's features [1, K]."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        k = check_int("query", "k", k, 1, MOST)
         if self.index is None:
             scores, ids = self.vectors.scan(values, min(k, max(len(self.vectors), 1)))
         else:

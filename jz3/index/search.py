@@ -9,9 +9,12 @@ import numpy as np
 
 from jz3.errors import Jz3Error
 from jz3.files import read_json
+from jz3.ops.checks import check_int
 
 RECALL = 100
 """Recall is measured among so many best documents."""
+MOST = 1 << 31
+"""More than anyone asks for."""
 
 
 class SearchIndex:
@@ -84,7 +87,12 @@ class SearchIndex:
         Returns:
             scores float32 [Q, m] and document ids uint64 [Q, m], m <= k, by (score descending, id
             ascending). Where the visited cells hold fewer documents, scores are -inf at the end.
+
+        Raises:
+            TypeError: `k` is no integer.
+            ValueError: `k` is below 1.
         """
+        k = check_int("search", "k", k, 1, MOST)
         queries = np.ascontiguousarray(queries, np.float32)
         found = [part.search(queries, min(k, int(part.ntotal))) for part in self.parts if part.ntotal]
         if not found:

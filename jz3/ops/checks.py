@@ -1,5 +1,6 @@
 """Argument checks of the ops: what was expected, what was got, under the argument's own name."""
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,14 +76,22 @@ def all_finite(values: "torch.Tensor") -> bool:
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
-def check_int(op: str, name: str, value: Any, low: int, high: int) -> None:
+def check_int(op: str, name: str, value: Any, low: int, high: int) -> int:
     """Check an integer argument against its inclusive range.
+
+    Returns:
+        The argument as an int: numpy's and torch's integers count too.
 
     Raises:
         TypeError: it is no integer.
         ValueError: it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {value}")
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # an array of several, or of no integers
+        raise TypeError(f"{op}: {name} must be an int, got {value!r:.60}") from error
+    if not low <= number <= high:
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {number}")
+    return number

@@ -10,14 +10,15 @@ is chunk x queries, never N x Q.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from jz3 import backend
 from jz3.ops.best import best_of_groups, chunk_topk, merge_topk
-from jz3.ops.checks import check_tensors
+from jz3.ops.checks import check_int, check_tensors
 from jz3.ops.encode import CODEBOOKS, LEVELS
 from jz3.ops.score_queries import Folded, check_and_fold, fold_queries
-from jz3.ops.score_topk import score_codes_cuda, score_codes_reference, unsupported
+from jz3.ops.score_topk import MOST_BEST, score_codes_cuda, score_codes_reference, unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +80,11 @@ def score_topk_checkpoints(
     """
     import torch
 
+    k = check_int("score_topk_checkpoints", "k", k, 1, MOST_BEST)
+    checkpoints = list(checkpoints)
     with torch.no_grad():
         folded = [
-            _checked(number, c, checkpoints[0], ids, groups, reduce, k)
-            for number, c in enumerate(checkpoints)
+            _checked(number, c, checkpoints[0], ids, groups, reduce) for number, c in enumerate(checkpoints)
         ]
         if not folded:
             raise ValueError("score_topk_checkpoints: checkpoints must hold at least one, got none")
@@ -109,14 +111,13 @@ def _checked(
     ids: "torch.Tensor | None",
     groups: "torch.Tensor | None",
     reduce: str,
-    k: int,
 ) -> Folded:
     """Check one checkpoint, and that its rows and queries are as many as the first one's."""
     op = f"score_topk_checkpoints: checkpoint {number}"
+    if not isinstance(checkpoint, CheckpointCodes):
+        raise TypeError(f"{op} must be a CheckpointCodes, got {type(checkpoint).__name__}")
     c = checkpoint
-    folded = check_and_fold(
-        op, c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, ids, groups, reduce, k
-    )
+    folded = check_and_fold(op, c.codes, c.mean, c.scale, c.kind, c.queries, c.row_scale, ids, groups, reduce)
     check_tensors(
         op, **{"the first codes": (first.codes, "N F", "uint8"), "codes": (c.codes, "N B", "uint8")}
     )
@@ -124,6 +125,8 @@ def _checked(
         raise ValueError(
             f"{op}: queries must be {len(first.queries)} as the first one's, got {len(c.queries)}"
         )
+    if not isinstance(c.weight, Real):
+        raise TypeError(f"{op}: weight must be a number, got {type(c.weight).__name__}")
     if not math.isfinite(c.weight):
         raise ValueError(f"{op}: weight must be finite, got {c.weight!r}")
     return folded

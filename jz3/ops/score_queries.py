@@ -86,9 +86,8 @@ def check_and_fold(
     ids: "torch.Tensor | None",
     groups: "torch.Tensor | None",
     reduce: str,
-    k: int,
 ) -> Folded:
-    """Check the arguments of `score_topk` and fold tasks whose mean is wanted into one query each."""
+    """Check the tensors of `score_topk` and fold tasks whose mean is wanted into one query each."""
     import torch
 
     specs = {
@@ -105,7 +104,6 @@ def check_and_fold(
         if value is not None:
             specs[name] = (value, axes, hold)
     sizes = check_tensors(op, **specs)
-    check_int(op, "k", k, 1, 1 << 31)
     check_int(op, "the number of coordinates", sizes["K"], 0, MAX_DIM)
     book = codebook(op, kind)
     check_row_bytes(op, kind, sizes["K"], sizes["B"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from jz3 import backend
 from jz3.ops.best import best_of_groups, chunk_topk, merge_topk, rows_at_once
-from jz3.ops.checks import check_tensors
+from jz3.ops.checks import check_int, check_tensors
 from jz3.ops.encode import CODEBOOKS, LEVELS, unpack_codes
 from jz3.ops.score_queries import check_and_fold, fold_queries
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 REFERENCE_ROWS = 4096
+MOST_BEST = 1 << 31
+"""Rows to find."""
 CUDA_MAX_DIM = 1 << 17
 """Coordinates whose integer sums fit 32 bits."""
 
@@ -123,12 +125,13 @@ def score_topk(
     """
     import torch
 
+    k = check_int("score_topk", "k", k, 1, MOST_BEST)
     with torch.no_grad():
         # What is checked is as long as all pieces together.
         whole = codes if isinstance(codes, torch.Tensor) else _pieces(codes)
         checked = whole if isinstance(whole, torch.Tensor) else whole[0][:1].expand(sum(map(len, whole)), -1)
         folded = check_and_fold(
-            "score_topk", checked, mean, scale, kind, queries, row_scale, ids, groups, reduce, k
+            "score_topk", checked, mean, scale, kind, queries, row_scale, ids, groups, reduce
         )
         if row_scale is None:
             row_scale = torch.from_numpy(np.ones(len(checked), np.float32)).to(checked.device)

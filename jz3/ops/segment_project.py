@@ -140,7 +140,7 @@ def segment_project(
     if packed:
         if outputs is None:
             raise ValueError("segment_project: outputs must be given where left is packed signs, got None")
-        check_int("segment_project", "outputs", outputs, 1, 32 * sizes["words"])
+        outputs = check_int("segment_project", "outputs", outputs, 1, 32 * sizes["words"])
     elif outputs is not None:
         raise ValueError(f"segment_project: outputs is for packed signs (int32 left) alone, got {outputs!r}")
     width = outputs if outputs is not None else sizes["O" if left is None else "Q"]
@@ -150,7 +150,7 @@ def segment_project(
         bounds = segments.cpu().long().contiguous()  # whose address the CPU kernel takes
         check_bounds("segment_project", bounds, sizes["T"], "segments")
     else:
-        check_int("segment_project", "documents", documents, 0, (1 << 31) - 1)
+        documents = check_int("segment_project", "documents", documents, 0, (1 << 31) - 1)
         bounds, tokens = _sort_tokens(segments, documents, sizes["T"])
     with torch.no_grad():
         count = len(bounds) - 1

@@ -71,8 +71,8 @@ def sign_project(x: "torch.Tensor", k: int, *, seed: int, name: str, first_col: 
     import torch
 
     check_tensors("sign_project", x=(x, "S P", "float"))
-    check_int("sign_project", "k", k, 1, 1 << 24)
-    check_int("sign_project", "first_col", first_col, 0, 1 << 62)
+    k = check_int("sign_project", "k", k, 1, 1 << 24)
+    first_col = check_int("sign_project", "first_col", first_col, 0, 1 << 62)
     if first_col % BLOCK:
         raise ValueError(f"sign_project: first_col must be a multiple of {BLOCK}, got {first_col}")
     with torch.no_grad():

@@ -82,10 +82,11 @@ def sign_bits(
         sign is -1. Bits beyond `cols` are those of the columns that would follow.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size is negative or `first_col` no multiple of 128.
     """
-    for label, value in (("rows", rows), ("cols", cols), ("first_row", first_row), ("first_col", first_col)):
-        check_int("signs", label, value, 0, 1 << 62)
+    sizes = {"rows": rows, "cols": cols, "first_row": first_row, "first_col": first_col}
+    rows, cols, first_row, first_col = (check_int("signs", n, size, 0, 1 << 62) for n, size in sizes.items())
     if first_col % BLOCK:
         raise ValueError(f"signs: first_col must be a multiple of {BLOCK}, got {first_col}")
     import torch
@@ -125,6 +126,7 @@ def signs(
         [rows, cols] of +1 and -1 on the CPU.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size is negative or `first_col` no multiple of 128.
     """
     import torch

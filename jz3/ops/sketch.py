@@ -71,7 +71,7 @@ def sketch(
     """
     import torch
 
-    check_int("sketch", "dim", dim, 1, MAX_DIM)
+    dim = check_int("sketch", "dim", dim, 1, MAX_DIM)
     if out is None:
         check_tensors("sketch", block=(block, "S n", "float"))
     else:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jz3 import __version__
 from jz3.errors import Jz3Error
 from jz3.files import canonical_json, hash_text, read_json
 from jz3.store.digits import Digits, decode_digits, digits_of, encode_digits
@@ -139,7 +140,7 @@ def decode_rows(codes: "torch.Tensor", coding: Coding) -> "torch.Tensor":
     return codes.contiguous().clone().view(torch.bfloat16).float()
 
 
-def open_store(folder: Path, info: StoreInfo) -> None:
+def open_store(folder: Path | str, info: StoreInfo) -> None:
     """Create the store `folder`, or check that what is there holds the same kind of rows.
 
     Several processes may do so at once.
@@ -149,6 +150,7 @@ def open_store(folder: Path, info: StoreInfo) -> None:
         Jz3Error: the folder holds a store of another kind; the differences are named.
     """
     check_bits(info.bits)
+    folder = Path(folder)
     path = folder / "store.json"
     if not path.is_file():
         table = {"format": FORMAT, **asdict(info), "versions": _versions()}
@@ -171,9 +173,9 @@ def differences(
     ]
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path | str) -> dict:
     """Read store.json whole: the format, what the rows are, the versions of what made them."""
-    path = folder / "store.json"
+    path = Path(folder) / "store.json"
     if not path.is_file():
         raise Jz3Error(f"{folder} is no feature store (it has no store.json)")
     table = read_json(path)
@@ -183,7 +185,7 @@ def read_manifest(folder: Path) -> dict:
     return table
 
 
-def read_info(folder: Path) -> StoreInfo:
+def read_info(folder: Path | str) -> StoreInfo:
     """Read what a store's rows are.
 
     Raises:
@@ -193,8 +195,11 @@ def read_info(folder: Path) -> StoreInfo:
     try:
         return StoreInfo(**table)
     except TypeError as error:
-        raise Jz3Error(f"{folder / 'store.json'} is damaged ({error}); make the features again") from error
+        raise Jz3Error(
+            f"{Path(folder) / 'store.json'} is damaged ({error}); make the features again"
+        ) from error
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jz3", "torch", "transformers")}
+    # A clone on PYTHONPATH is no installed package.
+    return {"jz3": __version__, **{name: version(name) for name in ("torch", "transformers")}}

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 class Store:
     """Reads a store; a damaged shard is named, reported and left out."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
+    def __init__(self, folder: Path | str, verify: bool = False) -> None:
         """Find all whole shards.
 
         Args:

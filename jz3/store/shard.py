@@ -106,12 +106,12 @@ class Shard:
         return data[header:]
 
 
-def shard_path(folder: Path, number: int) -> Path:
+def shard_path(folder: Path | str, number: int) -> Path:
     """Return the file of a shard; its JSON lies beside it."""
-    return folder / f"{number:06d}.safetensors"
+    return Path(folder) / f"{number:06d}.safetensors"
 
 
-def has_shard(folder: Path, number: int) -> bool:
+def has_shard(folder: Path | str, number: int) -> bool:
     """Tell whether a shard is there whole: its JSON and a file of the size that this names."""
     path = shard_path(folder, number)
     try:
@@ -167,7 +167,7 @@ def open_shard(
 
 
 def write_shard(
-    folder: Path,
+    folder: Path | str,
     number: int,
     ids: Sequence[str],
     values: "torch.Tensor",
@@ -200,7 +200,7 @@ def write_shard(
 
 
 def write_codes(
-    folder: Path, number: int, ids: Sequence[str], codes: "torch.Tensor", norm: "torch.Tensor"
+    folder: Path | str, number: int, ids: Sequence[str], codes: "torch.Tensor", norm: "torch.Tensor"
 ) -> None:
     """Write one shard of rows that are coded already, as `write_shard` does.
 
@@ -254,7 +254,7 @@ def _numbers(ids: Sequence[str]) -> np.ndarray:
         ) from error
 
 
-def _make_room(folder: Path, number: int, ids: np.ndarray) -> None:
+def _make_room(folder: Path | str, number: int, ids: np.ndarray) -> None:
     """Remove the JSON of a shard that is to be replaced; refuse if it holds other documents."""
     sidecar = shard_path(folder, number).with_suffix(".json")
     if has_shard(folder, number):
@@ -269,8 +269,8 @@ def _make_room(folder: Path, number: int, ids: np.ndarray) -> None:
     sidecar.unlink(missing_ok=True)
 
 
-def _open(folder: Path, number: int) -> Shard:
-    info, path = read_info(folder), shard_path(folder, number)
+def _open(folder: Path | str, number: int) -> Shard:
+    folder, info, path = Path(folder), read_info(folder), shard_path(folder, number)
     sidecar = read_sidecar(path.with_suffix(".json"))
     width = row_bytes(info.bits, info.k)
     return open_shard(folder, number, sidecar, path.stat().st_size, info.identity(), width)

@@ -32,12 +32,13 @@ class Findings:
     """Such ids; equal texts of a corpus have the same."""
 
 
-def find_store(folder: Path) -> Path:
+def find_store(folder: Path | str) -> Path:
     """Return the store of a folder: the folder itself, or that of a run.
 
     Raises:
         Jz3Error: there is none, or one per checkpoint of `jz3 score`.
     """
+    folder = Path(folder)
     for path in (folder, folder / "store", folder / "features" / "store"):
         if (path / "store.json").is_file():
             return path
@@ -64,13 +65,13 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path) -> Findings:
+def verify(folder: Path | str) -> Findings:
     """Read every byte of a store and compare checksums; find duplicate documents and leftovers."""
     store = Store(folder, verify=True)
     whole = {s.path.name for s in store.shards}
     unfinished = sorted(
         path.name
-        for path in folder.iterdir()
+        for path in store.folder.iterdir()
         if path.name.endswith(".part")
         or (path.suffix == ".safetensors" and path.name not in whole and path.name not in store.damaged)
     )
@@ -78,7 +79,9 @@ def verify(folder: Path) -> Findings:
     return Findings(len(store.shards), len(store), store.damaged, unfinished, duplicates, count)
 
 
-def merge_stores(sources: Sequence[Path], out: Path, say: Callable[[str], None] = lambda line: None) -> int:
+def merge_stores(
+    sources: Sequence[Path | str], out: Path | str, say: Callable[[str], None] = lambda line: None
+) -> int:
     """Make one store of the shards of several, linked where the file system allows it and copied elsewhere.
 
     Killed and run again it goes on. The shards are numbered in the order of the sources.
@@ -97,7 +100,7 @@ def merge_stores(sources: Sequence[Path], out: Path, say: Callable[[str], None] 
     """
     if not sources:
         raise ValueError("merge needs at least one store")
-    if any(folder.resolve() == out.resolve() for folder in sources):
+    if any(Path(folder).resolve() == Path(out).resolve() for folder in sources):
         raise ValueError(f"{out} can't be merged into itself; name a new folder")
     first = read_info(sources[0])
     stores = []
