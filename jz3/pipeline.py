@@ -228,7 +228,8 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     ]
     if not different:
         return
-    done = [s for s in STAGES if (run_dir / s.name).is_dir()]
+    # A stage that failed before it wrote anything, for a misspelt model perhaps, depends on nothing.
+    done = [s for s in STAGES if any((run_dir / s.name).glob("*"))]
     # A setting's name and its section's, since a stage may depend on either.
     binding = [line for line in different if not HOW.fullmatch(line.split(":")[0])]
     changed = {".".join(line.split(":")[0].split(".")[:depth]) for line in binding for depth in (1, 2)}
