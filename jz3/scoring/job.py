@@ -169,6 +169,9 @@ def prepare(
         reader.close()
         write_jsonl(out / "queries.jsonl", (q.to_json() for group in queries.values() for q in group))
         write_jsonl(out / "targets.rejects.jsonl", (r.to_json() for r in rejects))
+        if rejects:
+            where = out / "targets.rejects.jsonl"
+            say(f"of the targets' rows {len(rejects):,} are refused ({summary(rejects)}); see {where}")
         job = Job(plan.key, tasks, checkpoints)
         write_json(out / "job.json", dataclasses.asdict(job))
         return job
