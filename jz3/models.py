@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, is_full, locked
+from jz3.files import atomic_path, is_full, locked, usual_rights
 from jz3.machine import best_dtype
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def _convert_gguf(folder: Path, part: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(part)
+    usual_rights(part)
 
 
 def _build_tiny(part: Path) -> None:
@@ -257,3 +258,4 @@ def _build_tiny(part: Path) -> None:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(part)
+    usual_rights(part)

@@ -392,6 +392,9 @@ def test_tensors_that_do_not_fit_on_the_disk_are_an_os_error(
     write_tensors(path, {"x": torch.zeros(3)}, {"format": "f"})
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["jz3"]) == {"format": "f"}
+    # Whoever may read the folder's other files may read this one.
+    write_json(tmp_path / "a.json", {})
+    assert path.stat().st_mode == (tmp_path / "a.json").stat().st_mode
     before = path.read_bytes()
 
     def fail(*_: object) -> None:
