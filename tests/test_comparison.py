@@ -507,6 +507,7 @@ def test_bad_settings_are_named() -> None:
         {"seeds": 0},
         {"tokens": -1},
         {"methods": ("random", "random")},
+        {"methods": ("other",)},
         {"runs": (("hidden", "a"),)},
         {"runs": (("a", "x"), ("a", "x"))},
     )
