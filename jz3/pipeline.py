@@ -211,6 +211,8 @@ def _check_inputs(stage: Stage, ctx: StageContext) -> None:
 
 def _claim(recipe: Recipe, run_dir: Path) -> None:
     """Write the recipe into a new run folder, or compare it with the one that is there."""
+    if (run_dir / "plan.json").exists():
+        raise Jz3Error(f"{run_dir} is a run of `jz3 score` (it has a plan.json); use another folder")
     path = run_dir / "recipe.json"
     table = dataclasses.asdict(recipe)
     # Tuples become lists, as they come back from the file.

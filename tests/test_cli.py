@@ -108,6 +108,30 @@ def test_file_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert line.endswith(f"{out}: Not a directory")
 
 
+def test_a_folder_holds_one_kind_of_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Else `jz3 index` and `jz3 query` would look at the other one's files."""
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text("{}\n")
+    for name, file in (("loop", "recipe.json"), ("scored", "plan.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    line = complaint(capsys, "score", corpus, "--target", f"t={corpus}", "--out", tmp_path / "loop")
+    assert line.endswith(
+        f"{tmp_path / 'loop'} is a run of the loop (it has a recipe.json); use another folder"
+    )
+    line = complaint(capsys, "quickstart", "--preset", "tiny", "--out", tmp_path / "scored")
+    assert line.endswith(
+        f"{tmp_path / 'scored'} is a run of `jz3 score` (it has a plan.json); use another folder"
+    )
+    assert not (tmp_path / "scored" / "recipe.json").exists()
+
+
+def test_checkpoints_are_of_scored_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    line = complaint(capsys, "index", tmp_path, "--checkpoint", "2")
+    assert f"--checkpoint 2: {tmp_path} is a run of the loop, which has one model" in line
+
+
 def test_a_folder_with_a_recipes_name_hides_no_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
