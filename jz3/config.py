@@ -113,7 +113,7 @@ class EstimateConfig:
     synthesiser_parameters: float = 0.0
     """Of the synthesiser; 0: as the base model."""
     corpus_texts: int = 0
-    """Texts of the corpus; 0: the sum of the sources' limits."""
+    """Texts of the corpus; 0: the sum of the sources' limits, of `worked` ones their problems."""
     corpus_tokens: int = 350
     """Mean tokens of a text (1,000 characters are about 300)."""
     prompt_tokens: int = 450

@@ -8,6 +8,7 @@ import pytest
 
 from jz3.cli import main
 from jz3.config import load_recipe, shipped_recipe
+from jz3.corpus.config import SourceConfig
 from jz3.estimate import StageEstimate, estimate
 from jz3.evaluation import BenchmarkConfig
 from jz3.pipeline import NAMES
@@ -160,6 +161,17 @@ def test_estimate_names_every_stage_and_counts_the_papers_calls() -> None:
     assert by_stage["distillation"].calls == 9300
     assert by_stage["training"].tokens == pytest.approx(4.6e9, rel=0.15)
     assert by_stage["features"].gpu_hours > 1
+
+
+def test_estimate_counts_the_texts_of_every_source() -> None:
+    """Those of worked sources by their problems; of a source without a limit it says that it doesn't know."""
+    recipe = shipped_recipe("quickstart")
+    assert estimate(recipe)[0].items == "504 texts"
+    lines = SourceConfig(name="mine", kind="jsonl", paths=("a.jsonl",))
+    more = replace(recipe, corpus=replace(recipe.corpus, sources=(*recipe.corpus.sources, lines)))
+    assert estimate(more)[0].items == "504 texts, without mine (no limit: estimate.corpus_texts)"
+    told = replace(more, estimate=replace(recipe.estimate, corpus_texts=9))
+    assert estimate(told)[0].items == "9 texts"
 
 
 def test_the_papers_recipe_uses_all_gpus() -> None:
