@@ -25,7 +25,7 @@ import torch
 from jz3.errors import Jz3Error
 from jz3.files import locked
 from jz3.models import load_model, load_tokenizer
-from jz3.scoring.command import score_corpus
+from jz3.scoring.command import score, score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
 from jz3.scoring.job import load_job, prepare
 from jz3.scoring.merge import merge
@@ -248,6 +248,24 @@ def test_fields_of_the_control_are_those_of_the_tasks_or_found(tmp_path: Path) -
     assert asked(path, {"body": "b 1"}, "control", problem_field="body") == ("b 1", "b 1")
     nested = {"row": {"q": "i 1", "a": "w 1"}}
     assert asked(path, nested, "control", problem_field="row.q", solution_field="row.a") == ("i 1", "w 1")
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="--slurm-arguments belong to --slurm"):
+        RunSettings(slurm_arguments="--partition=gpu")
+    with pytest.raises(ValueError, match="--reduction must be mean or sum, got 'median'"):
+        ScoreSettings(reduction="median")
+    several = ScoreSettings(model="tiny", checkpoint=("a=1", "b=2"))
+    with pytest.raises(ValueError, match="--model tiny and --checkpoint exclude each other"):
+        score(target=("t=x",), settings=several)
+    corpus, fit = runs.make_corpus(tmp_path, 12), tmp_path / "out" / "fit" / "0" / "fit.safetensors"
+    targets = runs.make_targets(tmp_path)
+    runs.start(tmp_path / "out", corpus, targets)
+    with pytest.raises(Jz3Error, match=f"--fit {fit} is of the kind adapted, not sketch as --kind says"):
+        runs.start(tmp_path / "other", corpus, targets, fit=str(fit), kind="sketch")
+    (tmp_path / "no.fit").write_bytes(b"no fit")
+    with pytest.raises(Jz3Error, match="no.fit can't be read .*; make it again, e.g. with `jz3 fit`"):
+        runs.start(tmp_path / "third", corpus, targets, fit=str(tmp_path / "no.fit"))
 
 
 def test_what_would_fail_at_the_end_fails_at_the_beginning(

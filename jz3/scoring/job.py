@@ -332,6 +332,8 @@ def _projection(
         given = Path(settings.fit)
         kinds = [k for k, (file, _) in PROJECTIONS.items() if given.name == file and k != "known"]
         kind = kinds[0] if kinds else "adapted"
+        if settings.kind not in (kind, "adapted"):  # the default, which nobody needs to have meant
+            raise Jz3Error(f"--fit {given} is of the kind {kind}, not {settings.kind} as --kind says")
     path = out / "fit" / str(number) / PROJECTIONS[kind][0]
     if path.exists():
         return path, kind
