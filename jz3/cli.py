@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{run} is no run of `jz3 score`: the settings are in the recipe's section [index]"
             )
+        if checkpoint:
+            raise ValueError(f"--checkpoint {checkpoint}: {run} is a run of the loop, which has one model")
         _run(_stored_or(run, recipe), run, "index", False)
 
     def store(

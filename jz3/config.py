@@ -3,6 +3,7 @@
 A stage that is a package keeps its settings in its own config.py; those of the others are here.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from jz3.index.config import IndexConfig
 from jz3.machine import best_dtype, best_products
 from jz3.models import ModelConfig
 from jz3.records import LEVELS
-from jz3.selection.config import SelectionConfig
+from jz3.selection.config import BASELINES, SelectionConfig
 from jz3.tables import from_table
 from jz3.targets.config import TargetsConfig
 from jz3.training.config import SynthesiserConfig, TrainingConfig
@@ -40,6 +41,10 @@ class InfluenceConfig:
     baselines: tuple[str, ...] = ("hidden", "bm25", "loss", "random")
     """Choosers without gradients: `hidden` (RDS+: weighted mean of the last hidden states), `bm25`,
     `loss` (highest loss first), `random`."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.baselines) - set(BASELINES)):
+            raise ValueError(f"influence.baselines: unknown {unknown[0]!r}; known: {', '.join(BASELINES)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +113,7 @@ class EstimateConfig:
     synthesiser_parameters: float = 0.0
     """Of the synthesiser; 0: as the base model."""
     corpus_texts: int = 0
-    """Texts of the corpus; 0: the sum of the sources' limits."""
+    """Texts of the corpus; 0: the sum of the sources' limits, of `worked` ones their problems."""
     corpus_tokens: int = 350
     """Mean tokens of a text (1,000 characters are about 300)."""
     prompt_tokens: int = 450
@@ -127,6 +132,17 @@ class EstimateConfig:
     generation_utilisation: float = 0.2
     """Share of the peak reached by batched generation, prompt and reply tokens together."""
     usd_per_gpu_hour: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in ("peak_tflops", "gradient_utilisation", "training_utilisation", "generation_utilisation"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"estimate.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.kept_share <= 1:
+            raise ValueError(f"estimate.kept_share must lie in 0..1, got {self.kept_share}")
+        counts = ("corpus_texts", "corpus_tokens", "prompt_tokens", "reply_tokens", "instruction_tokens")
+        for name in (*counts, "parameters", "synthesiser_parameters", "usd_per_gpu_hour"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"estimate.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +166,10 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     estimate: EstimateConfig = field(default_factory=EstimateConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name must not be empty: it names the run's folder")
 
 
 def load_recipe(path: Path) -> Recipe:

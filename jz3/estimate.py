@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jz3.config import Recipe
+from jz3.corpus.config import SourceConfig
 from jz3.errors import Jz3Error
 from jz3.evaluation.config import EvaluationConfig
 
@@ -41,7 +42,10 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     a = recipe.estimate
     n = a.parameters or _local_parameters(Path(recipe.model.name).expanduser())
     synthesiser = a.synthesiser_parameters or n
-    texts = a.corpus_texts or sum(s.limit for s in recipe.corpus.sources)
+    sizes = {s.name: _texts(s) for s in recipe.corpus.sources}
+    texts = a.corpus_texts or sum(sizes.values())
+    unlimited = [name for name, size in sizes.items() if not size and not a.corpus_texts]
+    left_out = f", without {', '.join(unlimited)} (no limit: estimate.corpus_texts)" if unlimited else ""
     if not n or not texts:
         what = "estimate.parameters (the model is not a local folder)" if not n else "estimate.corpus_texts"
         raise ValueError(f"recipe {recipe.name!r} needs {what} for --dry-run")
@@ -95,7 +99,7 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
     scored = sum((*held_out, *benchmarks))
     unknown = f", without {', '.join(unread)} (no such file)" if unread else ""
     rows = [
-        StageEstimate("corpus", f"{texts:,} texts", corpus_tokens, bytes=corpus_tokens * 4),
+        StageEstimate("corpus", f"{texts:,} texts{left_out}", corpus_tokens, bytes=corpus_tokens * 4),
         StageEstimate("targets", f"{queries:,} queries, {sum(held_out):,} held out"),
         gpu(
             "features",
@@ -148,6 +152,12 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
         StageEstimate("report", "results.json, report.html"),
     ]
     return [row for row in rows if row.stage in wanted]
+
+
+def _texts(source: SourceConfig) -> int:
+    """Return how many texts a source gives at most; 0 where nothing tells."""
+    worked = source.count * len(source.families) if source.kind == "worked" else 0
+    return min(filter(None, (source.limit, worked)), default=0)
 
 
 def _benchmark_sizes(config: EvaluationConfig) -> tuple[list[int], list[str]]:

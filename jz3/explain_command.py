@@ -47,6 +47,8 @@ def explain(
 
     if queries < 1:
         raise ValueError(f"--queries must be at least 1, got {queries}")
+    if html is not None and html.is_dir():
+        raise ValueError(f"--html {html} is a folder; name a file")
     is_scored = (where / "plan.json").is_file()
     is_run = is_scored or (where / "recipe.json").is_file()
     for option, value in (("task", task), ("doc", doc)):

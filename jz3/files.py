@@ -179,6 +179,16 @@ def write_tensors(path: Path, tensors: dict[str, Any], about: dict[str, Any] | N
             if code := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(part)) from error
             raise
+        usual_rights(part)
+
+
+def usual_rights(path: Path) -> None:
+    """Give a file, or the weights in a folder, the rights of a new file: safetensors lets the owner alone read."""
+    for file in path.rglob("*.safetensors") if path.is_dir() else (path,):
+        new = file.with_name(file.name + ".new")
+        new.touch()
+        file.chmod(new.stat().st_mode)
+        new.unlink()
 
 
 def read_tensors(path: Path, wanted: str, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:

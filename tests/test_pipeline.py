@@ -181,6 +181,18 @@ def test_other_settings_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     assert "features.k: 256 -> 128" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_stage_that_wrote_nothing_binds_no_settings(tmp_path: Path) -> None:
+    """A misspelt model costs no new folder."""
+    recipe = shipped_recipe("tiny")
+    wrong = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, name=str(tmp_path / "missing"))
+    )
+    with pytest.raises(Jz3Error, match="missing"):
+        run_pipeline(wrong, tmp_path / "run", "corpus")
+    run_pipeline(recipe, tmp_path / "run", "corpus")
+    assert (tmp_path / "run" / "corpus" / "manifest.json").is_file()
+
+
 def test_results_of_what_is_no_longer_there_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
@@ -285,6 +297,7 @@ def test_other_benchmarks_are_refused_by_finished_filters(tmp_path: Path) -> Non
     (tmp_path / "synthesis").mkdir()
     write_json(tmp_path / "recipe.json", dataclasses.asdict(settled(recipe)))
     (tmp_path / "filtering").mkdir()
+    (tmp_path / "filtering" / "kept.jsonl").touch()
     added = BenchmarkConfig(name="gsm8k", path="gsm8k.jsonl")
     other = dataclasses.replace(
         recipe, evaluation=dataclasses.replace(recipe.evaluation, benchmarks=(added,))
@@ -301,6 +314,7 @@ def test_a_run_goes_on_with_other_settings_of_how_it_is_run(
     write_json(tmp_path / "recipe.json", dataclasses.asdict(recipe))
     for stage in STAGES:
         (tmp_path / stage.name).mkdir()
+        (tmp_path / stage.name / "made").touch()
     monkeypatch.setattr("jz3.pipeline._run_stage", lambda stage, ctx: {"seconds": 0, "peak_memory": 0})
     teacher = dataclasses.replace(recipe.distillation.teacher, max_usd=900.0, max_calls=20_000, retries=9)
     engine = dataclasses.replace(recipe.synthesis.engine, gpu_memory=0.5, tensor_parallel=2, batch_size=4)
@@ -378,6 +392,9 @@ def test_tensors_that_do_not_fit_on_the_disk_are_an_os_error(
     write_tensors(path, {"x": torch.zeros(3)}, {"format": "f"})
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["jz3"]) == {"format": "f"}
+    # Whoever may read the folder's other files may read this one.
+    write_json(tmp_path / "a.json", {})
+    assert path.stat().st_mode == (tmp_path / "a.json").stat().st_mode
     before = path.read_bytes()
 
     def fail(*_: object) -> None:

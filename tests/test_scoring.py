@@ -1,6 +1,7 @@
 """`jz3 score`: every text once, the right score, whatever the files and the shards."""
 
 import dataclasses
+import math
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -374,3 +375,22 @@ def test_paper_estimate() -> None:
     assert paper_cost(PaperSettings(documents=100, tokens_per_second=50.0), ScoreSettings(), 1).hours == (
         pytest.approx(100 * 500 / 50 / 8 / 3600)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("documents", -1),
+        ("tokens_per_document", -5.0),
+        ("tokens_per_document", math.nan),
+        ("bytes_per_document", -1.0),
+        ("params", math.inf),
+        ("params", math.nan),
+        ("gpus", 0),
+        ("utilisation", 1.5),
+        ("tokens_per_second", -1.0),
+    ],
+)
+def test_paper_estimate_of_impossible_numbers_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} must be .*got {value}"):
+        PaperSettings(**{name: value})

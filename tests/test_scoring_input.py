@@ -25,9 +25,9 @@ import torch
 from jz3.errors import Jz3Error
 from jz3.files import locked
 from jz3.models import load_model, load_tokenizer
-from jz3.scoring.command import score_corpus
+from jz3.scoring.command import score, score_corpus
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings
-from jz3.scoring.job import load_job
+from jz3.scoring.job import load_job, prepare
 from jz3.scoring.merge import merge
 from jz3.scoring.plan import load_plan, make_plan, open_plan
 from jz3.scoring.reading import Reader
@@ -194,6 +194,21 @@ def test_odd_targets_are_refused_and_odd_lines_counted(tmp_path: Path) -> None:
     assert "field 'answer'" in rejects[1].detail
 
 
+def test_what_is_refused_of_a_target_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    rows: list[Any] = [{"question": "q", "answer": "a"}, {"question": "p"}, {"question": 5, "answer": "a"}]
+    target = runs.write_lines(tmp_path / "target.jsonl", rows)
+    long = runs.write_lines(tmp_path / "long.jsonl", [rows[0], {"question": "long " * 2000, "answer": "7"}])
+    told: list[str] = []
+    corpus, settings = runs.make_corpus(tmp_path, 12), ScoreSettings(**runs.SMALL)
+    targets = {"sums": target, "long": long}
+    prepare(tmp_path / "out", open_plan(tmp_path / "out", corpus, settings, targets, 1), targets, told.append)
+    [line] = [line for line in told if "refused" in line]
+    assert line.startswith(
+        "of the targets' rows 3 are refused (1 no_completion, 1 prompt_too_long, 1 wrong_type"
+    )
+    assert "first at" in line and line.endswith(f"{tmp_path / 'out' / 'targets.rejects.jsonl'}")
+
+
 def asked(path: Path, row: dict[str, Any], name: str = "sums", **fields: Any) -> tuple[str, str]:
     """Return problem and completion of the one query of a file with the given fields."""
     [query] = read_target(name, runs.write_lines(path, [row]), ScoreSettings(**fields))[0]
@@ -233,6 +248,24 @@ def test_fields_of_the_control_are_those_of_the_tasks_or_found(tmp_path: Path) -
     assert asked(path, {"body": "b 1"}, "control", problem_field="body") == ("b 1", "b 1")
     nested = {"row": {"q": "i 1", "a": "w 1"}}
     assert asked(path, nested, "control", problem_field="row.q", solution_field="row.a") == ("i 1", "w 1")
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="--slurm-arguments belong to --slurm"):
+        RunSettings(slurm_arguments="--partition=gpu")
+    with pytest.raises(ValueError, match="--reduction must be mean or sum, got 'median'"):
+        ScoreSettings(reduction="median")
+    several = ScoreSettings(model="tiny", checkpoint=("a=1", "b=2"))
+    with pytest.raises(ValueError, match="--model tiny and --checkpoint exclude each other"):
+        score(target=("t=x",), settings=several)
+    corpus, fit = runs.make_corpus(tmp_path, 12), tmp_path / "out" / "fit" / "0" / "fit.safetensors"
+    targets = runs.make_targets(tmp_path)
+    runs.start(tmp_path / "out", corpus, targets)
+    with pytest.raises(Jz3Error, match=f"--fit {fit} is of the kind adapted, not sketch as --kind says"):
+        runs.start(tmp_path / "other", corpus, targets, fit=str(fit), kind="sketch")
+    (tmp_path / "no.fit").write_bytes(b"no fit")
+    with pytest.raises(Jz3Error, match="no.fit can't be read .*; make it again, e.g. with `jz3 fit`"):
+        runs.start(tmp_path / "third", corpus, targets, fit=str(tmp_path / "no.fit"))
 
 
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
@@ -300,7 +333,8 @@ def test_what_failed_before_its_fits_is_planned_anew(
         ([{"question": "q"}], "no usable query .*1 no_completion"),
         ([{"prompt": "p"}], "no usable query .*1 no_completion"),
         ([{"title": "q"}], "has the fields title; wanted are question"),
-        ([], "has the fields none"),
+        ([], "holds no JSON object in its first 100 lines; targets are JSON lines"),
+        (["question,answer", "q,a"], "holds no JSON object in its first 100 lines"),
         ([{"question": "long " * 2000, "answer": "7"}], "no query with anything to score .*prompt_too_long"),
     ],
 )

@@ -158,6 +158,8 @@ def test_merged_adapters_equal_adapters(tiny_model, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     export(tiny_model, tmp_path / "adapter", tmp_path / "merged", "float32")
+    weights, config = (tmp_path / "merged" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
     merged, base = load_model(tmp_path / "merged", "float32"), load_model(tiny_model, "float32")
     ids = torch.arange(5, 300)[None]
     with torch.no_grad():

@@ -45,6 +45,8 @@ class ComparisonConfig:
                 raise ValueError(f"comparison: tokens must not be negative, got {budget}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"comparison: a method is named twice in {', '.join(self.methods)}")
+        if self.problems < 0:
+            raise ValueError(f"comparison: problems must not be negative, got {self.problems}")
         for name, _ in self.runs:
             if name in BUILT_IN or not name or ":" in name:
                 raise ValueError(f"comparison.runs: the name {name!r} is taken, empty or has a colon")

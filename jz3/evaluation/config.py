@@ -23,6 +23,8 @@ class BenchmarkConfig:
     paper's grader, for all)."""
 
     def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"benchmark {self.name!r}: limit must not be negative, got {self.limit}")
         if not 0 <= self.tolerance <= 0.01:
             raise ValueError(
                 f"benchmark {self.name!r}: tolerance must lie between 0 and 0.01, got {self.tolerance}"
@@ -68,8 +70,9 @@ class EvaluationConfig:
         for name in ("max_new_tokens", "rounds", "output_limit", "nll_batch_tokens", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation {name} must be at least 1, got {getattr(self, name)}")
-        if self.base_shots < 0:
-            raise ValueError(f"evaluation base_shots must not be negative, got {self.base_shots}")
+        for name in ("limit", "base_shots"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation {name} must not be negative, got {getattr(self, name)}")
         names = [benchmark.name for benchmark in self.benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"every benchmark needs a name of its own, got {', '.join(names)}")

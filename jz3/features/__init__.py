@@ -1,5 +1,6 @@
 """What is stored per document instead of its gradient: feature kinds behind one interface."""
 
+import math
 from dataclasses import dataclass, field
 
 from jz3.machine import PRODUCTS
@@ -130,4 +131,14 @@ class FeaturesConfig:
             raise ValueError(
                 "features.less: share must lie in (0, 1], epochs and batch_texts must be at least 1, "
                 f"got {self.less.share}, {self.less.epochs} and {self.less.batch_texts}"
+            )
+        if not all(0 < x < math.inf for x in (self.less.rank, self.less.alpha, self.less.learning_rate)):
+            raise ValueError(
+                "features.less: rank, alpha and learning_rate must be positive, "
+                f"got {self.less.rank}, {self.less.alpha} and {self.less.learning_rate}"
+            )
+        if not (0 <= self.less.dropout < 1 and 0 <= self.less.eps < math.inf):
+            raise ValueError(
+                "features.less: dropout must lie in [0, 1), eps must be 0 or more, "
+                f"got {self.less.dropout} and {self.less.eps}"
             )

@@ -94,7 +94,7 @@ class AdaptedFit:
     @classmethod
     def load(cls, path: Path, model_hash: str) -> "AdaptedFit":
         """Read a fit and refuse one that was made for another model."""
-        tensors, about = read_tensors(path, FORMAT, "run `jz3 features` again")
+        tensors, about = read_tensors(path, FORMAT, "make it again, e.g. with `jz3 fit`")
         if about["model_hash"] != model_hash:
             raise Jz3Error(f"{path} was fitted for model {about['model_hash']}, this model is {model_hash}")
         layers = about["layers"]

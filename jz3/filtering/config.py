@@ -81,6 +81,12 @@ class FilteringConfig:
                 "filtering: ngram must be at least 2, shard_size, executions and min_question_words at least 1; got "
                 f"{self.ngram}, {self.shard_size}, {self.executions}, {self.min_question_words}"
             )
+        for what in ("problem", "solution"):
+            least, most = getattr(self, f"min_{what}_chars"), getattr(self, f"max_{what}_chars")
+            if not 0 <= least <= most:
+                raise ValueError(
+                    f"filtering: min_{what}_chars must lie in 0..max_{what}_chars, got {least} and {most}"
+                )
         if self.workers < 0:
             raise ValueError(f"filtering.workers must be 0 or more, got {self.workers}")
         for name in ("max_foreign_letters", "max_repeated_share", "near_duplicate", "min_question_share"):

@@ -78,12 +78,6 @@ def build_index(
         raise Jz3Error("; ".join(vectors.damaged))
     if not len(vectors):
         raise Jz3Error(f"{vectors.folder} holds no document; run the stage that writes it")
-    if config.memory <= 0:
-        raise ValueError(f"index.memory must be more than 0 GiB, got {config.memory}")
-    if config.probes < 1 or config.train < 1:
-        raise ValueError(
-            f"index.probes and index.train must be at least 1, got {config.probes}, {config.train}"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     about = {
         "format": FORMAT,
@@ -312,8 +306,6 @@ def _recall_queries(
 ) -> "torch.Tensor":
     import torch
 
-    if count < 1:
-        raise ValueError(f"index.recall_queries must be at least 1, got {count}")
     given = (
         torch.empty(0, vectors.k, dtype=torch.float32) if queries is None else queries[:count].float().cpu()
     )

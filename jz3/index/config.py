@@ -1,5 +1,6 @@
 """Settings of the index."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -20,3 +21,10 @@ class IndexConfig:
     memory: float = 1.0
     """GiB: the index is built in parts that, like the training sample, take about that much. Parts of IVF
     indexes stay on disk and are mapped from there; others are read whole when they are searched."""
+
+    def __post_init__(self) -> None:
+        for name in ("probes", "recall_queries", "train"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"index.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.memory < math.inf:
+            raise ValueError(f"index.memory must be a number of GiB above 0, got {self.memory}")

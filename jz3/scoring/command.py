@@ -45,6 +45,8 @@ def score(
     """
     from jz3.scoring import estimate
 
+    if settings.checkpoint and settings.model != SETTINGS.model:
+        raise ValueError(f"--model {settings.model} and --checkpoint exclude each other")
     if run.dry_run and paper.documents:
         estimate.print_paper(paper, settings, max(len(target), 1))
         return

@@ -108,6 +108,8 @@ class ScoreSettings:
             raise ValueError(f"--bits must be one of {sorted(CODES)}, got {self.bits}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"--dtype must be auto, bfloat16 or float32, got {self.dtype!r}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"--reduction must be mean or sum, got {self.reduction!r}")
         if self.products not in PRODUCTS:
             raise ValueError(f"--products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         for name in ("coordinates", "rank", "layers", "max_tokens", "query_tokens", "batch_tokens", "window"):
@@ -228,6 +230,8 @@ class RunSettings:
             raise ValueError("--workers, --restarts and --limit-hours must not be negative")
         if sum((bool(self.worker), self.slurm, bool(self.ray))) > 1:
             raise ValueError("--worker, --slurm and --ray exclude each other")
+        if self.slurm_arguments and not self.slurm:
+            raise ValueError(f"--slurm-arguments belong to --slurm, got {self.slurm_arguments!r} without it")
 
     def part(self) -> tuple[int, int]:
         """Return (I, N) of --worker."""

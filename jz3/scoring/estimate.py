@@ -1,6 +1,7 @@
 """What `jz3 score` will cost, measured on a few batches of the corpus or computed on paper."""
 
 import dataclasses
+import math
 import sys
 import tempfile
 import time
@@ -45,8 +46,14 @@ class PaperSettings:
     def __post_init__(self) -> None:
         if self.gpu not in PEAK_TFLOPS:
             raise ValueError(f"--gpu must be one of {', '.join(PEAK_TFLOPS)}, got {self.gpu!r}")
-        if self.documents < 0 or self.params <= 0 or self.gpus < 1 or not 0 < self.utilisation <= 1:
-            raise ValueError("--documents, --params and --gpus must be positive, --utilisation in 0..1")
+        for name in ("params", "gpus", "tokens_per_document", "bytes_per_document"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("documents", "tokens_per_second"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"--utilisation must be above 0 and at most 1, got {self.utilisation}")
 
 
 @dataclass(frozen=True, slots=True)

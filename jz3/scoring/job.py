@@ -169,6 +169,9 @@ def prepare(
         reader.close()
         write_jsonl(out / "queries.jsonl", (q.to_json() for group in queries.values() for q in group))
         write_jsonl(out / "targets.rejects.jsonl", (r.to_json() for r in rejects))
+        if rejects:
+            where = out / "targets.rejects.jsonl"
+            say(f"of the targets' rows {len(rejects):,} are refused ({summary(rejects)}); see {where}")
         job = Job(plan.key, tasks, checkpoints)
         write_json(out / "job.json", dataclasses.asdict(job))
         return job
@@ -329,6 +332,8 @@ def _projection(
         given = Path(settings.fit)
         kinds = [k for k, (file, _) in PROJECTIONS.items() if given.name == file and k != "known"]
         kind = kinds[0] if kinds else "adapted"
+        if settings.kind not in (kind, "adapted"):  # the default, which nobody needs to have meant
+            raise Jz3Error(f"--fit {given} is of the kind {kind}, not {settings.kind} as --kind says")
     path = out / "fit" / str(number) / PROJECTIONS[kind][0]
     if path.exists():
         return path, kind

@@ -313,6 +313,8 @@ def open_plan(
         Jz3Error: the folder is another run's, which has its fits already or is making them; the differences
             are named.
     """
+    if (out / "recipe.json").exists():
+        raise Jz3Error(f"{out} is a run of the loop (it has a recipe.json); use another folder")
     with locked(out / ".plan.lock"):
         if not (out / "plan.json").is_file():
             return _write_plan(out, corpus, settings, targets, threads, say)

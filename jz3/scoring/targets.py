@@ -97,9 +97,12 @@ def read_target(name: str, path: Path, settings: ScoreSettings) -> tuple[list[Qu
 
 def summary(rejects: list[Reject]) -> str:
     """Count rejects by reason in one line, with the place of the first."""
+    if not rejects:
+        return "it is empty"
     counts = Counter(r.reason for r in rejects)
-    text = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items())) or "it is empty"
-    return f"{text}; first at {rejects[0].where}: {rejects[0].detail}" if rejects else text
+    text = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    first = f"first at {rejects[0].where}" if rejects[0].where else "first"
+    return f"{text}; {first}" + (f": {rejects[0].detail}" if rejects[0].detail else "")
 
 
 def _fields(name: str, path: Path, settings: ScoreSettings) -> tuple[str, str]:
@@ -164,6 +167,10 @@ def _known(name: str, path: Path, seen: dict[str, None]) -> tuple[str, str]:
     if any(problem in seen for problem, _ in FIELDS[:-1]):
         # The reader rejects every row for the field that it lacks, and the message counts them.
         return next((p, s) for p, s in FIELDS if p in seen)
+    if not seen:
+        raise Jz3Error(
+            f"target {name!r}: {path} holds no JSON object in its first {_PEEK} lines; targets are JSON lines"
+        )
     raise Jz3Error(
         f"target {name!r}: {path} has the fields {_listed(seen)}; wanted are question "
         "and answer, problem and solution, prompt and completion or text: name others with "

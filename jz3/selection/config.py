@@ -11,7 +11,9 @@ DERIVED = ("dot", "mix", "stratified")
 `stratified`: influence, with as many texts of every source as the pool has in proportion."""
 GRADIENTS = ("influence", *DERIVED, *SETS)
 """Choosers that use gradients."""
-BUILT_IN = (*GRADIENTS, "hidden", "bm25", "loss", "random", "control")
+BASELINES = ("hidden", "bm25", "loss", "random")
+"""Columns of the influence stage without gradients."""
+BUILT_IN = (*GRADIENTS, *BASELINES, "control")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jz3.files import usual_rights
 from jz3.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def export(base: Path, trained: Path, out: Path, dtype: str) -> None:
         if tokenizer.eos_token_id not in known:
             model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
     model.save_pretrained(out)
+    usual_rights(out)
     tokenizer.save_pretrained(out)
 
 
