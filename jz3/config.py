@@ -109,9 +109,11 @@ class EstimateConfig:
     """Assumptions of `--dry-run`; nothing that runs depends on them."""
 
     parameters: float = 0.0
-    """Of the base model; 0: read from the model's folder, where it is local."""
+    """Of the run's model; 0: read from its folder, where it is local."""
     synthesiser_parameters: float = 0.0
-    """Of the synthesiser; 0: as the base model."""
+    """Of the synthesiser; 0: of its `base` where that is local, else as the run's model."""
+    training_parameters: float = 0.0
+    """Of the model that is trained on the mixture; 0: of its `base` where that is local, else as the run's model."""
     corpus_texts: int = 0
     """Texts of the corpus; 0: the sum of the sources' limits, of `worked` ones their problems."""
     corpus_tokens: int = 350
@@ -140,7 +142,8 @@ class EstimateConfig:
         if not 0 <= self.kept_share <= 1:
             raise ValueError(f"estimate.kept_share must lie in 0..1, got {self.kept_share}")
         counts = ("corpus_texts", "corpus_tokens", "prompt_tokens", "reply_tokens", "instruction_tokens")
-        for name in (*counts, "parameters", "synthesiser_parameters", "usd_per_gpu_hour"):
+        models = ("parameters", "synthesiser_parameters", "training_parameters")
+        for name in (*counts, *models, "usd_per_gpu_hour"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"estimate.{name} must not be negative, got {getattr(self, name)}")
 
@@ -175,17 +178,43 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a TOML file.
 
+    `like = "NAME"` (a shipped recipe) or `like = "other.toml"` (beside it) takes another recipe's settings where it
+    has none of its own; lists, as those of sources, are taken whole.
+
     Raises:
         ValueError: the file is missing or no TOML, or a key is unknown or of the wrong type; the
             message names the key and the nearest known one.
     """
+    return from_table(Recipe, _table(path), str(path))
+
+
+def _table(path: Path, before: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path in before:
+        raise ValueError(f"recipe {path} is like itself, by way of {before[-1]}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"recipe {path} does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from error
-    return from_table(Recipe, table, str(path))
+    like = table.pop("like", None)
+    if like is None:
+        return table
+    if not isinstance(like, str):
+        raise ValueError(f"{path}: like must be a shipped recipe's name or a TOML file, got {like!r}")
+    other = path.parent / like if like.endswith(".toml") else _shipped(like)
+    return _over(_table(other, (*before, path)), table)
+
+
+def _over(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with what another one says in place of it."""
+    both = {
+        key: _over(table[key], value)
+        if isinstance(value, dict) and isinstance(table.get(key), dict)
+        else value
+        for key, value in other.items()
+    }
+    return table | both
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -208,13 +237,17 @@ def settled(recipe: Recipe) -> Recipe:
 
 def shipped_recipe(name: str) -> Recipe:
     """Return a recipe of `jz3/recipes` by its name, e.g. `quickstart`."""
+    return load_recipe(_shipped(name))
+
+
+def _shipped(name: str) -> Path:
     folder = Path(__file__).parent / "recipes"
     path = folder / f"{name}.toml"
     if not path.is_file():
         raise ValueError(
             f"no recipe {name!r}; shipped: {', '.join(sorted(p.stem for p in folder.glob('*.toml')))}"
         )
-    return load_recipe(path)
+    return path
 
 
 def stored_recipe(run_dir: Path) -> Recipe:

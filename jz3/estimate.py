@@ -40,8 +40,9 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
 
     wanted = {stage.name for stage in stages_up_to(last)}
     a = recipe.estimate
-    n = a.parameters or _local_parameters(Path(recipe.model.name).expanduser())
-    synthesiser = a.synthesiser_parameters or n
+    n = a.parameters or _parameters(recipe.model.name)
+    synthesiser = a.synthesiser_parameters or _parameters(recipe.synthesiser.base) or n
+    trained = a.training_parameters or _parameters(recipe.training.base) or n
     sizes = {s.name: _texts(s) for s in recipe.corpus.sources}
     texts = a.corpus_texts or sum(sizes.values())
     unlimited = [name for name, size in sizes.items() if not size and not a.corpus_texts]
@@ -141,12 +142,14 @@ def estimate(recipe: Recipe, last: str = "report") -> list[StageEstimate]:
             a.generation_utilisation,
         ),
         StageEstimate("filtering", f"{problems:,} in, about {problems * a.kept_share:,.0f} kept"),
-        gpu("training", f"{recipe.training.epochs} epoch(s){whole}", read, 6 * n, a.training_utilisation),
+        gpu(
+            "training", f"{recipe.training.epochs} epoch(s){whole}", read, 6 * trained, a.training_utilisation
+        ),
         gpu(
             "evaluation",
             f"{solved:,} problems x 2 models x {settings} setting(s), {scored:,} references x 2{unknown}",
             (solved * settings + scored) * 2.0 * a.reply_tokens,
-            2 * n,
+            2 * trained,
             a.generation_utilisation,
         ),
         StageEstimate("report", "results.json, report.html"),
@@ -211,17 +214,19 @@ def _short(value: float) -> str:
     return f"{value / 1000**step:.3g}{['', ' k', ' M', ' G', ' T'][step]}"
 
 
-def _local_parameters(folder: Path) -> float:
+def _parameters(name: str) -> float:
     """Count a local model's parameters from its safetensors headers; 0 if there are none."""
     from safetensors import SafetensorError, safe_open
 
     from jz3.models import DAMAGED, EMBEDDED, TINY, UNUSED_WEIGHTS
 
-    if str(folder) == EMBEDDED:
+    if name == EMBEDDED:
         return 134.5e6
-    if str(folder) == TINY:
+    if name == TINY:
         return 1e5
-    total = 0
+    if not name:
+        return 0.0
+    total, folder = 0, Path(name).expanduser()
     for path in set(folder.glob("*.safetensors")) - set(folder.glob(UNUSED_WEIGHTS)):
         try:
             with safe_open(path, "np") as file:

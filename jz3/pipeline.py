@@ -58,6 +58,7 @@ STAGES = (
         target="jz3.training:run_synthesiser",
         needs=("distillation",),
         sections=("model", "synthesiser"),
+        before="jz3.training.stages:check_synthesiser",
     ),
     Stage(name="synthesis", target="jz3.synthesis:run", needs=("synthesiser",), sections=("synthesis",)),
     Stage(
@@ -72,6 +73,7 @@ STAGES = (
         target="jz3.training:run_training",
         needs=("filtering",),
         sections=("model", "training"),
+        before="jz3.training.stages:check_training",
     ),
     Stage(
         name="evaluation",
@@ -222,7 +224,8 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
             raise Jz3Error(f"{run_dir} holds stages but no recipe.json; use another folder")
         write_json(path, table)
         return
-    found = _flatten(read_json(path))
+    # What an older version didn't know was as it is by default.
+    found = _flatten(read_back(dataclasses.asdict(Recipe(name=recipe.name)))) | _flatten(read_json(path))
     different = [
         f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in sorted(found.keys() | wanted.keys())

@@ -187,7 +187,8 @@ def _write(
 
 
 def _model_name(ctx: StageContext) -> str:
-    return ctx.recipe.synthesis.engine.model or Path(ctx.recipe.model.name).name
+    recipe = ctx.recipe
+    return recipe.synthesis.engine.model or Path(recipe.synthesiser.start(recipe.model).name).name
 
 
 def _row(item: _Item, reply: Generation | ToolTrace, origin: str) -> dict[str, Any]:

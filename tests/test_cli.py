@@ -47,7 +47,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
         ),
         ("name = 'x'\n[index]\nprobes = 0", "index.probes must be at least 1, got 0"),
         ("name = 'x'\n[index]\nmemory = inf", "index.memory must be a number of GiB above 0, got inf"),
-        ("name = 'x'\n[comparison]\nmethods = ['matchin']", "unknown chooser 'matchin'; known: influence,"),
+        ("name = 'x'\n[comparison]\nmethods = ['matchin']", "comparison: methods must be of influence,"),
         ("name = 'x'\n[comparison]\nproblems = -1", "problems must not be negative, got -1"),
         ("name = 'x'\n[synthesiser]\nlora_alpha = -1", "lora_alpha must be positive, got -1.0"),
         ("name = 'x'\n[training]\nlearning_rate = inf", "learning_rate must be positive, got inf"),

@@ -22,6 +22,7 @@ from jz3.models import TINY, ModelConfig, load_model, load_tokenizer
 from jz3.records import Query
 from jz3.stage import StageContext
 from jz3.templates import prompt_for
+from jz3.training import TrainingConfig
 
 WORDS = "the farmer picks apples from rows and fields so that each number is a sum of two values".split()
 NEAR = [
@@ -173,7 +174,11 @@ def context(tiny_model: Path, tmp_path: Path) -> StageContext:
         benchmarks=(BenchmarkConfig(name="gsm8k", path=str(benchmark)),),
     )
     recipe: Any = types.SimpleNamespace(
-        name="test", seed=0, evaluation=config, model=ModelConfig(name=TINY, dtype="float32")
+        name="test",
+        seed=0,
+        evaluation=config,
+        training=TrainingConfig(),
+        model=ModelConfig(name=TINY, dtype="float32"),
     )
     return StageContext(recipe=recipe, run_dir=tmp_path, name="evaluation")
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jz3.errors import Jz3Error
-from jz3.estimate import _local_parameters
+from jz3.estimate import _parameters
 from jz3.models import TINY, ModelConfig, _prepared, cache_folder, load_model, load_tokenizer, resolve_model
 
 
@@ -82,7 +82,7 @@ def test_a_pointer_of_git_lfs_is_told_from_weights(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(resolve_model(ModelConfig(name=TINY)), folder)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 123\n")
-    for read in (load_model, _local_parameters):
+    for read in (load_model, lambda path: _parameters(str(path))):
         with pytest.raises(Jz3Error, match="model.*git lfs pull"):
             read(folder)
 
@@ -104,4 +104,4 @@ def test_mistrals_second_copy_of_the_weights_is_neither_loaded_nor_counted(
     assert (folder / "loaded.txt").read_text().split() == [names[0], *names[2:]]
     for name in names[1:3]:
         save_file({"w": torch.zeros(3, 5)}, folder / name)
-    assert _local_parameters(folder) == 15
+    assert _parameters(str(folder)) == 15

@@ -20,6 +20,7 @@ from jz3.models import TINY, ModelConfig
 from jz3.records import LEVELS, Doc, Problem, Prompt, Reject
 from jz3.stage import StageContext
 from jz3.synthesis import run
+from jz3.training import SynthesiserConfig
 
 SANDBOX = SandboxConfig(packages=(), preload=(), workers=1)
 FILES = ("prompts.jsonl", "problems.jsonl", "rejects.jsonl")
@@ -70,7 +71,10 @@ def context(folder: Path, docs: int = 40, used: int = 10, **settings: Any) -> St
     (folder / "synthesiser" / "model").mkdir(parents=True, exist_ok=True)
     settings = {"count": 30, "tool_share": 0.2, "shard_size": 7, "sandbox": SANDBOX, **settings}
     recipe: Any = types.SimpleNamespace(
-        seed=3, synthesis=SynthesisConfig(**settings), model=ModelConfig(name=TINY, dtype="float32")
+        seed=3,
+        synthesis=SynthesisConfig(**settings),
+        synthesiser=SynthesiserConfig(),
+        model=ModelConfig(name=TINY, dtype="float32"),
     )
     return StageContext(recipe=recipe, run_dir=folder, name="synthesis")
 
@@ -211,7 +215,7 @@ def test_samples_differ_under_a_real_model_and_repeat(tmp_path: Path, tiny_model
     assert len({row["text"] for row in rejects}) == 8, "every reply has randomness of its own"
     assert summary["engine"]["name"] == "transformers" and 55 <= summary["new_tokens"] <= 64
     config = dataclasses.replace(ctx.recipe.synthesis, engine=EngineConfig(batch_size=1), shard_size=1)
-    recipe: Any = types.SimpleNamespace(seed=3, synthesis=config, model=ctx.recipe.model)
+    recipe: Any = types.SimpleNamespace(**vars(ctx.recipe) | {"synthesis": config})
     again = StageContext(recipe=recipe, run_dir=tmp_path, name="synthesis")
     before = (ctx.out / "rejects.jsonl").read_bytes()
     for path in (ctx.out / "shards").rglob("*.jsonl"):

@@ -58,7 +58,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     for task in _tasks(queries):
         solved.extend(spread([query for query in queries if query.task == task], config.limit))
     shown = {setting: _examples(ctx, setting, _tasks(queries)) for setting in config.settings}
-    models = {"base": resolve_model(ctx.recipe.model), "trained": ctx.path("training", "model")}
+    base = resolve_model(ctx.recipe.training.start(ctx.recipe.model))
+    models = {"base": base, "trained": ctx.path("training", "model")}
     summary: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []

@@ -31,6 +31,10 @@ def gather(ctx: StageContext) -> dict[str, Any]:
         "recipe": ctx.recipe.name,
         "seed": ctx.recipe.seed,
         "model": ctx.recipe.model.name,
+        "bases": {
+            stage: getattr(ctx.recipe, stage).start(ctx.recipe.model).name
+            for stage in ("synthesiser", "training")
+        },
         "labels": labels,
         "corpus": summary["corpus"],
         "targets": summary["targets"],

@@ -9,6 +9,8 @@ from jz3.machine import fast_bfloat16
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from jz3.models import ModelConfig
+
 METHODS = ("full", "lora")
 PRECISIONS = ("auto", "mixed", "float32")
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -113,7 +115,27 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SynthesiserConfig(TrainSettings):
+class StageSettings(TrainSettings):
+    """How a stage of the loop trains, and from which model on."""
+
+    base: str = ""
+    """The model that is trained, a folder or a name on the Hugging Face hub; empty: the run's, whose
+    gradients choose the texts."""
+    base_revision: str = ""
+    """Branch, tag or commit of `base`."""
+
+    def __post_init__(self) -> None:
+        TrainSettings.__post_init__(self)
+        if self.base_revision and not self.base:
+            raise ValueError(f"base_revision {self.base_revision!r} needs base, the model that it is of")
+
+    def start(self, model: "ModelConfig") -> "ModelConfig":
+        """Return the model that is trained in a run with this one."""
+        return replace(model, name=self.base, revision=self.base_revision) if self.base else model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthesiserConfig(StageSettings):
     """Training of the small model that writes problems.
 
     Source:
@@ -132,13 +154,13 @@ class SynthesiserConfig(TrainSettings):
     batch_packs: int = 16
 
     def __post_init__(self) -> None:
-        TrainSettings.__post_init__(self)
+        StageSettings.__post_init__(self)
         if self.boost not in BOOSTS:
             raise ValueError(f"boost must be one of {', '.join(BOOSTS)}, got {self.boost!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig(TrainSettings):
+class TrainingConfig(StageSettings):
     """The two-stage mixture on the base model: synthetic problems, then instruction data.
 
     Source:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jz3.errors import Jz3Error
 from jz3.files import write_jsonl
@@ -11,8 +11,12 @@ from jz3.records import Problem, Prompt, Query
 from jz3.rows import Rows
 from jz3.stage import StageContext
 from jz3.templates import prompt_for
+from jz3.training.config import StageSettings
 from jz3.training.packing import Phase
 from jz3.training.run import TrainSummary, train
+
+if TYPE_CHECKING:
+    from jz3.config import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +115,25 @@ def _instruction(row: dict[str, Any]) -> tuple[str, str]:
     return query.prompt, query.completion
 
 
+def check_synthesiser(recipe: "Recipe") -> None:
+    """Get the model that becomes the synthesiser, so that a misspelt one is told before hours of work."""
+    resolve_model(recipe.synthesiser.start(recipe.model))
+
+
+def check_training(recipe: "Recipe") -> None:
+    """Get the model that is trained on the mixture, as `check_synthesiser` does."""
+    resolve_model(recipe.training.start(recipe.model))
+
+
 def _train(ctx: StageContext, phases: list[Phase], notes: list[str]) -> dict[str, Any]:
     for note in notes:
         log.warning(note)
     recipe = ctx.recipe
+    settings: StageSettings = getattr(recipe, ctx.name)
     summary: TrainSummary = train(
-        resolve_model(recipe.model),
+        resolve_model(settings.start(recipe.model)),
         phases,
-        getattr(recipe, ctx.name),
+        settings,
         ctx.out / "model",
         seed=ctx.seed,
         dtype=recipe.model.dtype,
