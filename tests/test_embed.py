@@ -29,6 +29,8 @@ def test_three_calls(tiny_model: Path) -> None:
     features = jz3.featurize(model, tokenizer, DOCS, jz3.Adapted([QUERY], k=256, rank=16))
     scores = jz3.influence_scores(features, {"sums": [QUERY]})
     assert scores.values.shape == (len(DOCS), 1) and np.abs(scores.values).max() <= 1.001
+    again = jz3.influence_scores(features, {"sums": [QUERY]})
+    assert scores != again and len({features, scores, again}) == 3  # as keys of a cache
     chosen = jz3.select(scores, 4)
     assert scores.values[chosen[0]] == scores.values.max() and len(set(chosen)) == 4
     again = features.encode([(DOCS[0][:1], DOCS[0][1:])])
