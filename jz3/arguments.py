@@ -50,6 +50,10 @@ def check_model(model: Any, tokenizer: Any) -> None:
             "give its .module" if is_wrapper else "for example AutoModelForCausalLM.from_pretrained(NAME)"
         )
         raise TypeError(f"model must be a loaded causal language model, got {found}; {remedy}")
+    if getattr(core.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"model must be a causal language model, got {type(core).__name__}, which has an encoder"
+        )
     if not callable(tokenizer) or isinstance(tokenizer, torch.nn.Module):
         raise TypeError(
             f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.60}; for example "

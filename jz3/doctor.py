@@ -28,7 +28,7 @@ PACKAGES = {
     "openai": "pip install 'jz3[teacher]' (teacher or engine behind an endpoint)",
     "triton": "pip install 'jz3[gpu]' (GPU kernels)",
     "vllm": "pip install 'jz3[synth]', in an environment of its own on a CPU (fast generation)",
-    "flash-attn": "pip install 'jz3[gpu]' (faster attention on a GPU)",
+    "flash-attn": "pip install --no-build-isolation 'flash-attn>=2.7' (faster attention on a GPU)",
 }
 """Distribution -> how to get it."""
 

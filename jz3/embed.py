@@ -103,7 +103,7 @@ class Less:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays have no one truth to compare by
 class Features:
     """Features of documents, and what encodes further queries in the same way."""
 
@@ -158,7 +158,7 @@ class Features:
         return values
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """Influence of N documents on each task."""
 

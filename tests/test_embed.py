@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import jz3
 from jz3.features.extract import extract
@@ -29,6 +29,8 @@ def test_three_calls(tiny_model: Path) -> None:
     features = jz3.featurize(model, tokenizer, DOCS, jz3.Adapted([QUERY], k=256, rank=16))
     scores = jz3.influence_scores(features, {"sums": [QUERY]})
     assert scores.values.shape == (len(DOCS), 1) and np.abs(scores.values).max() <= 1.001
+    again = jz3.influence_scores(features, {"sums": [QUERY]})
+    assert scores != again and len({features, scores, again}) == 3  # as keys of a cache
     chosen = jz3.select(scores, 4)
     assert scores.values[chosen[0]] == scores.values.max() and len(set(chosen)) == 4
     again = features.encode([(DOCS[0][:1], DOCS[0][1:])])
@@ -242,6 +244,19 @@ def test_what_is_no_model_or_tokenizer_is_told(tiny_model: Path) -> None:
         jz3.featurize(wrapped, tokenizer, DOCS)
     with pytest.raises(TypeError, match="tokenizer must be a loaded tokenizer, got 'tiny'; for example"):
         jz3.featurize(model, name, DOCS)
+    sizes: dict[str, Any] = {
+        "d_model": 8,
+        "d_kv": 4,
+        "num_layers": 1,
+        "num_heads": 2,
+        "d_ff": 8,
+        "vocab_size": 512,
+    }
+    translator: Any = T5ForConditionalGeneration(T5Config(**sizes))
+    with pytest.raises(
+        TypeError, match="causal language model, got T5ForConditionalGeneration, which has an enc"
+    ):
+        jz3.featurize(translator, tokenizer, DOCS)
     tokenizer.add_tokens(["sum"])
     count = model.get_input_embeddings().num_embeddings
     with pytest.raises(ValueError, match=f"text 0 holds the token {count}, the model has {count} embeddings"):

@@ -116,6 +116,12 @@ def test_doctor_names_the_versions_that_the_package_needs(name: str) -> None:
     assert f"'{needed}'" in PACKAGES[name]
 
 
+def test_no_extra_wants_what_pip_cannot_build() -> None:
+    """flash-attn imports torch in its setup.py, where pip builds without it: the whole extra failed to install."""
+    assert "flash-attn" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert PACKAGES["flash-attn"].startswith("pip install --no-build-isolation ")
+
+
 def test_import_is_light(installed: Path) -> None:
     code = "import sys, jz3; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
     assert run(installed, code).returncode == 0
