@@ -20,7 +20,7 @@ from jz3.features.lora import LoraShape, WarmUp, warm_up
 from jz3.features.readout import Readout
 from jz3.features.sketch import Sketch
 from jz3.features.trainer_checkpoint import adopt_checkpoints
-from jz3.files import hash_file, read_json, write_jsonl, write_tensors
+from jz3.files import hash_file, read_json, read_jsonl, write_jsonl, write_tensors
 from jz3.gradients import (
     RefusedText,
     Tokens,
@@ -216,7 +216,7 @@ def tokenize_documents(
     config = ctx.recipe.features
     # The corpus counts a text alone, and a piece that just fits shall not lose its end to a start token.
     limit = ctx.recipe.corpus.max_tokens + len(start_tokens(tokenizer))
-    for row in ctx.rows("corpus", "docs.jsonl"):
+    for row in read_jsonl(ctx.path("corpus", "docs.jsonl")):
         doc = Doc.from_json(row)
         try:
             prompt = doc.meta.get(config.prompt_field, "")
