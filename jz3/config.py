@@ -180,7 +180,7 @@ def load_recipe(path: Path) -> Recipe:
             message names the key and the nearest known one.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(f"recipe {path} does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
