@@ -68,6 +68,18 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
         ("name = 'x'\n[estimate]\nkept_share = nan", "estimate.kept_share must lie in 0..1, got nan"),
         ("name = ''", "name must not be empty"),
         ("name = \n", "not valid TOML"),
+        (
+            "name = 'x'\n[influence]\nbaselines = ['random']\n[selection]\nchooser = 'bm25'",
+            "selection.chooser 'bm25' needs 'bm25' among influence.baselines, which are random",
+        ),
+        (
+            "name = 'x'\n[influence]\nbaselines = []\n[comparison]\ntokens = 9\nmethods = ['mix']",
+            "comparison.methods 'mix' needs 'hidden' among influence.baselines, which are none",
+        ),
+        (
+            "name = 'x'\n[targets.control]\ncount = 0\n[comparison]\ntokens = 9\nmethods = ['control']",
+            "comparison.methods 'control' needs a negative control; targets.control.count is 0",
+        ),
         ("seed = 3", "the key 'name' is missing"),
         (
             "name = 'x'\n[corpus]\nsources = [{kind = 'worked'}]",
