@@ -173,6 +173,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name must not be empty: it names the run's folder")
+        compared = self.comparison.methods if self.comparison.tokens else ()
+        choosers = [("selection.chooser", self.selection.chooser)]
+        for where, chooser in choosers + [("comparison.methods", method) for method in compared]:
+            column = "hidden" if chooser == "mix" else chooser
+            if column in BASELINES and column not in self.influence.baselines:
+                there = ", ".join(self.influence.baselines) or "none"
+                raise ValueError(
+                    f"{where} {chooser!r} needs {column!r} among influence.baselines, which are {there}"
+                )
+            if chooser == "control" and not self.targets.control.count:
+                raise ValueError(f"{where} 'control' needs a negative control; targets.control.count is 0")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -192,7 +203,7 @@ def _table(path: Path, before: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in before:
         raise ValueError(f"recipe {path} is like itself, by way of {before[-1]}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ValueError(f"recipe {path} does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -24,7 +24,12 @@ log = logging.getLogger(__name__)
 
 STAGES = (
     Stage(name="corpus", target="jz3.corpus:run", sections=("model", "corpus")),
-    Stage(name="targets", target="jz3.targets:run", sections=("targets",)),
+    Stage(
+        name="targets",
+        target="jz3.targets:run",
+        sections=("targets",),
+        before="jz3.targets.stage:check_files",
+    ),
     Stage(
         name="features",
         target="jz3.features.stage:run",
@@ -52,6 +57,7 @@ STAGES = (
         target="jz3.distillation:run",
         needs=("selection",),
         sections=("distillation",),
+        before="jz3.distillation.stage:check_files",
     ),
     Stage(
         name="synthesiser",

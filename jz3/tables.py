@@ -16,6 +16,9 @@ def from_table(cls: type[Any], table: dict[str, Any], where: str) -> Any:
             near = difflib.get_close_matches(key, names, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
             raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    for f in dataclasses.fields(cls):
+        if f.name not in table and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: the key {f.name!r} is missing")
     values = {key: _convert(value, hints[key], f"{where}: {key}") for key, value in table.items()}
     try:
         return cls(**values)

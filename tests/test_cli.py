@@ -68,7 +68,23 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
         ("name = 'x'\n[estimate]\nkept_share = nan", "estimate.kept_share must lie in 0..1, got nan"),
         ("name = ''", "name must not be empty"),
         ("name = \n", "not valid TOML"),
-        ("seed = 3", "name"),
+        (
+            "name = 'x'\n[influence]\nbaselines = ['random']\n[selection]\nchooser = 'bm25'",
+            "selection.chooser 'bm25' needs 'bm25' among influence.baselines, which are random",
+        ),
+        (
+            "name = 'x'\n[influence]\nbaselines = []\n[comparison]\ntokens = 9\nmethods = ['mix']",
+            "comparison.methods 'mix' needs 'hidden' among influence.baselines, which are none",
+        ),
+        (
+            "name = 'x'\n[targets.control]\ncount = 0\n[comparison]\ntokens = 9\nmethods = ['control']",
+            "comparison.methods 'control' needs a negative control; targets.control.count is 0",
+        ),
+        ("seed = 3", "the key 'name' is missing"),
+        (
+            "name = 'x'\n[corpus]\nsources = [{kind = 'worked'}]",
+            "corpus: sources[0]: the key 'name' is missing",
+        ),
     ],
 )
 def test_wrong_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str) -> None:
@@ -77,6 +93,12 @@ def test_wrong_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: 
     line = complaint(capsys, "run", recipe, "--out", tmp_path / "run")
     assert expected in line and "wrong.toml" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_recipe_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_text("name = 'x'\r\n", encoding="utf-8-sig")
+    assert load_recipe(path).name == "x"
 
 
 def test_missing_things_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

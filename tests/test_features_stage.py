@@ -210,6 +210,12 @@ def test_prompts_are_not_scored(tmp_path: Path, tiny_model: Path) -> None:
     found = stage.tokenize_documents(ctx, tokenizer, rejects)
     assert tokenizer.decode(found[0].ids[: found[0].start]) == asks[0] and found[1].start == 1
     assert [(r.id, r.reason) for r in rejects] == [(docs[2].id, "too_short")]
+    features = dataclasses.replace(recipe.features, prompt_field="aks")
+    ctx = dataclasses.replace(ctx, recipe=dataclasses.replace(recipe, features=features))
+    with pytest.raises(
+        Jz3Error, match="prompt_field: no text of the corpus has the field 'aks'.* keep_fields"
+    ):
+        stage.tokenize_documents(ctx, tokenizer, rejects)
 
 
 def test_a_folder_without_projection_is_told(tmp_path: Path) -> None:

@@ -12,13 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
 from jz3.config import settled, shipped_recipe
+from jz3.distillation import TeacherConfig
 from jz3.errors import Jz3Error
 from jz3.evaluation import BenchmarkConfig
 from jz3.evaluation.intervals import accuracy, mean
@@ -28,6 +32,7 @@ from jz3.pipeline import NAMES, STAGES, run_pipeline, stage_key, stages_up_to
 from jz3.report.page import render
 from jz3.report.terminal import print_results
 from jz3.stage import Stage, StageContext
+from jz3.targets import ControlConfig, InstructionConfig, TaskConfig
 
 VOLATILE = {"manifest.json", "results.json", "report.html", ".lock", "engine.json"}
 """Hold seconds, memory or versions; everything else must be the same bytes."""
@@ -350,6 +355,36 @@ def test_broken_benchmark_ends_a_run_before_its_first_stage(
     (tmp_path / "run" / "filtering").mkdir()
     write_json(tmp_path / "run" / "filtering" / "manifest.json", {"seconds": 0})
     run_pipeline(recipe, tmp_path / "run")
+
+
+def test_missing_files_of_later_stages_end_a_run_before_its_first_stage(tmp_path: Path) -> None:
+    recipe, missing = shipped_recipe("tiny"), str(tmp_path / "none.jsonl")
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"question": ["q"]}), table)
+    task = TaskConfig(name="sums", path=missing)
+    changes: dict[str, tuple[Any, str]] = {
+        "matches no file": (dataclasses.replace(recipe.targets, tasks=(task,)), "targets"),
+        "is a Parquet file": (
+            dataclasses.replace(
+                recipe.targets, instruction=(InstructionConfig(name="more", path=str(table)),)
+            ),
+            "targets",
+        ),
+        "'none.jsonl' matches": (
+            dataclasses.replace(recipe.targets, control=ControlConfig(kind="jsonl", path="none.jsonl")),
+            "targets",
+        ),
+        "recorded replies .*none.jsonl can't be read": (
+            dataclasses.replace(
+                recipe.distillation, teacher=TeacherConfig(kind="recorded", recorded=missing)
+            ),
+            "distillation",
+        ),
+    }
+    for number, (told, (section, name)) in enumerate(changes.items()):
+        with pytest.raises(Jz3Error, match=told):
+            run_pipeline(dataclasses.replace(recipe, **{name: section}), tmp_path / str(number))
+        assert not (tmp_path / str(number) / "corpus").exists()
 
 
 def full_disk(ctx: StageContext) -> dict[str, object]:

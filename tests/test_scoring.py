@@ -23,8 +23,9 @@ from jz3.models import load_model, load_tokenizer
 from jz3.records import Query
 from jz3.scoring.config import ChooseSettings, RunSettings, ScoreSettings, split_targets
 from jz3.scoring.estimate import PaperSettings, paper_cost
+from jz3.scoring.job import prepare
 from jz3.scoring.merge import merge
-from jz3.scoring.plan import load_plan
+from jz3.scoring.plan import load_plan, open_plan
 from jz3.scoring.shard import Scorer, read_about, scores_path
 from jz3.scoring.workers import work
 from jz3.store import Coding, Store
@@ -137,6 +138,13 @@ def test_prompts_are_not_scored(
         ids, labels = labels.clone(), labels.masked_fill(torch.arange(len(tokens.ids)) < tokens.start, -100)
         with torch.no_grad():
             assert loss == pytest.approx(float(model(ids, labels=labels).loss), rel=2e-3)
+    told: list[str] = []
+    plan = open_plan(tmp_path / "x", corpus, ScoreSettings(**runs.SMALL, prompt_field="aks"), data[1], 1)
+    prepare(tmp_path / "x", plan, data[1], told.append)
+    assert (
+        "none of the 10 texts drawn has the field 'aks' of --prompt-field: all of every text is scored"
+        in told
+    )
     [lost] = [r for p in (tmp_path / "answers" / "rejects").iterdir() for r in runs.rows_of(p)]
     assert lost["reason"] == "too_short"
 

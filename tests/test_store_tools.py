@@ -191,6 +191,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["merge", str(tmp_path / "b")], "needs --out"),
         (["info"], "needs the folder"),
         (["burn", str(tmp_path)], "must be one of info, verify, merge"),
+        (["verify", str(tmp_path), "--out", "x"], "store verify writes nothing; --out x is for merge"),
         (["info", str(tmp_path)], "is no feature store"),
     ):
         assert main(["store", *arguments]) == 2

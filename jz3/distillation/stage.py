@@ -19,6 +19,7 @@ from jz3.records import Doc, Problem, Prompt, Reject
 from jz3.seeding import rng, seed_for
 
 if TYPE_CHECKING:
+    from jz3.config import Recipe
     from jz3.stage import StageContext
 
 log = logging.getLogger(__name__)
@@ -274,6 +275,17 @@ def _counts(requests: Sequence[Request], rows: Sequence[Problem | Reject]) -> di
             sorted(Counter(row.meta[name] for row in problems if name in row.meta).items())
         )
     return table
+
+
+def check_files(recipe: "Recipe") -> None:
+    """Read the recorded replies of a recipe as the stage will.
+
+    Raises:
+        Jz3Error: they can't be used.
+    """
+    teacher = recipe.distillation.teacher
+    if teacher.kind == "recorded":
+        RecordedTeacher(Path(teacher.recorded).expanduser())
 
 
 def open_teacher(config: TeacherConfig, folder: Path, seed: int, avoid: Collection[str] = ()) -> Teacher:

@@ -216,8 +216,10 @@ def tokenize_documents(
     config = ctx.recipe.features
     # The corpus counts a text alone, and a piece that just fits shall not lose its end to a start token.
     limit = ctx.recipe.corpus.max_tokens + len(start_tokens(tokenizer))
+    prompted = False
     for row in read_jsonl(ctx.path("corpus", "docs.jsonl")):
         doc = Doc.from_json(row)
+        prompted |= config.prompt_field in doc.meta
         try:
             prompt = doc.meta.get(config.prompt_field, "")
             documents.append(tokenize_text(tokenizer, doc.id, doc.text, limit, config.long, prompt))
@@ -225,6 +227,11 @@ def tokenize_documents(
             rejects.append(Reject(id=doc.id, stage="features", reason=error.reason, detail=str(error)))
     if not documents:
         raise Jz3Error("the corpus holds no usable text; see corpus/rejects.jsonl")
+    if config.prompt_field and not prompted:
+        raise Jz3Error(
+            f"features.prompt_field: no text of the corpus has the field {config.prompt_field!r}; a source keeps those "
+            "named in its keep_fields"
+        )
     return documents
 
 

@@ -157,6 +157,13 @@ def prepare(
             queries[name], refused = read_target(name, targets[name], plan.settings)
             rejects += refused
         reader = Reader(plan)
+        if field := plan.settings.prompt_field:
+            drawn = reader.sample(plan.settings.fit_documents, "fit")
+            if drawn and not any(field in text.meta for text in drawn):
+                say(
+                    f"none of the {len(drawn)} texts drawn has the field {field!r} of --prompt-field: all of every "
+                    "text is scored"
+                )
         checkpoints = []
         for number, (model, weight) in enumerate(plan.settings.checkpoints()):
             say(f"fit {number + 1} of {len(plan.settings.checkpoints())}: {model}")

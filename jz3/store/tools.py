@@ -154,6 +154,8 @@ def command(
         return
     if action not in ("info", "verify"):
         raise ValueError(f"store {action}: must be one of info, verify, merge")
+    if out is not None:
+        raise ValueError(f"store {action} writes nothing; --out {out} is for merge")
     if not folders:
         raise ValueError(f"store {action} needs the folder of a store or of a run")
     wrong = []

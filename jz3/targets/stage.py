@@ -20,6 +20,7 @@ from jz3.targets.config import ControlConfig, InstructionConfig, TaskConfig
 from jz3.templates import bare_problem, prompt_for
 
 if TYPE_CHECKING:
+    from jz3.config import Recipe
     from jz3.stage import StageContext
     from jz3.worked import WorkedProblem
 
@@ -66,6 +67,25 @@ def run(ctx: "StageContext") -> dict[str, Any]:
         ),
         "rejected": dict(sorted(Counter(row.reason for row in rejects).items())),
     }
+
+
+def check_files(recipe: "Recipe") -> None:
+    """Look for the files of the targets as the stage will.
+
+    Raises:
+        Jz3Error: one is missing or a Parquet file.
+    """
+    from jz3.corpus.config import SourceConfig
+    from jz3.corpus.readers import find_files
+
+    config = recipe.targets
+    wanted = [(row, row.name, row.path) for row in (*config.tasks, *config.instruction)]
+    wanted += [(task, task.name, task.eval_path) for task in config.tasks]
+    wanted += [(config.control, "control", config.control.path)] if config.control.count else []
+    for row, name, path in wanted:
+        if row.kind == "jsonl" and path:
+            for file in find_files(SourceConfig(name="targets", kind="jsonl", paths=(path,))):
+                refuse_parquet(repr(name), file)
 
 
 def refuse_parquet(name: str, path: Path) -> None:
