@@ -27,12 +27,12 @@ from jz3.files import (
     hash_text,
     locked,
     read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
 )
 from jz3.models import load_model, load_tokenizer
 from jz3.processes import end_with
+from jz3.rows import Rows
 from jz3.seeding import seed_for
 from jz3.stage import progress_bar, release_memory
 from jz3.training.config import HOW, TrainSettings
@@ -212,15 +212,10 @@ def run_job(path: Path) -> None:
     job = read_json(path)
     # The first process alone packs; eight copies of millions of rows would fill the machine's memory.
     first = os.environ.get("RANK", "0") == "0"
+    files = [path.with_name(f"{number}.jsonl") for number in range(len(job["phases"]))]
     phases = [
-        Phase(
-            name=name,
-            rows=[
-                (row["prompt"], row["completion"])
-                for row in (read_jsonl(path.with_name(f"{number}.jsonl")) if first else ())
-            ],
-        )
-        for number, name in enumerate(job["phases"])
+        Phase(name=name, rows=Rows([file], lambda row: (row["prompt"], row["completion"])) if first else ())
+        for name, file in zip(job["phases"], files, strict=True)
     ]
     train(
         Path(job["model"]),
