@@ -2,22 +2,27 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from jz3.config import Recipe, load_recipe, settled, shipped_recipe
 from jz3.errors import Jz3Error
 from jz3.estimate import estimate
 from jz3.evaluation import stage as evaluation
 from jz3.files import read_json, write_json, write_jsonl
-from jz3.models import TINY, ModelConfig, resolve_model
+from jz3.models import TINY, ModelConfig, load_model, resolve_model
 from jz3.pipeline import run_pipeline
 from jz3.records import Problem, Query
 from jz3.stage import StageContext
 from jz3.training import TrainingConfig, run_training
+from jz3.training.config import TrainSettings
+from jz3.training.packing import Phase
+from jz3.training.run import train
 
 
 def written(path: Path, text: str) -> Path:
@@ -70,6 +75,10 @@ def test_the_paper_trains_three_models() -> None:
     assert "Llama-3-8B" in eight.training.base
     same = {"name": seven.name, "training": seven.training, "estimate": seven.estimate}
     assert dataclasses.replace(eight, **same) == seven
+    experts = shipped_recipe("paper-8x7b")
+    engine = experts.evaluation.engine
+    assert "Mixtral-8x7B" in experts.training.base and engine.tensor_parallel * engine.data_parallel == 8
+    assert dataclasses.replace(experts, evaluation=seven.evaluation, **same) == seven
     hours = [{row.stage: row.gpu_hours for row in estimate(recipe)} for recipe in (seven, eight)]
     assert hours[1].pop("training") / hours[0].pop("training") == pytest.approx(8.03 / 7.24)
     assert hours[1].pop("evaluation") > hours[0].pop("evaluation") and hours[0] == hours[1]
@@ -117,6 +126,50 @@ def test_a_training_starts_from_its_base_and_the_evaluation_compares_with_that(
     (tmp_path / "run" / "evaluation").mkdir()
     evaluation.run(StageContext(recipe=recipe, run_dir=tmp_path / "run", name="evaluation"))
     assert asked == [wider, tmp_path / "run" / "training" / "model"]
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Callable[[float], Path]:
+    """Tiny mixtures of experts whose router's loss has a weight, with the tiny model's tokenizer."""
+
+    def build(coefficient: float) -> Path:
+        folder = tmp_path / f"experts-{coefficient}"
+        shutil.copytree(resolve_model(ModelConfig(name=TINY)), folder)
+        (folder / "model.safetensors").unlink()
+        config = MixtralConfig(
+            vocab_size=AutoConfig.from_pretrained(resolve_model(ModelConfig(name=TINY))).vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            sliding_window=None,
+            router_aux_loss_coef=coefficient,
+        )
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def test_experts_are_trained_with_their_routers_loss(
+    tmp_path: Path, experts: Callable[[float], Path]
+) -> None:
+    """As the paper's 8x7B; its weight is the model's own."""
+    settings = TrainSettings(max_length=64, batch_packs=2, save_every=0, max_tokens=256, learning_rate=1e-3)
+    phase = Phase(name="a", rows=[("What is this? ", f"It is number {i} of some.") for i in range(30)])
+    first = []
+    for coefficient in (0.0, 1.0, 2.0):
+        out = tmp_path / f"{coefficient}"
+        summary = train(experts(coefficient), [phase], settings, out, dtype="float32")
+        first.append(summary.log[0]["loss"])
+        assert not read_json(out / "config.json").get("output_router_logits"), "generation doesn't want them"
+    assert first[1] - first[0] > 1 and first[2] - first[0] == pytest.approx(
+        2 * (first[1] - first[0]), rel=1e-3
+    )
+    assert isinstance(load_model(tmp_path / "1.0", "float32"), MixtralForCausalLM)
 
 
 @pytest.mark.parametrize("stage", ["synthesiser", "training"])
