@@ -137,11 +137,14 @@ def test_report_of_an_evaluation_without_some_numbers(
     assert "- (-–-) of 0" in page and "paired: - nats\n(- to -)" in page
     assert "- (- to -)" in page and "-0.2500 (- to -)" in page
     results["selection"]["mix"]["chosen"] = {"maths[/v2]": 3}
+    assert results["bases"] == {"synthesiser": "tiny", "training": "tiny"}
+    results["bases"]["training"] = "other/model"
     folder = tmp_path / "run[new]"
     write_json(folder / "results.json", results)
     print_results(folder)
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "natural language" in printed and "with Python" not in printed
+    assert f"training other/model, {results['training']['steps']} steps" in printed
     assert "base -, trained - (lower by -," in printed and "influence -, matching -0.2500" in printed
     assert "maths[/v2] 3" in printed and "run[new]" in printed
 

@@ -69,10 +69,12 @@ def _lines(r: dict[str, Any]) -> list[tuple[str, str]]:
     for stage, part in (("filters", r["filtering"]), ("instruction", r["filtering"]["instruction"])):
         lines.append((stage, f"{part['in']} in, {part['kept']} kept{_reasons(part['rejected'])}"))
     training = r["training"]
+    base = r.get("bases", {}).get("training", r["model"])  # older versions noted none
+    other = "" if base == r["model"] else f"{base}, "
     lines.append(
         (
             "training",
-            f"{training['steps']} steps, loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}",
+            f"{other}{training['steps']} steps, loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}",
         )
     )
     base, trained, gain = evaluation["base"], evaluation["trained"], evaluation["nll_difference"]
