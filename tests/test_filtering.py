@@ -421,6 +421,14 @@ def test_near_duplicates_give_way_to_kept_rows_only(tmp_path: Path) -> None:
     assert [r["id"] for r in read_jsonl(ctx.out / "kept.jsonl")] == ["good"]
 
 
+def test_a_row_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    other = problem(question="Other: " + GOOD, id="y")
+    ctx = context(tmp_path, [other, problem(id="x"), other], [problem(id="x")], small(near_duplicate=0.0))
+    summary = run(ctx)
+    assert (summary["in"], summary["kept"], summary["rejected"]) == (2, 2, {})
+    assert [r["id"] for r in read_jsonl(ctx.out / "kept.jsonl")] == ["x", "y"]
+
+
 def test_broken_input_is_named(tmp_path: Path) -> None:
     ctx = context(tmp_path, [problem(id="x"), problem(id="x", solution="\\boxed{1}")], [], small())
     with pytest.raises(Jz3Error, match="same|two different problems"):

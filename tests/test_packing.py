@@ -165,6 +165,9 @@ def test_the_token_budget_ends_the_reading(tokenizer, pack):
     assert (
         packs.counts["a"]["documents"] + packs.dropped["a"]["over_budget"] == whole.counts["a"]["documents"]
     )
+    exactly = sum(count["tokens"] for count in whole.counts.values())
+    packs = pack(phases, tokenizer, TrainSettings(max_length=64, max_tokens=exactly), 0)
+    assert packs.counts == whole.counts and not any(packs.dropped.values())
 
 
 def test_even_packs_take_as_many_steps_whatever_the_texts_lengths(tokenizer, pack):
