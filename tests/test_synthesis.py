@@ -136,6 +136,15 @@ def test_a_prompt_that_the_teacher_was_given_is_not_given_again(tmp_path: Path, 
     assert sum(level == "tool" for _, level in asked) in (3, 4)
 
 
+def test_problems_name_the_model_that_became_the_synthesiser(tmp_path: Path, writer: type[Writer]) -> None:
+    ctx = context(tmp_path)
+    recipe: Any = types.SimpleNamespace(
+        **vars(ctx.recipe) | {"synthesiser": SynthesiserConfig(base="some/math-7b")}
+    )
+    run(dataclasses.replace(ctx, recipe=recipe))
+    assert {row["origin"] for row in read(ctx, "problems.jsonl")} == {"synthesiser:math-7b"}
+
+
 def test_replies_become_problems_or_counted_rejects(tmp_path: Path, writer: type[Writer]) -> None:
     ctx = context(tmp_path)
     summary = run(ctx)

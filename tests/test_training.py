@@ -254,6 +254,7 @@ def test_no_checkpoint_is_kept_of_a_step_whose_gradient_is_no_number(tiny_model,
         with pytest.raises(Jz3Error, match="gradient of step 4 is nan; run again.* lower learning_rate"):
             train(tiny_model, PHASES, settings, tmp_path / "model")
     assert [p.name for p in (tmp_path / "model.work" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert (tmp_path / "model.work" / "packs").exists() and not (tmp_path / "model.work" / "packing").exists()
     assert train(tiny_model, PHASES, settings, tmp_path / "model").steps > 4
 
 

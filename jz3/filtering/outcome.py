@@ -34,7 +34,7 @@ class Judged(Generic[R]):
 
     row: R
     reason: str = ""
-    """Of the first filter that refuses it."""
+    """Of the filter that refuses it."""
     detail: str = ""
     checks: dict[str, str] = field(default_factory=dict)
     hits: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,9 @@ class Judged(Generic[R]):
         """Add what a filter found: `reason` (empty if it keeps the row), `detail`, `checks`, `hits`."""
         self.checks.update(finding.get("checks", {}))
         self.hits += finding.get("hits", ())
-        if finding["reason"] and not self.reason:
+        if finding[
+            "reason"
+        ]:  # which is the last that was found: no other filter is given a row that is refused
             self.reason, self.detail = finding["reason"], finding["detail"]
 
 
@@ -59,9 +61,9 @@ class Findings(Generic[R]):
         self._found: list[tuple[Iterable[int], Iterable[dict[str, Any]]]] = []
 
     def add(self, numbers: Iterable[int], findings: Iterable[dict[str, Any]]) -> None:
-        """Add a filter's findings about the rows with these numbers, which rise; both can be gone through again."""
+        """Add a filter's findings about rows that are left; their numbers rise, and both can be gone through again."""
         for i, finding in zip(numbers, findings, strict=True):
-            self._reasons[i] = self._reasons[i] or sys.intern(finding["reason"])
+            self._reasons[i] = sys.intern(finding["reason"])
         self._found.append((numbers, findings))
 
     def left(self) -> "np.ndarray":
