@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from jz3 import records
 from jz3.config import settled, shipped_recipe
 from jz3.distillation import TeacherConfig
 from jz3.errors import Jz3Error
@@ -77,6 +79,20 @@ def test_every_number_is_there(tiny_run: Path) -> None:
     assert results["evaluation"]["nll_difference"]["mean"] > 0
     assert set(results["seconds"]) == set(results["peak_memory"]) == set(NAMES) - {"report"}
     assert "stand-in" in results["labels"][0]
+
+
+def test_the_files_of_a_run_are_those_that_the_docs_name(tiny_run: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "runs.md").read_text(encoding="utf-8")
+    loop = text[: text.index("## `jz3 score`")]
+    named = re.findall(r"`([\w.*/-]+)`", "".join(re.findall(r"^\| (.*?) \|", loop, re.MULTILINE)))
+    assert len(named) > 25 and not [name for name in named if not any(tiny_run.glob(name))]
+    written = {str(p.relative_to(tiny_run)) for p in tiny_run.glob("*/*.jsonl")}
+    assert written - set(named) == {
+        f"{p.parent.name}/rejects.jsonl" for p in tiny_run.glob("*/rejects.jsonl")
+    }
+    for name, kind in re.findall(r"^\| `([\w/]+\.jsonl)` \| `(\w+)`:", loop, re.MULTILINE):
+        for row in read_jsonl(tiny_run / name):
+            getattr(records, kind).from_json(row)
 
 
 def test_comparison_trains_on_equally_many_tokens(tiny_run: Path) -> None:
