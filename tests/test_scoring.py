@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def test_every_text_is_scored_once(finished: tuple[Path, dict[str, Any]]) -> Non
     wanted = [f"{m}:{t}" for m in columns for t in ("sums", "apples", "control")] + ["loss", "random"]
     assert table.column_names[6:] == ["norm", *wanted]
     assert all(np.isfinite(table[c].to_numpy()).all() for c in wanted)
+
+
+def test_the_files_of_a_run_are_those_that_the_docs_name(finished: tuple[Path, dict[str, Any]]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "runs.md").read_text(encoding="utf-8")
+    score = text[text.index("## `jz3 score`") :]
+    named = re.findall(r"`([\w.*/-]+)`", "".join(re.findall(r"^\| (.*?) \|", score, re.MULTILINE)))
+    assert len(named) >= 9 and not [name for name in named if not any(finished[0].glob(name))]
+    written = {path.name for path in finished[0].glob("*.json*")}
+    assert written - set(named) == {"job.json", "bm25.json"}, "what the workers are told"
+    assert {"id", "source", "file", "line", "tokens", "hash", "norm"} <= set(
+        runs.scores(finished[0]).column_names
+    )
 
 
 def test_scores_are_those_of_the_embedded_calls(
