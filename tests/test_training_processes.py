@@ -76,7 +76,9 @@ def test_only_the_first_process_reads_the_rows(tmp_path, monkeypatch):
     write_json(tmp_path / "job.json", job)
     write_jsonl(tmp_path / "0.jsonl", [{"prompt": "a", "completion": "b"}])
     seen = []
-    monkeypatch.setattr("jz3.training.run.train", lambda model, phases, *_, **__: seen.append(phases[0].rows))
+    monkeypatch.setattr(
+        "jz3.training.run.train", lambda model, phases, *_, **__: seen.append(list(phases[0].rows))
+    )
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         run_job(tmp_path / "job.json")
