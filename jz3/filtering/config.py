@@ -48,7 +48,8 @@ class FilteringConfig:
     max_repeated_share: float = 0.4
     """Refuse a text of which 8-word phrases repeated four times or more make up a larger share."""
     near_duplicate: float = 0.8
-    """Jaccard similarity of 5-word phrases from which a problem is a duplicate; 0: exact ones only."""
+    """Jaccard similarity of 5-word phrases from which a problem is a duplicate, looked for in about 2 KB of memory a
+    row kept; 0: exact ones only."""
     ngram: int = 13
     """Length in words of the phrases compared with evaluation questions; a shorter question must be
     contained whole."""
