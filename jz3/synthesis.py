@@ -47,15 +47,16 @@ class _Items(Sequence[_Item]):
     @overload
     def __getitem__(self, index: slice) -> list[_Item]: ...
     def __getitem__(self, index: int | slice) -> _Item | list[_Item]:
-        numbers = range(len(self))[index]
-        if isinstance(numbers, int):
-            return self._item(numbers)
-        return [self._item(number) for number in numbers]
+        import numpy as np
 
-    def _item(self, number: int) -> _Item:
-        place, sample = divmod(number, self._samples)
-        prompt = self._prompts[place]
-        return _Item(prompt, hash_text(f"{prompt.id}\x1f{sample}"))
+        if not isinstance(index, slice):
+            index = range(len(self))[index]
+            return self[index : index + 1][0]
+        numbers = np.arange(*index.indices(len(self)))
+        return [
+            _Item(prompt, hash_text(f"{prompt.id}\x1f{number % self._samples}"))
+            for number, prompt in zip(numbers, self._prompts.take(numbers // self._samples), strict=True)
+        ]
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -127,6 +128,8 @@ def _sandbox(config: SynthesisConfig) -> "OnDemand[Sandbox]":
 
 def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     """Draw texts, kinds and levels: texts in an order drawn by their ids, unused ones first."""
+    import numpy as np
+
     from jz3.distillation.prompts import fill
 
     config = ctx.recipe.synthesis
@@ -143,9 +146,10 @@ def _prompts(ctx: StageContext) -> Iterator[Prompt]:
     order = sorted(range(len(ids)), key=drawn.__getitem__)
     had = [before.get(ids[i], 0) for i in order]  # a bit per level
     owed = 0
-    for number in range(config.count):
+    # The file is opened once a turn: where it lies on a server, once a text would take hours.
+    texts = itertools.chain.from_iterable(itertools.repeat(docs.take(np.array(order))))
+    for number, (key, text) in zip(range(config.count), texts, strict=False):
         turn, place = divmod(number, len(order))
-        key, text = docs[order[place]]
         # Moved on by one text in every turn, or the same texts would be asked for Python each time.
         step = place + turn
         owed += int((step + 1) * config.tool_share) - int(step * config.tool_share)

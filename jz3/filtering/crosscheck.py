@@ -48,7 +48,7 @@ def cross_check(rows: Sequence[Problem], config: FilteringConfig, grader: Grader
         found.append(alone if row.kind == "cot" else other)
     _, group, sizes = np.unique(problems, return_inverse=True, return_counts=True)
     compared |= sizes[group] > 1
-    known = {i: rows[i] for i in np.flatnonzero(compared).tolist()}
+    known = {i: row for i, row in enumerate(rows if compared.any() else ()) if compared[i]}
     groups: dict[int, list[int]] = defaultdict(list)
     for i in known:
         groups[int(group[i])].append(i)
