@@ -65,12 +65,12 @@ void bind_block(py::module_& module, const std::string& type) {
   });
   module.def(m("cross_entropy").c_str(), [](uintptr_t h, uintptr_t w, uintptr_t forward, uintptr_t backward, uintptr_t target,
                                             uintptr_t weight, uintptr_t loss, uintptr_t rest, uintptr_t grad, int64_t rows,
-                                            int64_t words, int64_t width, int64_t forward_group, int64_t backward_group,
+                                            int64_t words, int64_t width, int bits, int64_t forward_group, int64_t backward_group,
                                             int threads) {
     py::gil_scoped_release release;
     jz3::cross_entropy<T>({at<const T>(h), at<const T>(w), at<const void>(forward), at<const void>(backward),
                            at<const int64_t>(target), at<const float>(weight), at<float>(loss), at<float>(rest), at<T>(grad),
-                           rows, words, width, forward_group, backward_group},
+                           rows, words, width, bits, forward_group, backward_group},
                           threads);
   });
 }

@@ -1,4 +1,4 @@
-// Cross entropy in bfloat16, with exact products or in 8 bits, and in float32 with products in 16 bits.
+// Cross entropy in bfloat16, with exact products or in 8 bits, and in float32 with products in 8 or 16 bits.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -102,16 +102,15 @@ void cross_entropy(const CrossEntropyArguments<T>& a, int threads) {
                                 std::to_string(a.backward_group));
   // Sums of 144 rows of width 576 stay in the second-level cache; on machines with tiles it is larger, on those with AVX2
   // alone it also holds the rows' logits.
-  const bool tiles = sizeof(T) == 2 && tile_unit() != TileUnit::none && !a.forward_group;
-  const int64_t most = sizeof(T) == 4 ? 72 : tiles ? MOST_ROWS : 144, unit = tiles ? 2 * TILE : 1;
+  const bool tiles = !a.bits && tile_unit() != TileUnit::none;
+  const int64_t most = a.bits == 16 ? 72 : tiles ? MOST_ROWS : 144, unit = tiles ? 2 * TILE : 1;
   // As many for every thread.
   const int64_t shares = threads * std::max<int64_t>((a.rows + threads * most - 1) / (threads * most), 1);
   const int64_t block = std::max(round_up((a.rows + shares - 1) / shares, unit), unit);
   share_rows(a.rows, block, threads, [&](int64_t begin, int64_t end) {
+    if (a.bits == 8) return cross_entropy_block<WholeProducts<Int8, T>>(a, begin, end - begin);
     if constexpr (std::is_same_v<T, float>)
       cross_entropy_block_int16(a, begin, end - begin);
-    else if (a.forward_group)
-      cross_entropy_block<WholeProducts<Int8, bf16>>(a, begin, end - begin);
     else
       cross_entropy_block<Exact>(a, begin, end - begin);
   });

@@ -254,7 +254,8 @@ struct SegmentsArguments {
 void project_segments(const SegmentsArguments& arguments, int threads);
 
 // Cross entropy of rows of hidden states of T, float or bfloat16 (as uint16_t), and its gradient, for width a multiple of
-// 16. Products in bfloat16 are exact or in 8 bits, those in float in 16 bits, only where has_int16_products().
+// 16. Products in bfloat16 are exact or in 8 bits, those in float in 8 or 16 bits; in 8 or 16 bits only where
+// has_int8_products() or has_int16_products().
 template <class T>
 struct CrossEntropyArguments {
   const T *h, *w;                  // [rows][width], [words][width]
@@ -264,6 +265,7 @@ struct CrossEntropyArguments {
   float *loss, *rest;              // [rows]: log(1 + rest), sum of exp(logit - logit of the target) of the others
   T* grad;                         // [rows][width], not finite where rest isn't
   int64_t rows, words, width;
+  int bits;                               // of the products: 0 for exact ones, 8 or 16
   int64_t forward_group, backward_group;  // numbers under one scale, the latter a divisor of 384; 0 for pack_product
 };
 template <class T>

@@ -15,6 +15,7 @@ BUCKETS = 32
 """Sums that `fold_matrix` takes of a row."""
 GATED = 32
 """Columns of gate and up projections that are computed in turn."""
+WHOLE_BITS = {"int8": 8, "int16": 16}
 GROUP = 192
 """Numbers of a row or column under one scale, where that leaves none over: the more, the faster and the coarser."""
 
@@ -335,15 +336,16 @@ class OutputLayer:
 
         Args:
             weight: the matrix.
-            products: `exact`, `int8` of bfloat16 rows or `int16` of float32 rows. Other layers stay exact.
+            products: `exact`, `int8` or, of float32 rows, `int16`. Other layers stay exact.
             groups: numbers under one scale, of the products forward and backward (the latter a divisor of 384).
         """
-        self._weight, self._groups = weight.contiguous(), (0, 0)
+        self._weight, self._bits, self._groups = weight.contiguous(), 0, (0, 0)
         self._packed: Any = None
         if weight.device.type != "cpu" or weight.shape[1] % LANES:
             return
         both = (weight.T, weight)
-        if (products, weight.dtype) in (("int8", torch.bfloat16), ("int16", torch.float32)):
+        if products in WHOLE_BITS and (weight.dtype == torch.float32 or products == "int8"):
+            self._bits = WHOLE_BITS[products]
             self._groups = groups or (group_of(weight.shape[1]), GROUP)
             self._packed = [WholeMatrix(w, products, g) for w, g in zip(both, self._groups, strict=True)]
         elif weight.dtype == torch.bfloat16 and native_products():
@@ -372,7 +374,7 @@ class OutputLayer:
             )
         (loss, rest), grad = torch.empty(2, len(h), dtype=torch.float32), torch.empty_like(h)
         tensors = (h, self._weight, *self._packed, y, weights, loss, rest, grad)
-        sizes = (len(h), *self._weight.shape, *self._groups)
+        sizes = (len(h), *self._weight.shape, self._bits, *self._groups)
         run = getattr(backend.extension(), f"cross_entropy_{str(h.dtype).removeprefix('torch.')}")
         run(*(t.data_ptr() for t in tensors), *sizes, backend.threads())
         left = (~(rest < self.LARGEST)).nonzero()[:, 0]
