@@ -87,7 +87,7 @@ Kernels choose_kernels(Isa isa, int bits, int64_t queries) {
   if (isa == Isa::avx512vnni) return avx512_kernels(bits, queries);
   if (isa == Isa::avx2) return avx2_kernels(bits, queries);
 #endif
-  return {pair_scalar, nullptr, QUERIES, false, false, false, false, single_scalar, nullptr, choose_plain,
+  return {pair_scalar, nullptr, QUERIES, false, false, false, 0, false, single_scalar, nullptr, choose_plain,
           bits == 8   ? unpack_copy
           : bits == 4 ? unpack_4bit
           : bits == 2 ? unpack_table<2>

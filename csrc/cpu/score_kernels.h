@@ -27,7 +27,7 @@ struct RowPair {
   int64_t width;         // bytes of each
   const uint8_t* ahead;  // what to prefetch, `ahead_step` bytes with every step: at most 128
   int64_t ahead_step;
-  bool near;  // it is used soon, and once
+  bool past;  // whether past the second-level cache: it is used soon, and once
 };
 
 // sums[row][query] += bytes of the row x the query, norms[row] += the squared norm of its levels or a little more
@@ -64,7 +64,10 @@ struct Kernels {
   bool any_width;        // `bytes` takes widths that are no multiple of a step
   bool biased;           // the products are with level + 128 instead of the level
   bool wide;             // up to two planes are multiplied as one number, in at most WIDE_COLUMNS columns at a time
-  bool roomy;            // up to ROOMY bytes of digits and some rows fit the first-level cache together
+  // How many bytes ahead of their use rows come that are used once, where up to ROOMY bytes of digits and some rows fit
+  // the first-level cache together, else 0; and whether past the second-level cache.
+  int64_t near;
+  bool past;
   // one row of whole steps and one query, its columns in a row
   int64_t (*single)(const uint8_t* bytes, const int8_t* query, int64_t columns);
   // the same of a row of codes as they are, whose columns are filled up with digits of 0; may be null

@@ -25,7 +25,6 @@ namespace {
 
 constexpr int64_t CACHED = 16 << 10;  // digits of a block of queries that stay in the L1 cache
 constexpr int64_t TILE_BYTES = 128 << 10, MOST_ROWS = 128;
-constexpr int64_t NEAR = 8 << 10;  // bytes from what is multiplied to what is prefetched to be used once
 constexpr int64_t PAIRS_AHEAD = 1 << 10;  // rows before coarse digits are tried again
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
@@ -234,8 +233,8 @@ class Scan {
         for (int64_t r = 0; r < count; r += 2) {
           const int64_t second = std::min(r + 1, count - 1);
           RowPair rows{source.bytes + r * source.stride + begin, source.bytes + second * source.stride + begin,
-                       std::min(span, source.width - begin), ahead_, ahead_step, near};
-          if (near) rows.ahead = rows.first + NEAR, rows.ahead_step = 2 * STEP;
+                       std::min(span, source.width - begin), ahead_, ahead_step, near && p_.kernels.past};
+          if (near) rows.ahead = rows.first + p_.kernels.near, rows.ahead_step = 2 * STEP;
           ahead_ += (rows.width + STEP - 1) / STEP * ahead_step;
           double spare_norm;
           double* const to[2] = {sums + r * queries.width + block * width,
@@ -353,7 +352,7 @@ std::vector<Shared> scan(const ScoreArguments& a, int threads) {
   const bool direct = packed || (!tiles && (a.bits == 8 ? fits : kernels.codes != nullptr));
   const int64_t bytes = std::max<int64_t>(direct ? a.row_bytes : queries.columns, 1);
   const int64_t rows = std::min(MOST_ROWS, TILE_BYTES / bytes) / TILE_ROWS * TILE_ROWS;
-  const bool once = direct && !packed && isa == plain && kernels.roomy && queries.blocks == 1 && !a.scores;
+  const bool once = direct && !packed && isa == plain && kernels.near && queries.blocks == 1 && !a.scores;
   Plan plan{a, queries, levels, kernels, tiles, packed, direct, once, std::max(rows, TILE_ROWS),
             std::vector<Shared>(size_t(a.scores ? 0 : a.count))};
   for (Shared& shared : plan.best) shared.best = Best(a.k);
