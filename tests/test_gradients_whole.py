@@ -211,11 +211,7 @@ def test_known_queries_are_exact(kind: str) -> None:
     assert torch.equal(known.queries, extract(model, layers, texts[:2], known.fit).values.T)
 
 
-LAYERS = [("int8", torch.bfloat16), ("int8", torch.float32), ("int16", torch.float32)]
-layers = pytest.mark.parametrize("kind, dtype", LAYERS, ids=lambda x: str(x).removeprefix("torch."))
-
-
-@layers
+@kinds
 def test_groups_of_words_divide_a_block(kind: str, dtype: torch.dtype) -> None:
     h, y = normal(1, 3, 64, dtype=dtype), torch.arange(3)
     layer = OutputLayer(normal(2, 300, 64, dtype=dtype), kind, (64, 256))
@@ -223,7 +219,7 @@ def test_groups_of_words_divide_a_block(kind: str, dtype: torch.dtype) -> None:
         layer(h, y, torch.ones(3))
 
 
-@layers
+@kinds
 def test_output_layer_names_what_does_not_fit(kind: str, dtype: torch.dtype) -> None:
     h, y, weights = normal(2, 9, 64, dtype=dtype), torch.arange(9), torch.ones(9)
     layer = OutputLayer(normal(1, 100, 64, dtype=dtype), kind, (64, 128))
@@ -240,7 +236,7 @@ def test_output_layer_names_what_does_not_fit(kind: str, dtype: torch.dtype) -> 
             layer(*arguments)
 
 
-@layers
+@kinds
 @pytest.mark.parametrize("words", [16, 211, 1200])
 def test_output_layer(words: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses to within the logits' error; gradients as near as their sums of rounded terms allow."""
@@ -268,7 +264,7 @@ def test_output_layer(words: int, kind: str, dtype: torch.dtype, monkeypatch: py
     assert torch.equal(part[0], loss[100:]) and torch.equal(part[1], grad[100:])
 
 
-@layers
+@kinds
 def test_nan_stays_in_its_text(kind: str, dtype: torch.dtype) -> None:
     model, texts = small_model("llama", dtype), small_texts()
     with torch.no_grad():
@@ -283,7 +279,7 @@ def test_nan_stays_in_its_text(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(found[[0, 2, 3]], clean[[0, 2, 3]])
 
 
-@layers
+@kinds
 def test_exact_gradients_stay_exact(kind: str, dtype: torch.dtype) -> None:
     model, texts = small_model("llama", dtype), small_texts()
     layers: dict[str, Any] = linear_layers(model)
